@@ -1,0 +1,124 @@
+"""`inference-service` and `python -m inference_service`: settings -> socket -> launcher -> server.
+
+The socket listens before anything heavy is imported, and the launcher starts before any thread or event
+loop exists.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from inference_service.config import BadSettings, Settings, load_settings
+from inference_service.engines.device import (
+    Backend,
+    BackendMissing,
+    Device,
+    choose_backend,
+    find_device,
+)
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from inference_service.api.service import Service
+
+logger = logging.getLogger("inference_service")
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 30
+LAST_CONNECTIONS_SECONDS = 1
+
+
+def main() -> None:
+    """Serve until SIGTERM or Ctrl-C; exit code 2 and one line for a setting that cannot be."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    try:
+        settings = load_settings()
+        device = find_device()
+        backend = choose_backend(settings.engine, device)
+        listener = _listen(settings)
+    except (BadSettings, BackendMissing, OSError) as error:
+        sys.stderr.write(f"inference-service: {error}\n")
+        sys.exit(2)
+    _serve(settings, device, backend, listener)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    address = (settings.listen_address, settings.port)
+    family = socket.AF_INET6 if ":" in settings.listen_address else socket.AF_INET
+    try:
+        return socket.create_server(address, family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise OSError(
+            f"PORT={settings.port} on LISTEN_ADDRESS={settings.listen_address} cannot be listened "
+            f"on: {error.strerror or error}"
+        ) from error
+
+
+def _serve(settings: Settings, device: Device, backend: Backend, listener: socket.socket) -> None:
+    # Imported only now: the port is open, and the launcher imports vLLM at the same time.
+    from inference_service.engines.factory import launcher_environment
+    from inference_service.engines.launcher import Launcher
+    from inference_service.logs import configure_logs
+
+    configure_logs(settings)
+    launcher = Launcher(backend.value, device.kind.value, launcher_environment(backend, device))
+    try:
+        import uvicorn
+
+        from inference_service.app import build_app
+
+        app = build_app(settings, device, backend, launcher)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=LAST_CONNECTIONS_SECONDS,
+        )
+        address = "http://{}:{}".format(*listener.getsockname()[:2])
+        fields = {"bucket": settings.gcs_bucket, "device": device.kind, "backend": backend}
+        logger.info("listening on %s", address, extra=fields)
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(_until_signal(_server(config), app.state.service, listener))
+    finally:
+        launcher.close()
+
+
+def _server(config: "uvicorn.Config") -> "uvicorn.Server":
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Signals are ours: uvicorn would close the port first and exit with the signal."""
+            yield
+
+    return Server(config)
+
+
+async def _until_signal(server: "uvicorn.Server", service: "Service", listener: socket.socket) -> None:
+    """Serve; at the first signal drain, then end. Further signals change nothing."""
+    signalled = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, signalled.set)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    waiting = asyncio.create_task(signalled.wait())
+    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not serving.done():
+        logger.info("shutting down")
+        await service.drain()
+        server.should_exit = True
+    await serving
+
+
+if __name__ == "__main__":
+    main()

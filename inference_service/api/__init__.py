@@ -1,0 +1,1 @@
+"""The HTTP edge: routes, bounds and the relay."""

@@ -1,0 +1,77 @@
+"""From bytes on the wire to a bounded, valid body, or a clear 400.
+
+The whole body is capped before it is parsed; big ones are parsed off the event loop.
+"""
+
+import asyncio
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from inference_service.errors import BodyTooLarge, InvalidRequest
+from inference_service.models.requests import ChatBody, CompletionBody, GenerationBody
+
+MAX_BODY_BYTES = 4 << 20
+# Above this a parse would hold the event loop, and every stream with it, for a visible moment.
+PARSE_ON_LOOP_BYTES = 64 << 10
+
+Body = TypeVar("Body", bound=GenerationBody)
+
+
+async def chat_body(request: Request) -> ChatBody:
+    return await _body(request, ChatBody)
+
+
+async def completion_body(request: Request) -> CompletionBody:
+    return await _body(request, CompletionBody)
+
+
+async def _body(request: Request, kind: type[Body]) -> Body:
+    raw = await _read(request)
+    if len(raw) <= PARSE_ON_LOOP_BYTES:
+        return parse(raw, kind)
+    return await asyncio.to_thread(parse, raw, kind)
+
+
+async def _read(request: Request) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            raise BodyTooLarge(
+                f"The request's body is larger than {MAX_BODY_BYTES} bytes, the most accepted."
+            )
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def parse(raw: bytes, kind: type[Body]) -> Body:
+    """A valid body; raises InvalidRequest that names the field.
+
+    Strict JSON: no NaN, no Infinity, no number too large for a float, no half of a surrogate pair.
+    """
+    try:
+        value = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(f"The request's body is not valid JSON: {error}", param=None) from error
+    if not isinstance(value, dict):
+        raise InvalidRequest("The request's body must be a JSON object.")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise _invalid(error, kind) from error
+
+
+def _invalid(error: ValidationError, kind: type[GenerationBody]) -> InvalidRequest:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    # A union reports the branch that it tried; the client knows the field only.
+    field = str(problem["loc"][0]) if problem["loc"] else None
+    path = ".".join(map(str, problem["loc"])) if len(error.errors()) == 1 else field
+    if field == "chat_template":
+        message = "a template in a request is not accepted; the model's own is used"
+    else:
+        message = problem["msg"]
+    return InvalidRequest(f"Invalid value for '{path}': {message}.", param=field)

@@ -1,0 +1,51 @@
+"""OpenAI's routes."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from inference_service.api.bounds import chat_body, completion_body
+from inference_service.api.relay import Relay
+from inference_service.api.service import ServiceDep
+from inference_service.models.requests import ChatBody, CompletionBody
+from inference_service.models.responses import ModelCard, ModelList
+from inference_service.storage.catalog import Model
+
+router = APIRouter(prefix="/v1")
+
+
+@router.post("/chat/completions")
+async def chat_completions(
+    body: Annotated[ChatBody, Depends(chat_body)], service: ServiceDep, request: Request
+) -> Response:
+    """A chat completion, streamed as server-sent events where `stream` is true."""
+    model = await service.catalog.resolve(body.model)
+    return Relay(service, model, body, request)
+
+
+@router.post("/completions")
+async def completions(
+    body: Annotated[CompletionBody, Depends(completion_body)],
+    service: ServiceDep,
+    request: Request,
+) -> Response:
+    """A text completion, streamed as server-sent events where `stream` is true."""
+    model = await service.catalog.resolve(body.model)
+    return Relay(service, model, body, request)
+
+
+@router.get("/models")
+async def list_models(service: ServiceDep) -> ModelList:
+    """Every servable model in the bucket, loaded or not."""
+    models = await service.catalog.models()
+    return ModelList(data=[_card(model) for model in models if model.unservable is None])
+
+
+@router.get("/models/{name:path}")
+async def retrieve_model(name: str, service: ServiceDep) -> ModelCard:
+    """One model; its name may hold slashes."""
+    return _card(await service.catalog.resolve(name))
+
+
+def _card(model: Model) -> ModelCard:
+    return ModelCard(id=model.name, created=int(model.created.timestamp()))

@@ -1,0 +1,179 @@
+"""The relay: one request's way from a lease to the client's last byte.
+
+Owns the lease and the host's reply and gives both back on every way out: the end, an error, the timeout,
+shutdown, a client that left. Closing the reply is what aborts the generation in the host. A class and
+not an async generator, whose `finally` does not run if it was never started.
+"""
+
+import asyncio
+import time
+
+from fastapi import Request
+from pydantic_core import from_json
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from inference_service.api.service import Service
+from inference_service.api.sse import StreamReader, error_event, host_error
+from inference_service.engines.base import Reply
+from inference_service.errors import EngineError, RequestTimedOut, ServiceError, ShuttingDown
+from inference_service.models.requests import GenerationBody
+from inference_service.pool.pool import Lease
+from inference_service.storage.catalog import Model
+
+# A client that does not read would hold its error, and this task, for ever.
+LAST_WORD_SECONDS = 2.0
+CLIENT_GONE_STATUS = 499
+
+
+class Relay(Response):
+    """The response of a generation request; runs when Starlette calls it."""
+
+    def __init__(self, service: Service, model: Model, body: GenerationBody, request: Request) -> None:
+        self.background = None
+        self._service = service
+        self._model = model
+        self._body = body
+        self._path = request.url.path
+        self._engine_request_id: str = request.state.engine_request_id
+        self._arrived: float = request.state.arrived
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.time() + service.settings.request_timeout
+        self._limit: asyncio.Timeout | None = None
+        self._cause: ServiceError | None = None
+        self._client_left = False
+        self._lease: Lease | None = None
+        self._reply: Reply | None = None
+        self._status: int | None = None
+        self.ended: asyncio.Future[None] = loop.create_future()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._service.relays.add(self)
+        watcher = asyncio.create_task(self._watch_client(receive))
+        error: ServiceError | None = None
+        try:
+            error = await self._run_within_limit(send)
+            self._close()
+            if error is not None and not self._client_left:
+                await self._last_word(error, scope, receive, send)
+        finally:
+            watcher.cancel()
+            self._close()
+            self._service.relays.discard(self)
+            self._record(error)
+            self.ended.set_result(None)
+
+    def end_by(self, deadline: float) -> None:
+        """End at `deadline` (the event loop's time) at the latest: the service shuts down."""
+        if deadline < self._deadline:
+            self._cut(deadline, ShuttingDown("The service is shutting down. Try again."))
+
+    async def _run_within_limit(self, send: Send) -> ServiceError | None:
+        """The error that ended the request, None if it was answered."""
+        try:
+            async with asyncio.timeout_at(self._deadline) as self._limit:
+                await self._run(send)
+        except TimeoutError:
+            return self._cause or RequestTimedOut(
+                f"The request took longer than {self._service.settings.request_timeout:g} s "
+                "(REQUEST_TIMEOUT)."
+            )
+        except ServiceError as error:
+            return error
+        return None
+
+    async def _run(self, send: Send) -> None:
+        self._lease = await self._service.pool.lease(self._model)
+        self._reply = await self._lease.engine.forward(
+            self._path, self._body.forwarded(self._lease.model), self._engine_request_id
+        )
+        if self._reply.status >= 400:
+            raise host_error(self._reply.status, await self._reply.read())
+        if self._body.stream:
+            await self._stream(self._reply, send)
+        else:
+            await self._collect(self._reply, send)
+
+    async def _stream(self, reply: Reply, send: Send) -> None:
+        reader = StreamReader(keep_usage=self._body.wants_usage)
+        async for chunk in reply.chunks():
+            if events := reader.feed(chunk):
+                if self._status is None:
+                    self._first_byte()
+                    await self._start(send, reply, [(b"cache-control", b"no-cache")])
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+            if reader.error is not None:
+                raise reader.error
+        if not reader.done:
+            raise EngineError("The engine ended the stream before its end.")
+        self._count_tokens(reader.usage)
+        self._close()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _collect(self, reply: Reply, send: Send) -> None:
+        content = await reply.read()
+        # The engine has done its part; a client that reads slowly does not hold it.
+        self._close()
+        self._count_tokens(from_json(content).get("usage"))
+        await self._start(send, reply, [(b"content-length", str(len(content)).encode())])
+        await send({"type": "http.response.body", "body": content, "more_body": False})
+
+    async def _start(self, send: Send, reply: Reply, headers: list[tuple[bytes, bytes]]) -> None:
+        self._status = reply.status
+        content_type = (b"content-type", reply.content_type.encode("latin-1"))
+        start = {"status": reply.status, "headers": [content_type, *headers]}
+        await send({"type": "http.response.start", **start})
+
+    async def _last_word(self, error: ServiceError, scope: Scope, receive: Receive, send: Send) -> None:
+        """A real status before the first byte; an error event, and no [DONE], after it."""
+        try:
+            async with asyncio.timeout(LAST_WORD_SECONDS):
+                if self._status is None:
+                    answer = JSONResponse(error.envelope(), error.status, error.headers())
+                    await answer(scope, receive, send)
+                elif self._body.stream:
+                    event = error_event(error)
+                    await send({"type": "http.response.body", "body": event, "more_body": False})
+        except TimeoutError:
+            return
+
+    async def _watch_client(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._client_left = True
+        self._cut(asyncio.get_running_loop().time(), None)
+
+    def _cut(self, deadline: float, cause: ServiceError | None) -> None:
+        self._deadline = deadline
+        self._cause = cause
+        if self._limit is not None and not self._limit.expired():
+            try:
+                self._limit.reschedule(deadline)
+            except RuntimeError:  # the work within the limit has ended in this very moment
+                return
+
+    def _close(self) -> None:
+        if self._reply is not None:
+            self._reply.close()
+        if self._lease is not None:
+            self._lease.release()
+
+    def _first_byte(self) -> None:
+        waited = time.monotonic() - self._arrived
+        self._service.metrics.first_token_seconds.labels(self._model.name).observe(waited)
+
+    def _count_tokens(self, usage: dict[str, int] | None) -> None:
+        if not usage:
+            return
+        metrics, name = self._service.metrics, self._model.name
+        metrics.prompt_tokens.labels(name).inc(usage.get("prompt_tokens") or 0)
+        metrics.generated_tokens.labels(name).inc(usage.get("completion_tokens") or 0)
+
+    def _record(self, error: ServiceError | None) -> None:
+        if self._client_left:
+            status = CLIENT_GONE_STATUS
+        else:
+            status = error.status if error is not None else (self._status or 500)
+        metrics, name = self._service.metrics, self._model.name
+        metrics.requests.labels(name, str(status)).inc()
+        metrics.request_seconds.labels(name).observe(time.monotonic() - self._arrived)

@@ -1,0 +1,63 @@
+"""What the routes work with: the parts that app.py has built, and which relays are under way."""
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Request
+
+from inference_service.config import Settings
+from inference_service.engines.device import Backend, Device
+from inference_service.errors import ServiceError
+from inference_service.metrics import Metrics
+from inference_service.pool.pool import Pool
+from inference_service.storage.catalog import Catalog
+
+if TYPE_CHECKING:
+    from inference_service.api.relay import Relay
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Service:
+    """One running service."""
+
+    settings: Settings
+    device: Device
+    backend: Backend
+    catalog: Catalog
+    pool: Pool
+    metrics: Metrics
+    relays: "set[Relay]" = field(default_factory=set)
+    stopping: bool = False
+
+    def preload(self) -> list[asyncio.Task[None]]:
+        """Load PRELOAD_MODELS in the background; the service is ready meanwhile."""
+        return [asyncio.create_task(self._preload(name)) for name in self.settings.preload_models]
+
+    async def _preload(self, name: str) -> None:
+        try:
+            (await self.pool.lease(await self.catalog.resolve(name))).release()
+        except ServiceError as error:
+            logger.error("preload failed: %s", error, extra={"model": name})
+
+    async def drain(self) -> None:
+        """Stop admission and let running requests finish, until DRAIN_TIMEOUT ends the rest."""
+        self.stopping = True
+        self.pool.stop_admission()
+        deadline = asyncio.get_running_loop().time() + self.settings.drain_timeout
+        for relay in self.relays:
+            relay.end_by(deadline)
+        while self.relays:
+            await asyncio.wait({relay.ended for relay in self.relays})
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceDep = Annotated[Service, Depends(_service)]

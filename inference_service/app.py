@@ -1,0 +1,105 @@
+"""Wiring: the parts of the service, its lifespan, and how errors are rendered."""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from inference_service import __version__
+from inference_service.api import admin, health, openai
+from inference_service.api.access import Access
+from inference_service.api.service import Service
+from inference_service.config import Settings
+from inference_service.engines.device import Backend, Device
+from inference_service.engines.factory import EngineFactory
+from inference_service.engines.launcher import Launcher
+from inference_service.errors import InvalidRequest, ServiceError, error_envelope
+from inference_service.metrics import Metrics
+from inference_service.pool.pool import Pool
+from inference_service.storage.catalog import Catalog
+from inference_service.storage.store import open_store
+from inference_service.storage.sync import Sync
+
+logger = logging.getLogger(__name__)
+
+
+def build_app(settings: Settings, device: Device, backend: Backend, launcher: Launcher) -> FastAPI:
+    """The ASGI application; its lifespan attaches the launcher and, at the end, closes the pool."""
+    store = open_store(settings.gcs_bucket)
+    factory = EngineFactory(settings, device, backend, launcher)
+    metrics = Metrics()
+    pool = Pool(
+        Sync(store, settings.local_model_cache).snapshot,
+        factory.make,
+        metrics,
+        slots=settings.max_cached_models,
+        concurrency=settings.concurrency,
+    )
+    metrics.watch_engines(pool.count_by_state)
+    catalog = Catalog(store, settings.gcs_model_prefix)
+    service = Service(settings, device, backend, catalog, pool, metrics)
+    app = FastAPI(
+        title="inference-service",
+        version=__version__,
+        lifespan=_lifespan(service, factory, launcher),
+    )
+    app.state.service = service
+    for router in (openai.router, admin.router, health.router):
+        app.include_router(router)
+    app.add_middleware(Access)
+    _render_errors(app)
+    return app
+
+
+def _lifespan(
+    service: Service, factory: EngineFactory, launcher: Launcher
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        launcher.attach()
+        preloads = service.preload()
+        yield
+        for preload in preloads:
+            preload.cancel()
+        await service.pool.close()
+        launcher.close()
+        factory.close()
+
+    return lifespan
+
+
+def _render_errors(app: FastAPI) -> None:
+    @app.exception_handler(ServiceError)
+    async def service_error(request: Request, error: ServiceError) -> Response:
+        service: Service = request.app.state.service
+        # No model label: the name is the client's, and may be none of the catalog's.
+        service.metrics.requests.labels("", str(error.status)).inc()
+        return JSONResponse(error.envelope(), error.status, error.headers())
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        message = f"{error.detail}: {request.method} {request.url.path}"
+        code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+        envelope = error_envelope(message, "invalid_request_error", code=code)
+        return JSONResponse(envelope, error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"][1:]))
+        rendered = InvalidRequest(f"Invalid value for '{field}': {problem['msg']}.", param=field)
+        return JSONResponse(rendered.envelope(), rendered.status)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        # Starlette raises it again after this answer, and the server logs it with its trace.
+        envelope = error_envelope(
+            "The service failed in a way that it does not know. Its log has the details.",
+            "server_error",
+            code="internal_error",
+        )
+        return JSONResponse(envelope, 500)

@@ -1,0 +1,155 @@
+"""The service's settings: environment variables and `.env`, read once at the start.
+
+Owns names, defaults, bounds and their documentation (README and .env.example are held equal to it by
+a test). What they mean for a device or an engine is decided in engines/.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class EngineChoice(StrEnum):
+    AUTO = "auto"
+    VLLM = "vllm"
+    TRANSFORMERS = "transformers"
+    FAKE = "fake"
+
+
+class DtypeChoice(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+def _names(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    return value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
+
+
+class Settings(BaseSettings):
+    """All settings; the field's name in capitals is the environment variable."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True)
+
+    gcs_bucket: str = Field(
+        "your-models-bucket",
+        min_length=1,
+        description="Bucket that holds the models, or `file:///dir` for a local directory of the same layout",
+    )
+    gcs_model_prefix: str = Field(
+        "models/", description="Prefix of the models inside the bucket; may be empty"
+    )
+    local_model_cache: Path = Field(
+        Path("/tmp/model_cache"),  # noqa: S108  (the documented default; Cloud Run offers no other disk)
+        description="Directory for verified snapshots of the models",
+    )
+    max_cached_models: int = Field(2, ge=1, le=64, description="Engines that may live at once")
+    max_concurrent_requests: int = Field(
+        50,
+        ge=1,
+        le=100_000,
+        description="Requests that run at once (1 with LOCAL_DEV unless set); four times as many "
+        "may wait, the rest get 429",
+    )
+    request_timeout: float = Field(300, gt=0, le=86_400, description="Seconds that a whole request may take")
+    default_max_tokens: int = Field(
+        512, ge=1, le=10_000_000, description="Generated tokens where the request is silent"
+    )
+    default_temperature: float = Field(
+        0.7, ge=0, le=2, description="Sampling temperature where the request is silent"
+    )
+    local_dev: bool = Field(False, description="One request at a time, for development on a laptop")
+    listen_address: str = Field("0.0.0.0", min_length=1, description="Address that the service listens on")
+    port: int = Field(8080, ge=0, le=65_535, description="Port (0 lets the system pick one)")
+    engine: EngineChoice = Field(
+        EngineChoice.AUTO,
+        description="`auto` takes the best backend for the device; `fake` answers without a model",
+    )
+    dtype: DtypeChoice = Field(
+        DtypeChoice.AUTO,
+        description="Weights' type; `auto`: float16 on CUDA (bfloat16 where the checkpoint is "
+        "bfloat16), float32 elsewhere",
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=1,
+        le=100_000_000,
+        description="Context length in tokens; unset: the longest that the model and memory allow",
+    )
+    engine_eager: bool | None = Field(
+        None,
+        description="Skip graph capture and compilation; unset: true on the CPU, false elsewhere",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Share of the device's memory that all engines may use together",
+    )
+    tensor_parallel_size: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
+        "auto", description="GPUs per engine; `auto`: all GPUs of the machine"
+    )
+    preload_models: Names = Field((), description="Models to load at the start, comma-separated")
+    drain_timeout: float = Field(
+        8, ge=0, le=3_600, description="Seconds that running requests may take after SIGTERM"
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="`auto`: JSON on Cloud Run (where K_SERVICE is set), text elsewhere"
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Least severe level that is logged"
+    )
+    fake_tokens_per_second: float = Field(
+        20, gt=0, le=1_000_000, description="Rate of one stream with ENGINE=fake"
+    )
+
+    @field_validator("gcs_bucket")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        value = value.removeprefix("gs://").rstrip("/") if value.startswith("gs://") else value
+        if "://" in value and not value.startswith("file:///"):
+            raise ValueError("a bucket's name, gs://name or file:///absolute/directory")
+        if "/" in value and not value.startswith("file:///"):
+            raise ValueError("a bucket's name without a path; GCS_MODEL_PREFIX holds the path")
+        return value
+
+    @field_validator("gcs_model_prefix")
+    @classmethod
+    def _ends_in_slash(cls, value: str) -> str:
+        value = value.strip("/")
+        return f"{value}/" if value else ""
+
+    @property
+    def concurrency(self) -> int:
+        """MAX_CONCURRENT_REQUESTS with LOCAL_DEV applied."""
+        if self.local_dev and "max_concurrent_requests" not in self.model_fields_set:
+            return 1
+        return self.max_concurrent_requests
+
+
+class BadSettings(Exception):
+    """One line for the operator: which variable, its value, what is allowed."""
+
+
+def load_settings() -> Settings:
+    """Read the environment and `.env`; raises BadSettings."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise BadSettings("; ".join(map(_explain, error.errors()))) from error
+
+
+def _explain(problem: Any) -> str:
+    field = str(problem["loc"][0])
+    allowed = problem["msg"].removeprefix("Value error, ")
+    about = Settings.model_fields[field].description if field in Settings.model_fields else ""
+    return f"{field.upper()}={problem['input']!r} is not allowed: {allowed} ({about})"

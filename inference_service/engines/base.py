@@ -1,0 +1,124 @@
+"""What the pool and the relay know of an engine, whatever runs behind it.
+
+Owns the words: states, the Engine and Reply protocols, and HostSpec, the order for a host process that
+travels to the launcher as JSON.
+"""
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+
+class EngineState(StrEnum):
+    """`stopped -> starting -> ready -> draining -> stopping -> stopped`, and `failed`."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A verified local directory of one revision of a model."""
+
+    model: str
+    revision: str
+    path: Path
+    bytes: int
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """The order for one host process.
+
+    `program` is the module whose `run(spec, listener)` serves; `environment` is set in the host before
+    it runs; the defaults apply where a request is silent.
+    """
+
+    model: str
+    program: str
+    directory: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    default_max_tokens: int
+    default_temperature: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        return cls(**{**value, "arguments": tuple(value["arguments"])})
+
+
+class Reply(Protocol):
+    """A host's answer while it arrives. Closing it aborts the generation."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def content_type(self) -> str: ...
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """Bytes as they come; raises EngineDied when the host goes away."""
+        ...
+
+    async def read(self) -> bytes:
+        """The whole body; raises EngineDied when the host goes away."""
+        ...
+
+    def close(self) -> None:
+        """Drop the connection to the host; idempotent, never blocks."""
+        ...
+
+
+class Engine(Protocol):
+    """One model's engine. `start` once, `close` once; both may be cancelled."""
+
+    @property
+    def snapshot(self) -> Snapshot: ...
+
+    @property
+    def healthy(self) -> bool: ...
+
+    @property
+    def process_id(self) -> int | None:
+        """Leader of the host's process group, None before it exists."""
+        ...
+
+    async def start(self) -> None:
+        """Return once the engine answers; raises EngineStartFailed with the engine's own reason."""
+        ...
+
+    async def forward(self, path: str, body: bytes, request_id: str) -> Reply:
+        """Send one request to the host; raises EngineDied."""
+        ...
+
+    async def running(self) -> int:
+        """Requests that the engine works on at this moment; raises EngineDied."""
+        ...
+
+    async def wait_dead(self) -> str:
+        """Return, with the reason, once the host's process is gone."""
+        ...
+
+    async def close(self) -> None:
+        """End the host's process group; returns when no process of it is left."""
+        ...
+
+
+def encode_message(message: dict[str, Any]) -> bytes:
+    """One message between service and launcher (a SOCK_SEQPACKET datagram)."""
+    return json.dumps(message).encode()
+
+
+def decode_message(packet: bytes) -> dict[str, Any]:
+    message: dict[str, Any] = json.loads(packet)
+    return message

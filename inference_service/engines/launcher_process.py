@@ -1,0 +1,244 @@
+"""The launcher's program: imports the backend once, then forks a host per order.
+
+Runs as `python -m inference_service.engines.launcher_process CONTROL_FD LIFELINE_FD BACKEND DEVICE`
+and holds one thread, because a fork keeps only the thread that called it. It imports vLLM and never touches
+CUDA: a CUDA context does not survive a fork.
+
+Messages (one SOCK_SEQPACKET datagram each, JSON):
+    service -> launcher   {"launch": id, "spec": {...}}  with two descriptors: listener, log
+                          {"kill": pid, "signal": n}     the host's whole process group
+    launcher -> service   {"imported": seconds} | {"failed": reason}
+                          {"launched": id, "pid": n}
+                          {"exited": pid, "status": n}   once nothing of the group is left
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from types import FrameType
+from typing import Any, NoReturn
+
+from inference_service.engines.base import HostSpec, decode_message, encode_message
+
+# What a host of each backend imports; a name that is missing is only slower, never an error, except
+# for the first, without which the backend cannot run at all.
+PRELOAD = {
+    "vllm": (
+        "vllm.v1.engine.core",
+        "vllm.v1.engine.async_llm",
+        "vllm.v1.executor.uniproc_executor",
+        "vllm.entrypoints.launchers.api_server.entry",
+        "vllm.entrypoints.launchers.cli_args",
+        "vllm.entrypoints.generate.api_router",
+        "vllm.model_executor.models.llama",
+        "vllm.model_executor.models.qwen2",
+        "vllm.reasoning",
+        "vllm.tool_parsers",
+        "inference_service.hosts.vllm",
+    ),
+    "fake": ("inference_service.hosts.fake",),
+}
+PRELOAD_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
+
+MAX_MESSAGE_BYTES = 1 << 17
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def main() -> None:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    lifeline, backend, device = int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    _die_with_parent()
+    _adopt_orphans()
+    started = time.monotonic()
+    try:
+        preload(backend, device)
+    except Exception as error:
+        traceback.print_exc()
+        control.send(encode_message({"failed": f"{type(error).__name__}: {error}"}))
+        sys.exit(1)
+    control.send(encode_message({"imported": round(time.monotonic() - started, 2)}))
+    # Pages that the collector never touches again stay shared with every host.
+    gc.collect()
+    gc.freeze()
+    _Launcher(control, lifeline).serve()
+
+
+def preload(backend: str, device: str) -> None:
+    """Import what hosts of `backend` need; raises whatever the first import raises."""
+    first, *others = PRELOAD[backend]
+    importlib.import_module(first)
+    for name in (*others, *(PRELOAD_CPU if (backend, device) == ("vllm", "cpu") else ())):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            _say(f"WARNING: {name} was not preloaded: {error}")
+
+
+class _Launcher:
+    def __init__(self, control: socket.socket, lifeline: int) -> None:
+        self._control = control
+        self._lifeline = lifeline
+        self._hosts: set[int] = set()
+        self._ending: dict[int, int] = {}
+        self._wakeup_read, self._wakeup_write = os.pipe()
+        os.set_blocking(self._wakeup_write, False)
+
+    def serve(self) -> None:
+        """Until the service closes its end: obey its orders, report hosts that ended."""
+        signal.set_wakeup_fd(self._wakeup_write)
+        signal.signal(signal.SIGCHLD, _wake)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ, self._obey)
+            selector.register(self._wakeup_read, selectors.EVENT_READ, self._reap)
+            while True:
+                for key, _ in selector.select():
+                    key.data()
+
+    def _obey(self) -> None:
+        packet, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 2)
+        if not packet:
+            self._end()
+        message = decode_message(packet)
+        if "launch" in message:
+            self._launch(message["launch"], message["spec"], *descriptors)
+        else:
+            self._kill(message["kill"], message["signal"])
+
+    def _launch(self, order: int, spec: dict[str, Any], listener: int, log: int) -> None:
+        pid = os.fork()
+        if pid == 0:
+            self._become_host(HostSpec.from_json(spec), listener, log)
+        self._hosts.add(pid)
+        # Also here, not only in the child: a kill may be ordered before the child has run.
+        _lead_group(pid)
+        os.close(listener)
+        os.close(log)
+        self._control.send(encode_message({"launched": order, "pid": pid}))
+
+    def _become_host(self, spec: HostSpec, listener: int, log: int) -> NoReturn:
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            _lead_group(0)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            for descriptor in (self._control.detach(), self._wakeup_read, self._wakeup_write, log):
+                os.close(descriptor)
+            _end_group_with_service(self._lifeline)
+            os.environ.update(spec.environment)
+            program = importlib.import_module(spec.program)
+            program.run(spec, socket.socket(fileno=listener))
+        except BaseException as error:
+            _report_failure(error)
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+
+    def _kill(self, pid: int, number: int) -> None:
+        # Only what was not reaped yet: until then the group's id cannot belong to anyone else.
+        if pid in self._hosts:
+            _kill_group(pid, number)
+
+    def _reap(self) -> None:
+        """Reap whatever ended: hosts, and what they left behind, which falls to this process."""
+        os.read(self._wakeup_read, 4096)
+        while (pid := _next_zombie()) is not None:
+            if pid in self._hosts:
+                # Before the leader is reaped: until then the group's id cannot be anyone else's.
+                _kill_group(pid, signal.SIGKILL)
+                self._hosts.discard(pid)
+                self._ending[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            else:
+                os.waitpid(pid, 0)
+        for pid in [pid for pid in self._ending if not _group_exists(pid)]:
+            exited = {"exited": pid, "status": self._ending.pop(pid)}
+            self._control.send(encode_message(exited))
+
+    def _end(self) -> NoReturn:
+        for pid in self._hosts:
+            _kill_group(pid, signal.SIGKILL)
+        sys.exit(0)
+
+
+def _wake(number: int, frame: FrameType | None) -> None:
+    """A Python-level handler must exist for the wake-up descriptor to be written."""
+
+
+def _next_zombie() -> int | None:
+    try:
+        found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    return None if found is None else found.si_pid
+
+
+def _group_exists(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _lead_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.setpgid(pid, 0)
+
+
+def _kill_group(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, number)
+
+
+def _die_with_parent() -> None:
+    """Let the kernel end this process with the service, also in the middle of an import."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _adopt_orphans() -> None:
+    """Let what a dead host leaves behind fall to this process, which reaps it.
+
+    Otherwise it falls to process 1, which in a container is the service and reaps nothing.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _end_group_with_service(lifeline: int) -> None:
+    """Kill this host's group when the service is gone.
+
+    The service alone holds the pipe's other end, so the kernel closes it however the service ends.
+    """
+
+    def watch() -> None:
+        os.read(lifeline, 1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _report_failure(error: BaseException) -> None:
+    traceback.print_exc()
+    _say(f"{type(error).__name__}: {error}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Every error that a client can meet, with its HTTP status and OpenAI's `type` and `code`.
+
+Errors are raised where a library's own error is translated; `app.py` renders them, in one place.
+
+    ServiceError
+    ├── InvalidRequest          400   a field is missing, mistyped or out of range
+    │   ├── ContextLengthExceeded
+    │   └── BodyTooLarge        413
+    ├── ModelNotFound           404
+    ├── ModelNotServable        422   the model is there and cannot be served; says why
+    ├── Overloaded              429   too many requests wait already
+    ├── StoreError              503   the bucket cannot be read; says why
+    │   ├── StoreForbidden      500   the service lacks a permission or the bucket does not exist
+    │   └── SnapshotCorrupt     502   the bytes that arrived are not those that the listing names
+    ├── EngineError             502   the engine answered with an error of its own
+    │   ├── EngineStartFailed   503   the engine could not be started; says the engine's reason
+    │   └── EngineDied          503   the engine's process went away under the request
+    ├── RequestTimedOut         504
+    └── ShuttingDown            503
+"""
+
+from typing import Any, ClassVar
+
+
+class ServiceError(Exception):
+    """Base of every error with an answer for the client.
+
+    `param` names the request's field that is at fault, `retry_after` (seconds) is sent as Retry-After.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+    def envelope(self) -> dict[str, Any]:
+        """OpenAI's error body."""
+        return error_envelope(self.message, self.type, self.param, self.code)
+
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+
+
+def error_envelope(
+    message: str, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """`{"error": {...}}` with the four keys that OpenAI's clients read."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class InvalidRequest(ServiceError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class BodyTooLarge(InvalidRequest):
+    status = 413
+    code = "request_too_large"
+
+
+class ModelNotFound(ServiceError):
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"The model '{name}' does not exist in the bucket. GET /v1/models lists those that do.",
+            param="model",
+        )
+
+
+class ModelNotServable(ServiceError):
+    status = 422
+    type = "invalid_request_error"
+    code = "model_not_servable"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"The model '{name}' cannot be served: {reason}", param="model")
+
+
+class Overloaded(ServiceError):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class StoreError(ServiceError):
+    status = 503
+    code = "store_unavailable"
+
+
+class StoreForbidden(StoreError):
+    status = 500
+    code = "store_forbidden"
+
+
+class SnapshotCorrupt(StoreError):
+    status = 502
+    code = "snapshot_corrupt"
+
+
+class EngineError(ServiceError):
+    status = 502
+    code = "engine_error"
+
+
+class EngineStartFailed(EngineError):
+    status = 503
+    code = "engine_start_failed"
+
+    def headers(self) -> dict[str, str]:
+        # The client library retries a 503 twice by itself; a load that failed for a reason of the
+        # model's would only fail again.
+        return {**super().headers(), "x-should-retry": "false"}
+
+
+class EngineDied(EngineError):
+    status = 503
+    code = "engine_died"
+
+
+class RequestTimedOut(ServiceError):
+    status = 504
+    type = "timeout_error"
+    code = "timeout"
+
+
+class ShuttingDown(ServiceError):
+    status = 503
+    code = "shutting_down"

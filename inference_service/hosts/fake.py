@@ -1,0 +1,153 @@
+"""A host without a model: deterministic words at a chosen rate, the same HTTP, no torch.
+
+For load tests of the service and for people who build clients; never the default. `arguments` of its
+HostSpec: tokens per second of one stream.
+"""
+
+import asyncio
+import itertools
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from pydantic_core import to_json
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from inference_service.engines.base import HostSpec
+
+_WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog")
+
+
+def run(spec: HostSpec, listener: socket.socket) -> None:
+    """Serve until SIGTERM."""
+    config = uvicorn.Config(build_app(spec), log_level="warning", access_log=False)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def build_app(spec: HostSpec) -> FastAPI:
+    fake = _Fake(spec)
+    app = FastAPI()
+    app.add_api_route("/health", fake.health)
+    app.add_api_route("/control/running", fake.running)
+    app.add_api_route("/v1/chat/completions", fake.chat, methods=["POST"])
+    app.add_api_route("/v1/completions", fake.completion, methods=["POST"])
+    return app
+
+
+class _Fake:
+    def __init__(self, spec: HostSpec) -> None:
+        self._spec = spec
+        self._token_seconds = 1 / float(spec.arguments[0])
+        self._running = 0
+
+    async def health(self) -> dict[str, str]:
+        return {"status": "ok"}
+
+    async def running(self) -> dict[str, int]:
+        return {"running": self._running}
+
+    async def chat(self, request: Request) -> Response:
+        body = await request.json()
+        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        prompt = " ".join(str(message.get("content")) for message in body["messages"])
+        return await self._answer(body, _ChatShape(), prompt, limit)
+
+    async def completion(self, request: Request) -> Response:
+        body = await request.json()
+        return await self._answer(body, _TextShape(), str(body["prompt"]), body.get("max_tokens"))
+
+    async def _answer(
+        self, body: dict[str, Any], shape: "_Shape", prompt: str, limit: int | None
+    ) -> Response:
+        count = limit or self._spec.default_max_tokens
+        head = {
+            "id": f"{shape.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": self._spec.model,
+        }
+        usage = {
+            "prompt_tokens": len(prompt.split()),
+            "completion_tokens": count,
+            "total_tokens": len(prompt.split()) + count,
+        }
+        if body.get("stream"):
+            options = body.get("stream_options") or {}
+            events = self._events(head, shape, count, usage if options.get("include_usage") else None)
+            return StreamingResponse(events, media_type="text/event-stream")
+        text = "".join([token async for token in self._tokens(count)])
+        whole = {"object": shape.whole_object, "choices": [shape.whole(text)], "usage": usage}
+        return JSONResponse(head | whole)
+
+    async def _events(
+        self,
+        head: dict[str, Any],
+        shape: "_Shape",
+        count: int,
+        usage: dict[str, int] | None,
+    ) -> AsyncIterator[bytes]:
+        head = head | {"object": shape.part_object}
+        async for token in self._tokens(count):
+            yield _event(head | {"choices": [shape.part(token, None)]})
+        yield _event(head | {"choices": [shape.part("", "length")]})
+        if usage is not None:
+            yield _event(head | {"choices": [], "usage": usage})
+        yield b"data: [DONE]\n\n"
+
+    async def _tokens(self, count: int) -> AsyncIterator[str]:
+        """Words in a fixed order, each at its time, however late the one before was."""
+        self._running += 1
+        try:
+            started = time.monotonic()
+            for number, word in enumerate(_words(count), start=1):
+                due = started + number * self._token_seconds
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                yield word
+        finally:
+            self._running -= 1
+
+
+class _Shape:
+    prefix: str
+    whole_object: str
+    part_object: str
+
+    def whole(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def part(self, text: str, finish: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class _ChatShape(_Shape):
+    prefix, whole_object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def whole(self, text: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text}
+        return {"index": 0, "message": message, "finish_reason": "length", "logprobs": None}
+
+    def part(self, text: str, finish: str | None) -> dict[str, Any]:
+        delta = {"content": text} if finish is None else {}
+        return {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+
+
+class _TextShape(_Shape):
+    prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
+
+    def whole(self, text: str) -> dict[str, Any]:
+        return self.part(text, "length")
+
+    def part(self, text: str, finish: str | None) -> dict[str, Any]:
+        return {"index": 0, "text": text, "finish_reason": finish, "logprobs": None}
+
+
+def _words(count: int) -> Iterator[str]:
+    for number, word in enumerate(itertools.islice(itertools.cycle(_WORDS), count)):
+        yield word if number == 0 else f" {word}"
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + to_json(chunk) + b"\n\n"

@@ -1,0 +1,95 @@
+"""vLLM's own OpenAI server over one AsyncLLM, on the socket that the service handed down.
+
+Everything inside a request's body (templates, tools, structured outputs, log probabilities) is vLLM's.
+This module adds the control routes and the defaults, and makes the engine core a fork of the host.
+"""
+
+import logging
+import multiprocessing
+import socket
+from argparse import Namespace
+from typing import Any
+
+import uvloop
+import vllm.v1.engine.utils as engine_utils
+from fastapi import APIRouter, FastAPI, Request
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import serve_http
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from inference_service.engines.base import HostSpec
+
+control = APIRouter(prefix="/control")
+
+
+def run(spec: HostSpec, listener: socket.socket) -> None:
+    """Serve until SIGTERM. Raises whatever vLLM raises when the engine cannot be built."""
+    # Sixty lines that list vLLM's routes at every start.
+    logging.getLogger("vllm.entrypoints.launchers.launcher").setLevel(logging.WARNING)
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(list(spec.arguments))
+    validate_parsed_serve_args(args)
+    if current_platform.is_cpu():
+        _fork_engine_core()
+    uvloop.run(_serve(args, spec, listener))
+
+
+async def _serve(args: Namespace, spec: HostSpec, listener: socket.socket) -> None:
+    async with build_async_engine_client(args) as engine:
+        app = await _build(args, spec, engine)
+        shutdown = await serve_http(
+            app,
+            sock=listener,
+            host=None,
+            port=None,
+            access_log=False,
+            log_level="warning",
+        )
+    await shutdown
+
+
+async def _build(args: Namespace, spec: HostSpec, engine: EngineClient) -> FastAPI:
+    tasks = await engine.get_supported_tasks()
+    app: FastAPI = build_app(args, tasks, engine.model_config)
+    app.include_router(control)
+    await init_app_state(engine, app.state, args, tasks)
+    _apply_default_max_tokens(app.state, spec.default_max_tokens)
+    return app
+
+
+def _apply_default_max_tokens(state: Any, default_max_tokens: int) -> None:
+    """Where a request names no limit: a default that gives way to a long prompt.
+
+    vLLM takes the smaller of this and what the context has left, so a silent request never fails for
+    a limit that its client did not set.
+    """
+    for serving in (
+        state.openai_serving_chat,
+        state.openai_serving_completion,
+        state.openai_serving_responses,
+    ):
+        if serving is not None:
+            serving.default_sampling_params["max_tokens"] = default_max_tokens
+    # Completions: vLLM fills a silent request with this field's default, OpenAI's old 16 tokens.
+    CompletionRequest.model_fields["max_tokens"].default = None
+
+
+def _fork_engine_core() -> None:
+    """Fork the engine core: on the CPU vLLM spawns it, which imports everything a second time.
+
+    On CUDA forking is vLLM's own choice as long as the parent has not touched CUDA.
+    """
+    if hasattr(engine_utils, "get_mp_context"):
+        engine_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
+@control.get("/running")
+async def running(request: Request) -> dict[str, int]:
+    """Requests that are neither finished nor aborted."""
+    engine = request.app.state.engine_client
+    return {"running": engine.output_processor.get_num_unfinished_requests()}

@@ -1,0 +1,80 @@
+"""Prometheus metrics of the service.
+
+Labels are `model` and `status` only, and `model` is always a name that the catalog knows, so that no
+client can grow the number of series.
+"""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+# The same buckets as vLLM's own histograms, so that both can be drawn in one graph.
+_FIRST_TOKEN_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640),
+)
+_REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
+_LOAD_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
+
+
+class Metrics:
+    """The service's metric families, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "inference_requests_total",
+            "Requests that ended, by HTTP status (a stream that failed after its first byte counts "
+            "with the status of its error)",
+            ["model", "status"],
+            registry=self.registry,
+        )
+        self.request_seconds = self._histogram(
+            "inference_request_seconds", "Arrival to last byte", _REQUEST_BUCKETS
+        )
+        self.first_token_seconds = self._histogram(
+            "inference_time_to_first_token_seconds",
+            "Arrival to first byte of a stream, waiting and loading included",
+            _FIRST_TOKEN_BUCKETS,
+        )
+        self.prompt_tokens = self._counter("inference_prompt_tokens_total", "Prompt tokens")
+        self.generated_tokens = self._counter("inference_generated_tokens_total", "Generated tokens")
+        self.loads = Counter(
+            "inference_loads_total",
+            "Loads of a model that ended, status ok or failed",
+            ["model", "status"],
+            registry=self.registry,
+        )
+        self.load_seconds = self._histogram(
+            "inference_load_seconds", "Fetch and start of an engine", _LOAD_BUCKETS
+        )
+        self.evictions = self._counter(
+            "inference_evictions_total", "Engines torn down to make room for another"
+        )
+
+    def watch_engines(self, count_by_state: Callable[[], dict[str, int]]) -> None:
+        """Publish the number of engines in each state, read at every scrape."""
+        self.registry.register(_EnginesByState(count_by_state))
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, about: str) -> Counter:
+        return Counter(name, about, ["model"], registry=self.registry)
+
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, about, ["model"], buckets=buckets, registry=self.registry)
+
+
+class _EnginesByState:
+    def __init__(self, count_by_state: Callable[[], dict[str, int]]) -> None:
+        self._count_by_state = count_by_state
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily("inference_engines", "Engines by state", labels=["status"])
+        for state, count in self._count_by_state().items():
+            family.add_metric([state], count)
+        yield family

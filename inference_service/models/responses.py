@@ -1,0 +1,36 @@
+"""Response bodies that the service itself writes; an engine's answers are relayed as they come."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+
+class ModelCard(BaseModel):
+    """One entry of GET /v1/models; `created` in seconds since 1970."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "inference-service"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    """What the service runs on. `dtype` is what a checkpoint gets unless it or DTYPE says otherwise."""
+
+    status: Literal["ok"] = "ok"
+    device: str
+    device_name: str
+    device_count: int
+    dtype: str
+    backend: str
+    version: str
+
+
+class Unloaded(BaseModel):
+    model: str
+    unloaded: bool

@@ -1,0 +1,1 @@
+"""The pool: which engines live, and who may use them."""

@@ -1,0 +1,345 @@
+"""The pool carries out what the scheduler decides: loads, grants, evictions.
+
+Owns slots, leases and waiters. `lease` is the only way to an engine; a lease is given back exactly once,
+by `release`, which is synchronous. Nothing here knows HTTP.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from inference_service.engines.base import Engine, EngineState, Snapshot
+from inference_service.errors import (
+    EngineDied,
+    EngineError,
+    EngineStartFailed,
+    Overloaded,
+    ServiceError,
+    ShuttingDown,
+)
+from inference_service.metrics import Metrics
+from inference_service.pool.scheduler import (
+    EngineView,
+    Evict,
+    Grant,
+    Load,
+    WaiterView,
+    decide,
+)
+from inference_service.storage.catalog import Model
+
+logger = logging.getLogger(__name__)
+
+# So many times the running requests may wait; the next one is refused.
+QUEUED_PER_RUNNING = 4
+OVERLOADED_RETRY_SECONDS = 2
+
+
+class Lease:
+    """One request's hold on a ready engine, until `release`."""
+
+    def __init__(self, pool: "Pool", slot: "_Slot") -> None:
+        self._pool = pool
+        self._slot = slot
+
+    @property
+    def model(self) -> str:
+        return self._slot.model.name
+
+    @property
+    def engine(self) -> Engine:
+        if self._slot.engine is None:
+            raise EngineDied(f"The engine of '{self.model}' is gone. Send the request again.")
+        return self._slot.engine
+
+    def release(self) -> None:
+        """Give the engine back; idempotent."""
+        self._pool._released(self, self._slot)
+
+
+@dataclass(eq=False)
+class _Slot:
+    model: Model
+    state: EngineState = EngineState.STARTING
+    engine: Engine | None = None
+    leases: set[Lease] = field(default_factory=set)
+    last_used: int = 0
+    load_seconds: float | None = None
+    # What runs for this slot: its load, then the watch over its process, then its teardown.
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(eq=False)
+class _Waiter:
+    number: int
+    model: Model
+    since: float
+    lease: asyncio.Future[Lease]
+
+
+class Pool:
+    """At most `slots` engines and `concurrency` leases at once."""
+
+    def __init__(
+        self,
+        fetch: Callable[[Model], Awaitable[Snapshot]],
+        make_engine: Callable[[Snapshot], Engine],
+        metrics: Metrics,
+        *,
+        slots: int,
+        concurrency: int,
+    ) -> None:
+        self._fetch = fetch
+        self._make_engine = make_engine
+        self._metrics = metrics
+        self._slot_count = slots
+        self._concurrency = concurrency
+        self._slots: dict[str, _Slot] = {}
+        self._waiters: dict[int, _Waiter] = {}
+        self._numbers = itertools.count(1)
+        self._uses = itertools.count(1)
+        self._closing = False
+
+    async def lease(self, model: Model) -> Lease:
+        """A lease on the model's engine, loaded if need be.
+
+        Raises Overloaded and ShuttingDown at once, and what the load raised (StoreError,
+        EngineStartFailed) to everyone who waited for it.
+        """
+        self._admit()
+        future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(next(self._numbers), model, time.monotonic(), future)
+        self._waiters[waiter.number] = waiter
+        self._step()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._abandon(waiter)
+            raise
+
+    async def unload(self, model: Model) -> bool:
+        """Tear the model's engine down once its leases are back; False if it has none."""
+        slot = self._slots.get(model.name)
+        if slot is None:
+            return False
+        if slot.state is EngineState.STARTING:
+            self._fail_waiters(slot, EngineError(f"'{model.name}' was unloaded by the operator."))
+        if slot.state in (EngineState.STARTING, EngineState.READY):
+            slot.state = EngineState.DRAINING
+            self._tear_down_if_idle(slot)
+        await slot.gone.wait()
+        return True
+
+    def stop_admission(self) -> None:
+        """Refuse every further lease and every waiter with ShuttingDown; leases go on."""
+        self._closing = True
+        for waiter in list(self._waiters.values()):
+            self._fail(waiter, _shutting_down())
+
+    async def close(self) -> None:
+        """Tear every engine down, busy or not; returns when no process is left."""
+        self.stop_admission()
+        slots = list(self._slots.values())
+        for slot in slots:
+            if slot.state is not EngineState.STOPPING:
+                self._tear_down(slot)
+        await asyncio.gather(*(slot.gone.wait() for slot in slots))
+
+    def count_by_state(self) -> dict[str, int]:
+        """Number of engines in each state, zeros included."""
+        found = Counter(slot.state for slot in self._slots.values())
+        return {state.value: found[state] for state in EngineState if state is not EngineState.STOPPED}
+
+    async def stats(self) -> dict[str, Any]:
+        """Slots, states, leases and waiters, for the operator."""
+        now = time.monotonic()
+        slots = list(self._slots.values())
+        return {
+            "slots": {"total": self._slot_count, "used": len(slots)},
+            "engines": await asyncio.gather(*(_describe(slot) for slot in slots)),
+            "leases": sum(len(slot.leases) for slot in slots),
+            "max_concurrent_requests": self._concurrency,
+            "waiters": [
+                {"model": waiter.model.name, "age_seconds": round(now - waiter.since, 3)}
+                for waiter in self._waiters.values()
+            ],
+        }
+
+    def __repr__(self) -> str:
+        engines = " ".join(f"{key}:{slot.state}({len(slot.leases)})" for key, slot in self._slots.items())
+        waiting = " ".join(waiter.model.name for waiter in self._waiters.values())
+        return f"<Pool {engines or 'empty'} | waiting: {waiting or 'nobody'}>"
+
+    def _admit(self) -> None:
+        if self._closing:
+            raise _shutting_down()
+        if len(self._waiters) >= QUEUED_PER_RUNNING * self._concurrency:
+            raise Overloaded(
+                f"{len(self._waiters)} requests wait already, the most that this service lets wait "
+                f"(MAX_CONCURRENT_REQUESTS={self._concurrency}, and {QUEUED_PER_RUNNING} times as "
+                "many waiting). Try again later.",
+                retry_after=OVERLOADED_RETRY_SECONDS,
+            )
+
+    def _step(self) -> None:
+        """Ask the scheduler and carry out its actions; the only place where state moves on."""
+        if self._closing:
+            return
+        engines = [
+            EngineView(key, slot.state, len(slot.leases), slot.last_used) for key, slot in self._slots.items()
+        ]
+        waiters = [WaiterView(waiter.number, waiter.model.name) for waiter in self._waiters.values()]
+        for action in decide(engines, waiters, slots=self._slot_count, concurrency=self._concurrency):
+            match action:
+                case Grant(number, key):
+                    self._grant(self._waiters.pop(number), self._slots[key])
+                case Load(key):
+                    self._load(key)
+                case Evict(key):
+                    self._metrics.evictions.labels(key).inc()
+                    logger.info("evicting", extra={"model": key})
+                    self._tear_down(self._slots[key])
+
+    def _grant(self, waiter: _Waiter, slot: _Slot) -> None:
+        lease = Lease(self, slot)
+        slot.leases.add(lease)
+        slot.last_used = next(self._uses)
+        waiter.lease.set_result(lease)
+
+    def _released(self, lease: Lease, slot: _Slot) -> None:
+        if lease not in slot.leases:
+            return
+        slot.leases.discard(lease)
+        slot.last_used = next(self._uses)
+        self._tear_down_if_idle(slot)
+        self._step()
+
+    def _abandon(self, waiter: _Waiter) -> None:
+        """The waiter's request is gone, perhaps in the moment in which its lease was granted."""
+        self._waiters.pop(waiter.number, None)
+        lease = waiter.lease
+        if lease.done() and not lease.cancelled() and lease.exception() is None:
+            lease.result().release()
+        self._step()
+
+    def _fail(self, waiter: _Waiter, error: ServiceError) -> None:
+        self._waiters.pop(waiter.number, None)
+        if not waiter.lease.done():
+            waiter.lease.set_exception(error)
+
+    def _fail_waiters(self, slot: _Slot, error: ServiceError) -> None:
+        for waiter in [w for w in self._waiters.values() if w.model.name == slot.model.name]:
+            self._fail(waiter, error)
+
+    def _load(self, key: str) -> None:
+        model = next(w.model for w in self._waiters.values() if w.model.name == key)
+        slot = _Slot(model, last_used=next(self._uses))
+        self._slots[key] = slot
+        self._run(slot, self._start(slot))
+
+    async def _start(self, slot: _Slot) -> None:
+        name, started = slot.model.name, time.monotonic()
+        logger.info("loading", extra={"model": name, "revision": slot.model.revision})
+        try:
+            snapshot = await self._fetch(slot.model)
+            slot.engine = self._make_engine(snapshot)
+            await slot.engine.start()
+        except Exception as error:
+            self._load_failed(slot, error)
+            return
+        if slot.state is not EngineState.STARTING:  # unloaded in the very moment it was ready
+            return
+        slot.load_seconds = round(time.monotonic() - started, 3)
+        slot.state = EngineState.READY
+        self._metrics.loads.labels(name, "ok").inc()
+        self._metrics.load_seconds.labels(name).observe(slot.load_seconds)
+        logger.info("loaded", extra={"model": name, "seconds": slot.load_seconds})
+        self._run(slot, self._watch(slot, slot.engine))
+        self._step()
+
+    def _load_failed(self, slot: _Slot, error: Exception) -> None:
+        name = slot.model.name
+        self._metrics.loads.labels(name, "failed").inc()
+        expected = isinstance(error, ServiceError)
+        logger.error("load failed: %s", error, extra={"model": name}, exc_info=not expected)
+        slot.state = EngineState.FAILED
+        self._fail_waiters(slot, error if isinstance(error, ServiceError) else _unexplained(name, error))
+        self._tear_down(slot)
+
+    async def _watch(self, slot: _Slot, engine: Engine) -> None:
+        reason = await engine.wait_dead()
+        if slot.state in (EngineState.READY, EngineState.DRAINING):
+            logger.error("engine died: %s", reason, extra={"model": slot.model.name})
+            slot.state = EngineState.FAILED
+            self._tear_down(slot)
+
+    def _tear_down_if_idle(self, slot: _Slot) -> None:
+        if slot.state is EngineState.DRAINING and not slot.leases:
+            self._tear_down(slot)
+
+    def _tear_down(self, slot: _Slot) -> None:
+        slot.state = EngineState.STOPPING
+        running = set(slot.tasks)
+        self._run(slot, self._end(slot, running))
+
+    async def _end(self, slot: _Slot, running: set[asyncio.Task[None]]) -> None:
+        """End what runs for the slot, then its engine; only then is the slot free."""
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        try:
+            if slot.engine is not None:
+                await slot.engine.close()
+        except Exception:
+            logger.exception("engine did not close cleanly", extra={"model": slot.model.name})
+        finally:
+            self._slots.pop(slot.model.name, None)
+            slot.engine = None
+            slot.gone.set()
+            logger.info("unloaded", extra={"model": slot.model.name})
+            self._step()
+
+    def _run(self, slot: _Slot, work: Coroutine[Any, Any, None]) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        slot.tasks.add(task)
+        task.add_done_callback(slot.tasks.discard)
+
+
+async def _describe(slot: _Slot) -> dict[str, Any]:
+    return {
+        "model": slot.model.name,
+        "revision": slot.model.revision,
+        "state": slot.state.value,
+        "leases": len(slot.leases),
+        "running": await _running(slot.engine) if slot.state is EngineState.READY else None,
+        "process_id": None if slot.engine is None else slot.engine.process_id,
+        "load_seconds": slot.load_seconds,
+        "bytes": slot.model.bytes,
+    }
+
+
+async def _running(engine: Engine | None) -> int | None:
+    """The engine's own count; None where it does not answer in time."""
+    if engine is None:
+        return None
+    try:
+        async with asyncio.timeout(1.0):
+            return await engine.running()
+    except (EngineError, TimeoutError):
+        return None
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("The service is shutting down. Try again.", retry_after=5)
+
+
+def _unexplained(name: str, error: Exception) -> EngineStartFailed:
+    return EngineStartFailed(
+        f"The model '{name}' could not be loaded: {type(error).__name__}: {error}", param="model"
+    )
