@@ -4,7 +4,9 @@ The whole body is capped before it is parsed; big ones are parsed off the event 
 """
 
 import asyncio
-from typing import TypeVar
+import math
+import re
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
@@ -16,6 +18,9 @@ from inference_service.models.requests import ChatBody, CompletionBody, Generati
 MAX_BODY_BYTES = 4 << 20
 # Above this a parse would hold the event loop, and every stream with it, for a visible moment.
 PARSE_ON_LOOP_BYTES = 64 << 10
+
+# The parser makes infinity of a number beyond a float's range; only such a text is worth a second look.
+_HUGE_NUMBER = re.compile(rb"[eE]\+?\d{3}|\d{309}")
 
 Body = TypeVar("Body", bound=GenerationBody)
 
@@ -57,12 +62,21 @@ def parse(raw: bytes, kind: type[Body]) -> Body:
         value = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequest(f"The request's body is not valid JSON: {error}", param=None) from error
+    if _HUGE_NUMBER.search(raw) and _holds_infinity(value):
+        raise InvalidRequest("The request's body holds a number that is too large.")
     if not isinstance(value, dict):
         raise InvalidRequest("The request's body must be a JSON object.")
     try:
         return kind.model_validate(value)
     except ValidationError as error:
         raise _invalid(error, kind) from error
+
+
+def _holds_infinity(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isinf(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(_holds_infinity(part) for part in parts)
 
 
 def _invalid(error: ValidationError, kind: type[GenerationBody]) -> InvalidRequest:

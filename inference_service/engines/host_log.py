@@ -5,6 +5,7 @@ Keeps the last lines, so that a host that dies while loading leaves its reason b
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -14,12 +15,15 @@ logger = logging.getLogger("inference_service.host")
 
 MAX_LINE_BYTES = 16_384
 KEPT_LINES = 400
+MAX_ERROR_CHARACTERS = 600
 # vLLM: `(EngineCore pid=7) ERROR 11-22 14:58:21 [core.py:1454] message`; uvicorn: `INFO:     message`.
 _PREFIX = re.compile(
     r"^(?:\((?P<program>[\w ]+?) pid=\d+\) )?"
     r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)(?::\s+| \d\d-\d\d [\d:]+ (?:\[[^\]]*\] )?))?"
 )
 _ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<kind>\w*(?:Error|Exception|Interrupt|Exit))(?:: (?P<text>.*))?$")
+# pydantic's postscript to each of its messages.
+_INPUT = re.compile(r" \[type=.*$")
 # Says only that another process of the host failed, whose own error stands further up.
 _SECONDARY = ("Engine core initialization failed", "EngineDeadError", "WorkerProc initialization")
 
@@ -54,7 +58,8 @@ class HostLog:
 
     def last_error(self) -> str | None:
         """The last error that the process printed, as `Kind: text`; the cause before its echo."""
-        errors = [found for found in map(_error_in, self._lines) if found]
+        lines = list(self._lines)
+        errors = [found for at in range(len(lines)) if (found := _error_at(lines, at))]
         causes = [error for error in errors if not any(echo in error for echo in _SECONDARY)]
         return next(reversed(causes or errors), None)
 
@@ -99,8 +104,11 @@ class HostLog:
         logger.log(logging.getLevelNamesMapping()[level or "INFO"], text, extra=fields)
 
 
-def _error_in(line: str) -> str | None:
-    found = _ERROR.match(line.strip())
+def _error_at(lines: list[str], at: int) -> str | None:
+    """The error whose first line stands at `at`, with the indented lines that go on with it."""
+    found = _ERROR.match(lines[at])
     if found is None:
         return None
-    return f"{found['kind']}: {found['text']}" if found["text"] else found["kind"]
+    more = itertools.takewhile(lambda line: line.startswith("  "), lines[at + 1 :])
+    text = " ".join([found["text"] or "", *(_INPUT.sub("", line).strip() for line in more)])
+    return f"{found['kind']}: {text.strip()}"[:MAX_ERROR_CHARACTERS].removesuffix(": ")

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+from typing import Any
 
 from inference_service.engines.base import HostSpec, decode_message, encode_message
 from inference_service.engines.host_log import HostLog
@@ -147,7 +148,8 @@ class Launcher:
             return
         except OSError:
             packet = b""
-        message = decode_message(packet) if packet else {"failed": "the launcher's process ended"}
+        ended = {"failed": "the launcher's process ended"}
+        message: dict[str, Any] = decode_message(packet) if packet else ended
         match message:
             case {"imported": seconds}:
                 logger.info("launcher is ready", extra={"import_seconds": seconds})

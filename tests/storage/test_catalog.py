@@ -1,0 +1,139 @@
+"""Names and what a listing of the prefix means."""
+
+import asyncio
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import pytest
+
+from inference_service.errors import ModelNotFound, ModelNotServable, StoreError
+from inference_service.storage.catalog import Catalog, ModelKind, canonical_name, models_in
+from inference_service.storage.store import StoredObject
+
+
+def stored(name: str, generation: str = "1") -> StoredObject:
+    return StoredObject(f"models/{name}", 10, generation, 7, datetime(2026, 1, 2, tzinfo=UTC))
+
+
+CHECKPOINT = ["config.json", "tokenizer.json", "model.safetensors"]
+
+
+def checkpoint(directory: str, **changes: str) -> list[StoredObject]:
+    return [stored(f"{directory}/{name}", **changes) for name in CHECKPOINT]
+
+
+class ListedStore:
+    def __init__(self, *objects: StoredObject) -> None:
+        self.objects = list(objects)
+        self.listings = 0
+        self.error: StoreError | None = None
+
+    def list(self, prefix: str) -> list[StoredObject]:
+        self.listings += 1
+        if self.error:
+            raise self.error
+        return self.objects
+
+    def read(self, stored: StoredObject) -> Iterator[bytes]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("written", "name"), [("org/model", "org-model"), ("org-model", "org-model"), ("a/b/c/", "a-b-c")]
+)
+def test_canonical_name(written: str, name: str) -> None:
+    assert canonical_name(written) == name
+
+
+def test_directories_are_models_nested_ones_too() -> None:
+    found = models_in([*checkpoint("plain"), *checkpoint("org/nested"), stored("notes.txt")], "models/")
+    assert list(found) == ["org-nested", "plain"]
+    assert found["plain"].bytes == 30
+
+
+def test_a_subdirectory_of_other_files_is_no_model_and_not_part_of_one() -> None:
+    found = models_in([*checkpoint("m"), stored("m/runs/events.json")], "models/")
+    assert list(found) == ["m"]
+    assert len(found["m"].objects) == 3
+
+
+def test_only_what_serving_needs_is_fetched() -> None:
+    others = ["pytorch_model.bin", "modeling_x.py", "optimizer.pt", "README.md", "trainer_state.json"]
+    files = [*checkpoint("m"), *(stored(f"m/{name}") for name in others)]
+    names = [kept.name.rpartition("/")[2] for kept in models_in(files, "models/")["m"].objects]
+    assert names == sorted(CHECKPOINT)
+
+
+def test_an_empty_prefix() -> None:
+    assert list(models_in(checkpoint("m"), "")) == ["models-m"]
+
+
+def test_the_revision_is_every_files_generation_and_checksum() -> None:
+    def revision(files: list[StoredObject]) -> str:
+        return models_in(files, "models/")["m"].revision
+
+    first = revision(checkpoint("m"))
+    assert revision(checkpoint("m")) == first
+    assert revision(checkpoint("m", generation="2")) != first
+    assert revision([*checkpoint("m"), stored("m/chat_template.jinja")]) != first
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (["config.json", "pytorch_model.bin"], "pickles (pytorch_model.bin)"),
+        (["config.json"], "no *.safetensors"),
+        (["adapter_config.json", "adapter_model.safetensors"], "adapter"),
+    ],
+)
+async def test_what_cannot_be_served_says_why(files: list[str], reason: str) -> None:
+    catalog = Catalog(ListedStore(*(stored(f"m/{name}") for name in files)), "models/")
+    with pytest.raises(ModelNotServable) as caught:
+        await catalog.resolve("m")
+    assert reason in caught.value.message
+
+
+def test_adapters_are_known_as_such() -> None:
+    found = models_in([stored("a/adapter_config.json"), stored("a/adapter_model.safetensors")], "models/")
+    assert found["a"].kind is ModelKind.ADAPTER
+
+
+async def test_one_listing_however_many_ask() -> None:
+    store = ListedStore(*checkpoint("m"))
+    catalog = Catalog(store, "models/")
+    await asyncio.gather(*(catalog.resolve("m") for _ in range(50)))
+    await catalog.models()
+    assert store.listings == 1
+
+
+async def test_a_new_model_is_found_soon_and_wrong_names_do_not_list_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = ListedStore(*checkpoint("m"))
+    catalog = Catalog(store, "models/")
+    for _ in range(10):
+        with pytest.raises(ModelNotFound):
+            await catalog.resolve("org/new")
+    assert store.listings == 1
+    store.objects += checkpoint("org/new")
+    monkeypatch.setattr("inference_service.storage.catalog.MISS_LISTING_SECONDS", 0)
+    assert (await catalog.resolve("org/new")).name == "org-new"
+
+
+async def test_a_listing_that_fails_is_tried_again_by_the_next() -> None:
+    store = ListedStore(*checkpoint("m"))
+    store.error = StoreError("gone")
+    catalog = Catalog(store, "models/")
+    with pytest.raises(StoreError):
+        await catalog.models()
+    store.error = None
+    assert len(await catalog.models()) == 1
+
+
+async def test_a_client_that_leaves_does_not_end_the_listing_of_others() -> None:
+    catalog = Catalog(ListedStore(*checkpoint("m")), "models/")
+    impatient = asyncio.create_task(catalog.resolve("m"))
+    patient = asyncio.create_task(catalog.resolve("m"))
+    await asyncio.sleep(0)
+    impatient.cancel()
+    assert (await patient).name == "m"

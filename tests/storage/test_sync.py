@@ -1,0 +1,167 @@
+"""Snapshots: exact, or a clear error and nothing left behind."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from inference_service.errors import SnapshotCorrupt, StoreError
+from inference_service.storage.catalog import Model, models_in
+from inference_service.storage.store import FileStore, StoredObject
+from inference_service.storage.sync import MANIFEST, Sync
+
+CONTENTS = {"config.json": b"{}", "model.safetensors": os.urandom(300_000), "empty.json": b""}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    directory = tmp_path / "source" / "models" / "m"
+    directory.mkdir(parents=True)
+    for name, content in CONTENTS.items():
+        (directory / name).write_bytes(content)
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def listed(store: FileStore) -> Model:
+    return models_in(store.list("models/"), "models/")["m"]
+
+
+def left_behind(cache: Path) -> list[str]:
+    return [path.name for path in cache.rglob("*") if path.is_file()]
+
+
+async def test_a_snapshot_is_the_source(source: Path, cache: Path) -> None:
+    store = FileStore(source)
+    snapshot = await Sync(store, cache).snapshot(listed(store))
+    assert {name: (snapshot.path / name).read_bytes() for name in CONTENTS} == CONTENTS
+    assert (snapshot.path / MANIFEST).is_file()
+    assert snapshot.path.parent.name == "m"
+    assert sorted(path.name for path in snapshot.path.parent.iterdir()) == [snapshot.revision]
+
+
+async def test_it_is_fetched_once_and_kept_across_processes(source: Path, cache: Path) -> None:
+    store = CountingStore(source)
+    model = listed(store)
+    sync = Sync(store, cache)
+    await asyncio.gather(*(sync.snapshot(model) for _ in range(20)))
+    assert store.reads == len(CONTENTS)
+    await Sync(store, cache).snapshot(model)
+    assert store.reads == len(CONTENTS)
+
+
+async def test_a_new_revision_lies_beside_the_old(source: Path, cache: Path) -> None:
+    store = FileStore(source)
+    sync = Sync(store, cache)
+    old = await sync.snapshot(listed(store))
+    (source / "models/m/config.json").write_bytes(b'{"new": true}')
+    new = await sync.snapshot(listed(store))
+    assert new.path != old.path
+    assert (old.path / "config.json").read_bytes() == b"{}"
+
+
+async def test_damaged_bytes_are_refused_and_nothing_is_kept(source: Path, cache: Path) -> None:
+    store = FileStore(source)
+    model = listed(store)
+    claimed = tuple(replace(stored, crc32c=1) for stored in model.objects)
+    with pytest.raises(SnapshotCorrupt, match=r"crc32c [0-9a-f]{8} over .* 00000001"):
+        await Sync(store, cache).snapshot(replace(model, objects=claimed))
+    assert left_behind(cache) == []
+
+
+async def test_a_short_read_is_refused(source: Path, cache: Path) -> None:
+    store = FileStore(source)
+    model = listed(store)
+    longer = tuple(replace(stored, size=stored.size + 1) for stored in model.objects)
+    with pytest.raises(SnapshotCorrupt):
+        await Sync(store, cache).snapshot(replace(model, objects=longer))
+    assert left_behind(cache) == []
+
+
+async def test_a_file_replaced_after_the_listing_is_refused(source: Path, cache: Path) -> None:
+    store = FileStore(source)
+    model = listed(store)
+    (source / "models/m/config.json").write_bytes(b"[]")
+    with pytest.raises(StoreError, match="replaced"):
+        await Sync(store, cache).snapshot(model)
+    assert left_behind(cache) == []
+
+
+async def test_a_directory_without_a_manifest_is_no_snapshot(source: Path, cache: Path) -> None:
+    store = FileStore(source)
+    model = listed(store)
+    half = cache / "m" / model.revision
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    snapshot = await Sync(store, cache).snapshot(model)
+    assert (snapshot.path / "model.safetensors").read_bytes() == CONTENTS["model.safetensors"]
+
+
+async def test_a_cache_that_cannot_be_written_is_named(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store = FileStore(source)
+    with pytest.raises(StoreError, match="LOCAL_MODEL_CACHE"):
+        await Sync(store, tmp_path / "file").snapshot(listed(store))
+
+
+async def test_a_client_that_leaves_does_not_end_the_fetch(source: Path, cache: Path) -> None:
+    store = FileStore(source)
+    sync = Sync(store, cache)
+    impatient = asyncio.create_task(sync.snapshot(listed(store)))
+    await asyncio.sleep(0)
+    impatient.cancel()
+    snapshot = await sync.snapshot(listed(store))
+    assert (snapshot.path / MANIFEST).is_file()
+
+
+KILLED = """
+import asyncio, sys, time
+from pathlib import Path
+from inference_service.storage.store import FileStore
+from inference_service.storage.sync import Sync
+from tests.storage.test_sync import listed
+
+class Slow(FileStore):
+    def read(self, stored):
+        for chunk in super().read(stored):
+            print("reading", flush=True)
+            time.sleep(60)
+            yield chunk
+
+store = Slow(Path(sys.argv[1]))
+asyncio.run(Sync(store, Path(sys.argv[2])).snapshot(listed(store)))
+"""
+
+
+async def test_kill_9_in_the_middle_leaves_nothing_that_counts(source: Path, cache: Path) -> None:
+    fetching = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(source), str(cache)], stdout=subprocess.PIPE
+    )
+    assert fetching.stdout is not None
+    with fetching, fetching.stdout:
+        fetching.stdout.readline()
+        fetching.send_signal(signal.SIGKILL)
+        fetching.wait()
+    store = FileStore(source)
+    snapshot = await Sync(store, cache).snapshot(listed(store))
+    assert {name: (snapshot.path / name).read_bytes() for name in CONTENTS} == CONTENTS
+
+
+class CountingStore(FileStore):
+    reads = 0
+
+    def read(self, stored: StoredObject) -> Iterator[bytes]:
+        self.reads += 1
+        time.sleep(0.01)
+        return super().read(stored)

@@ -1,0 +1,138 @@
+"""Settings: defaults, bounds, and their documentation held equal to the code."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from inference_service.config import BadSettings, Settings, load_settings
+
+ROOT = Path(__file__).parents[1]
+NAMES = {field.upper() for field in Settings.model_fields}
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def shown(value: object) -> str:
+    """A default as an operator would write it."""
+    if value is None or value == ():
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+DEFAULTS = {name.upper(): shown(field.default) for name, field in Settings.model_fields.items()}
+
+
+def test_defaults() -> None:
+    settings = load_settings()
+    assert settings.gcs_bucket == "your-models-bucket"
+    assert (settings.gcs_model_prefix, settings.local_model_cache) == (
+        "models/",
+        Path("/tmp/model_cache"),
+    )
+    assert (settings.max_cached_models, settings.max_concurrent_requests) == (2, 50)
+    assert (settings.request_timeout, settings.default_max_tokens) == (300, 512)
+    assert (settings.default_temperature, settings.local_dev, settings.port) == (0.7, False, 8080)
+
+
+def test_local_dev_takes_one_request_at_a_time_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_DEV", "true")
+    assert load_settings().concurrency == 1
+    monkeypatch.setenv("MAX_CONCURRENT_REQUESTS", "7")
+    assert load_settings().concurrency == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "eighty"),
+        ("PORT", "70000"),
+        ("MAX_CACHED_MODELS", "0"),
+        ("REQUEST_TIMEOUT", "-1"),
+        ("REQUEST_TIMEOUT", "nan"),
+        ("ENGINE", "ollama"),
+        ("DTYPE", "int3"),
+        ("DEFAULT_TEMPERATURE", "3"),
+        ("GCS_BUCKET", "s3://bucket"),
+        ("GCS_BUCKET", "file://relative"),
+        ("GCS_BUCKET", "bucket/path"),
+        ("TENSOR_PARALLEL_SIZE", "many"),
+        ("LOCAL_DEV", "perhaps"),
+    ],
+)
+def test_a_bad_value_names_the_variable_and_the_value(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(BadSettings) as caught:
+        load_settings()
+    assert str(caught.value).startswith(f"{name}='{value}' is not allowed: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_value_stops_the_start_with_one_line(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "inference_service"],
+        env={"PORT": "x", "PATH": "/usr/bin"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("inference-service: PORT='x' is not allowed")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_dotenv(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("GCS_BUCKET=from-dotenv\nMAX_MODEL_LEN=\nPRELOAD_MODELS=a, b/c\n")
+    settings = load_settings()
+    assert settings.gcs_bucket == "from-dotenv"
+    assert settings.max_model_len is None, "empty means unset"
+    assert settings.preload_models == ("a", "b/c")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("gs://my-bucket/", "my-bucket"), ("my-bucket", "my-bucket"), ("file:///a/b", "file:///a/b")],
+)
+def test_buckets(monkeypatch: pytest.MonkeyPatch, given: str, kept: str) -> None:
+    monkeypatch.setenv("GCS_BUCKET", given)
+    assert load_settings().gcs_bucket == kept
+
+
+@pytest.mark.parametrize(("given", "kept"), [("a/b", "a/b/"), ("/a/", "a/"), ("", "models/"), ("/", "")])
+def test_prefixes(monkeypatch: pytest.MonkeyPatch, given: str, kept: str) -> None:
+    monkeypatch.setenv("GCS_MODEL_PREFIX", given)
+    assert load_settings().gcs_model_prefix == kept
+
+
+def test_the_readmes_table_is_the_code() -> None:
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert {name: default.strip("`") for name, default, _ in rows} == DEFAULTS
+    for name, _, description in rows:
+        field = Settings.model_fields[name.lower()]
+        assert description == field.description
+
+
+def test_the_example_is_the_code() -> None:
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    assert dict(line.split("=", 1) for line in lines if line and not line.startswith("#")) == DEFAULTS
+
+
+def test_cloud_run_sets_what_there_is() -> None:
+    service = yaml.safe_load((ROOT / "deploy" / "cloudrun" / "service.yaml").read_text())
+    (container,) = service["spec"]["template"]["spec"]["containers"]
+    given = {entry["name"] for entry in container["env"]}
+    assert given <= NAMES
+    assert NAMES - given <= {
+        *("PORT", "LISTEN_ADDRESS", "LOCAL_DEV", "FAKE_TOKENS_PER_SECOND"),
+    }, "every other setting is shown, so that an operator finds it"
