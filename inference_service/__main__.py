@@ -67,7 +67,7 @@ def _serve(settings: Settings, device: Device, backend: Backend, listener: socke
     from inference_service.engines.launcher import Launcher
     from inference_service.logs import configure_logs
 
-    configure_logs(settings)
+    configure_logs(settings.log_format, settings.log_level)
     launcher = Launcher(backend.value, device.kind.value, launcher_environment(backend, device))
     try:
         import uvicorn

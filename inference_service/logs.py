@@ -10,8 +10,6 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-from inference_service.config import Settings
-
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 _SEVERITY = {"WARN": "WARNING", "FATAL": "CRITICAL"}
 
@@ -50,11 +48,11 @@ class TextFormatter(logging.Formatter):
         return f"{line}  {fields}" if fields else line
 
 
-def configure_logs(settings: Settings) -> None:
-    """Send every log record of this process to stdout in the chosen format."""
-    as_json = settings.log_format == "json" or (settings.log_format == "auto" and "K_SERVICE" in os.environ)
+def configure_logs(log_format: str, level: str) -> None:
+    """Send every log record of this process to stdout, as `json`, `text` or what suits (`auto`)."""
+    as_json = log_format == "json" or (log_format == "auto" and "K_SERVICE" in os.environ)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
-    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     for noisy in ("uvicorn.error", "google", "urllib3", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.root.level))

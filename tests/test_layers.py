@@ -22,7 +22,7 @@ FLOORS = {
     "pool": 3,
     "api": 5,
     "app": 6,
-    "__main__": 6,
+    "__main__": 7,
 }
 # Package -> the only places that may import it.
 FENCES = {

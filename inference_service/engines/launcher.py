@@ -137,6 +137,8 @@ class Launcher:
         self.attach()
 
     def _detach(self) -> None:
+        if self._control.fileno() < 0:
+            return
         with contextlib.suppress(RuntimeError):  # no loop: the service ends before it has begun
             asyncio.get_running_loop().remove_reader(self._control)
         self._control.close()

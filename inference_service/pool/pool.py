@@ -207,6 +207,8 @@ class Pool:
                     self._tear_down(self._slots[key])
 
     def _grant(self, waiter: _Waiter, slot: _Slot) -> None:
+        if waiter.lease.done():  # cancelled, and its task has not run since
+            return
         lease = Lease(self, slot)
         slot.leases.add(lease)
         slot.last_used = next(self._uses)

@@ -89,6 +89,7 @@ async def test_a_host_killed_in_the_middle_of_a_reply(launcher: Launcher, tmp_pa
     with pytest.raises(EngineDied, match="went away"):
         async for _ in chunks:
             pass
+    reply.close()
     assert "SIGKILL" in await host.wait_dead()
     assert not host.healthy
     await host.close()
