@@ -8,6 +8,10 @@ INSTALLED := $(VENV)/.installed
 DEMO := .demo
 DEMO_MODEL := $(DEMO)/models/smollm2-135m-instruct
 QUICK ?=
+# Whether a setting is given, in the environment or in .env.
+given = $(or $($(1)),$(shell grep -s '^$(1)=.' .env))
+DEMO_SETTINGS := $(if $(call given,LISTEN_ADDRESS),,LISTEN_ADDRESS=127.0.0.1) \
+  $(if $(call given,GCS_BUCKET),,GCS_BUCKET=file://$(CURDIR)/$(DEMO) PRELOAD_MODELS=smollm2-135m-instruct)
 
 # torch's companions do not match its CPU build and nothing here needs them.
 export UV_EXCLUDE := requirements/cpu-excludes.txt
@@ -18,27 +22,24 @@ else
 export UV_TORCH_BACKEND := cpu
 endif
 
-.PHONY: run model test check format lock bench-serve clean
+.PHONY: run model test test-gpu check format lock bench-serve clean
 
+# The demo's bucket, unless one is set in the environment or in .env.
 run: model
-	@port=$${PORT:-8080}; printf '%s\n' \
-	  '' "Talk to it, at http://127.0.0.1:$$port (Ctrl-C ends it):" '' \
-	  "  curl http://127.0.0.1:$$port/v1/chat/completions -H 'Content-Type: application/json' -d '{\"model\": \"smollm2-135m-instruct\", \"messages\": [{\"role\": \"user\", \"content\": \"What is the capital of France?\"}]}'" '' \
-	  '  $(BIN)/python -c '"'"'' \
-	  '  from openai import OpenAI' \
-	  "  client = OpenAI(base_url=\"http://127.0.0.1:$$port/v1\", api_key=\"none\")" \
-	  '  question = {"role": "user", "content": "What is the capital of France?"}' \
-	  '  answer = client.chat.completions.create(model="smollm2-135m-instruct", messages=[question])' \
-	  '  print(answer.choices[0].message.content)'"'"'' ''
-	@exec env GCS_BUCKET="$${GCS_BUCKET:-file://$(CURDIR)/$(DEMO)}" \
-	  LISTEN_ADDRESS="$${LISTEN_ADDRESS:-127.0.0.1}" PRELOAD_MODELS="$${PRELOAD_MODELS-smollm2-135m-instruct}" \
-	  $(BIN)/python -m inference_service
+	@$(BIN)/python -m deploy.local.welcome
+	@exec env $(DEMO_SETTINGS) $(BIN)/python -m inference_service
 
 model: $(INSTALLED)
 	@$(BIN)/python -m deploy.local.demo_model $(DEMO_MODEL)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# On a machine with a GPU, with vLLM's CUDA build in an environment of its own.
+test-gpu: $(BIN)/uv
+	env -u UV_EXCLUDE -u UV_TORCH_BACKEND $(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-cuda
+	env -u UV_EXCLUDE -u UV_TORCH_BACKEND $(BIN)/uv pip install --python .venv-cuda/bin/python --editable '.[cuda,transformers,dev]'
+	.venv-cuda/bin/python -m pytest -m gpu
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -93,13 +93,3 @@ def _render_errors(app: FastAPI) -> None:
         field = ".".join(map(str, problem["loc"][1:]))
         rendered = InvalidRequest(f"Invalid value for '{field}': {problem['msg']}.", param=field)
         return JSONResponse(rendered.envelope(), rendered.status)
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> Response:
-        # Starlette raises it again after this answer, and the server logs it with its trace.
-        envelope = error_envelope(
-            "The service failed in a way that it does not know. Its log has the details.",
-            "server_error",
-            code="internal_error",
-        )
-        return JSONResponse(envelope, 500)

@@ -25,7 +25,7 @@ def gcs_url() -> Iterator[str]:
 def bucket(gcs_url: str, checkpoints: Checkpoints) -> Iterator[Bucket]:
     """A bucket as users have it: two checkpoints, an adapter, one with nothing but pickles."""
     with new_bucket(gcs_url, "fine-tunes") as bucket:
-        bucket.upload(checkpoints.base, "models/smollm2")
+        bucket.upload(checkpoints.base, "models/smollm2-135m-instruct")
         bucket.upload(checkpoints.tuned, "models/acme/smollm2-tuned")
         bucket.put("models/some-adapter/adapter_config.json", b"{}")
         bucket.put("models/some-adapter/adapter_model.safetensors", b"weights")

@@ -1,4 +1,7 @@
-"""What every request gets, whatever becomes of it: an id, its arrival time and one line in the log."""
+"""What every request gets, whatever becomes of it: an id, its arrival time and one line in the log.
+
+Also the last resort: an error that nobody expected becomes a 500 in OpenAI's envelope.
+"""
 
 import logging
 import re
@@ -6,7 +9,10 @@ import time
 import uuid
 from typing import Any
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from inference_service.errors import error_envelope
 
 logger = logging.getLogger("inference_service.access")
 
@@ -40,8 +46,17 @@ class Access:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("unexpected error", extra={"request_id": request_id.decode("latin-1")})
+            if status == 0:
+                await _internal_error()(scope, receive, send_with_id)
         finally:
             _log(scope, status, arrived, request_id)
+
+
+def _internal_error() -> JSONResponse:
+    message = "The service failed in a way that it does not know. Its log has the details."
+    return JSONResponse(error_envelope(message, "server_error", code="internal_error"), 500)
 
 
 def _client_id(scope: Scope) -> bytes | None:

@@ -62,7 +62,7 @@ def test_two_models_in_one_slot(small: ServiceProcess) -> None:
     assert resident_bytes(small.descendants()) < 1.2 * alone, "its memory is back"
 
     assert ask(small, BASE) == "The capital of France is Paris."
-    assert 'inference_evictions_total{model="smollm2"} 1.0' in small.http.get("/metrics").text
+    assert 'inference_evictions_total{model="smollm2-135m-instruct"} 1.0' in small.http.get("/metrics").text
 
 
 def test_a_busy_engine_is_never_evicted(small: ServiceProcess) -> None:
@@ -109,6 +109,22 @@ def test_a_killed_engine_fails_its_stream_and_is_replaced(small: ServiceProcess)
             pass
     small.wait_until(lambda: group_members(pid) == [], 5)
     assert ask(small, BASE) == "The capital of France is Paris."
+
+
+def test_an_engine_core_ends_with_its_host_by_itself(small: ServiceProcess) -> None:
+    """Also when the launcher, which would sweep it away, cannot."""
+    ask(small, BASE)
+    host = psutil.Process(small.engine(BASE)["process_id"])
+    (core,) = host.children()
+    launcher = host.parent()
+    assert launcher is not None
+    launcher.suspend()
+    try:
+        host.kill()
+        core.wait(5)
+    finally:
+        launcher.resume()
+    small.wait_until(lambda: small.stats()["engines"] == [], 5)
 
 
 def test_a_load_that_fails_says_the_engines_reason(

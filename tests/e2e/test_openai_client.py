@@ -1,14 +1,18 @@
 """The openai client against a bucket in a real GCS server and vLLM's real engine."""
 
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import openai
 import pytest
 
+from deploy.local.welcome import welcome
 from tests.fixtures.service_process import ServiceProcess
 
-BASE, TUNED = "smollm2", "acme-smollm2-tuned"
+BASE, TUNED = "smollm2-135m-instruct", "acme-smollm2-tuned"
 CAPITAL = "What is the capital of France?"
 
 
@@ -76,6 +80,17 @@ def test_completions_stream(service: ServiceProcess) -> None:
 def test_models_list(service: ServiceProcess) -> None:
     assert [model.id for model in service.openai.models.list()] == [TUNED, BASE]
     assert service.openai.models.retrieve("acme/smollm2-tuned").id == TUNED
+
+
+def test_what_make_run_prints_works_as_printed(service: ServiceProcess) -> None:
+    printed = welcome(service.port)
+    curl = next(line for line in printed.splitlines() if line.startswith("curl "))
+    python = printed[printed.index(".venv/bin/python") : printed.index("EOF\n\n") + 4]
+    for command in (curl, python.replace(".venv/bin/python", sys.executable)):
+        said = subprocess.run(
+            ["bash", "-c", command], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+        )
+        assert "Paris" in said.stdout
 
 
 def test_unknown_model(service: ServiceProcess) -> None:

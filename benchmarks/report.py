@@ -1,0 +1,29 @@
+"""How every benchmark prints: a table, and as the last line one JSON object."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def median(values: Sequence[float]) -> float:
+    return round(statistics.median(values), 4)
+
+
+def spread(values: Sequence[float]) -> str:
+    """`1.01 (0.98-1.05)`: the median with the smallest and the largest."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    for row in (header, ["-" * width for width in widths], *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_result(bench: str, ratios: Mapping[str, float], figures: Mapping[str, Any]) -> None:
+    print(json.dumps({"bench": bench, "ratios": dict(ratios), "figures": dict(figures)}), flush=True)
+
+
+def say(line: str) -> None:
+    print(f"  … {line}", flush=True)

@@ -1,0 +1,124 @@
+"""The servers that are measured, as processes: this service, and vLLM's own."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from inference_service.config import Settings
+from inference_service.engines.base import Snapshot
+from inference_service.engines.device import choose_backend, find_device
+from inference_service.engines.factory import launcher_environment, vllm_arguments
+
+START_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """One running server under measurement; `name` is how the tables call it."""
+
+    name: str
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def wait_until_up(self, path: str, log: Path) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                urllib.request.urlopen(self.url + path, timeout=2).close()  # noqa: S310  (our own)
+                return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.2)
+        raise RuntimeError(f"{self.name} did not start:\n{log.read_text()[-4000:]}")
+
+
+@contextmanager
+def this_service(model: Path, settings: Settings) -> Iterator[Server]:
+    """The service over the directory that holds `model`; loading begins with its first request."""
+    port = free_port()
+    environment = {
+        "GCS_BUCKET": f"file://{model.parent.parent}",
+        "GCS_MODEL_PREFIX": f"{model.parent.name}/",
+        "MAX_MODEL_LEN": str(settings.max_model_len),
+        "LISTEN_ADDRESS": "127.0.0.1",
+        "PORT": str(port),
+        "LOG_LEVEL": "WARNING",
+    }
+    with tempfile.TemporaryDirectory() as room:
+        environment["LOCAL_MODEL_CACHE"] = f"{room}/cache"
+        command = [sys.executable, "-m", "inference_service"]
+        with _running("this service", command, environment, port, Path(room), "/ready") as server:
+            yield server
+
+
+@contextmanager
+def vllm_server(name: str, model: Path, settings: Settings | None) -> Iterator[Server]:
+    """`python -m vllm.entrypoints.openai.api_server`.
+
+    With `settings`: the very arguments and environment that this service gives its engine. Without:
+    vLLM's defaults.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if settings is None:
+        command += ["--model", str(model), "--served-model-name", model.name]
+    else:
+        device = find_device()
+        snapshot = Snapshot(model.name, "", model, 0)
+        command += vllm_arguments(settings, device, snapshot)
+        environment = launcher_environment(choose_backend(settings.engine, device), device)
+    with (
+        tempfile.TemporaryDirectory() as room,
+        _running(name, command, environment, port, Path(room), "/health") as server,
+    ):
+        yield server
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def _running(
+    name: str, command: list[str], environment: dict[str, str], port: int, room: Path, path: str
+) -> Iterator[Server]:
+    log = room / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = Server(name, f"http://127.0.0.1:{port}", process)
+    try:
+        server.wait_until_up(path, log)
+        yield server
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

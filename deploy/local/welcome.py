@@ -1,0 +1,33 @@
+"""What `make run` prints before the service starts: how to talk to it."""
+
+from inference_service.config import BadSettings, load_settings
+
+MODEL = "smollm2-135m-instruct"
+
+
+def welcome(port: int) -> str:
+    """A curl line and a five-line Python example that work as printed."""
+    url = f"http://127.0.0.1:{port}/v1"
+    body = f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    return f"""
+The service listens at http://127.0.0.1:{port} (Ctrl-C ends it). In another terminal:
+
+curl {url}/chat/completions -H 'Content-Type: application/json' -d '{body}'
+
+.venv/bin/python - <<'EOF'
+from openai import OpenAI
+client = OpenAI(base_url="{url}", api_key="none")
+question = {{"role": "user", "content": "What is the capital of France?"}}
+answer = client.chat.completions.create(model="{MODEL}", messages=[question])
+print(answer.choices[0].message.content)
+EOF
+
+The first answer waits for the engine's start, half a minute or so; add "stream": true to see tokens come.
+"""
+
+
+if __name__ == "__main__":
+    try:
+        print(welcome(load_settings().port), flush=True)
+    except BadSettings as error:
+        raise SystemExit(f"inference-service: {error}") from error

@@ -1,0 +1,60 @@
+"""What only a machine with a GPU can show: `make test-gpu`."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from inference_service.engines.device import DeviceKind, find_device
+from tests.e2e.test_openai_client import BASE, TUNED, ask
+from tests.fixtures.bucket import Bucket
+from tests.fixtures.service_process import ServiceProcess, running_service
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(find_device().kind is not DeviceKind.CUDA, reason="no CUDA device here"),
+]
+
+
+@pytest.fixture(scope="module")
+def service(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    with running_service(
+        tmp_path_factory.mktemp("cuda"),
+        GCS_BUCKET=bucket.name,
+        STORAGE_EMULATOR_HOST=bucket.url,
+        MAX_CACHED_MODELS="1",
+        MAX_MODEL_LEN="2048",
+        GPU_MEMORY_UTILIZATION="0.3",
+    ) as service:
+        yield service
+
+
+def used_gpu_bytes() -> int:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def test_a_model_is_served_on_the_gpu_and_its_memory_comes_back(service: ServiceProcess) -> None:
+    idle = used_gpu_bytes()
+    assert ask(service, BASE) == "The capital of France is Paris."
+    health = service.http.get("/health").json()
+    assert (health["device"], health["backend"]) == ("cuda", "vllm")
+    assert used_gpu_bytes() > idle + (1 << 30)
+    assert ask(service, TUNED) == "The capital of France is Zubrowka."
+    assert service.http.post(f"/admin/unload/{TUNED}").json()["unloaded"]
+    assert used_gpu_bytes() < idle + (200 << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_the_launcher_never_touches_the_gpu(service: ServiceProcess) -> None:
+    ask(service, BASE)
+    (launcher,) = psutil.Process(service.process.pid).children()
+    opened = [str(fd.readlink()) for fd in Path(f"/proc/{launcher.pid}/fd").iterdir()]
+    assert not [path for path in opened if "nvidia" in path]
