@@ -8,7 +8,8 @@ MODEL = "smollm2-135m-instruct"
 def welcome(port: int) -> str:
     """A curl line and a five-line Python example that work as printed."""
     url = f"http://127.0.0.1:{port}/v1"
-    body = f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    message = '{"role": "user", "content": "What is the capital of France?"}'
+    body = f'{{"model": "{MODEL}", "messages": [{message}], "temperature": 0}}'
     return f"""
 The service listens at http://127.0.0.1:{port} (Ctrl-C ends it). In another terminal:
 
@@ -17,8 +18,8 @@ curl {url}/chat/completions -H 'Content-Type: application/json' -d '{body}'
 .venv/bin/python - <<'EOF'
 from openai import OpenAI
 client = OpenAI(base_url="{url}", api_key="none")
-question = {{"role": "user", "content": "What is the capital of France?"}}
-answer = client.chat.completions.create(model="{MODEL}", messages=[question])
+question = {message}
+answer = client.chat.completions.create(model="{MODEL}", messages=[question], temperature=0)
 print(answer.choices[0].message.content)
 EOF
 

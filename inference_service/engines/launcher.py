@@ -69,10 +69,6 @@ class Launcher:
     def process_id(self) -> int:
         return self._process.pid
 
-    @property
-    def alive(self) -> bool:
-        return self._failure is None and self._process.poll() is None
-
     def attach(self) -> None:
         """Read the launcher's messages and its log on the running event loop."""
         self._control.setblocking(False)
@@ -85,18 +81,23 @@ class Launcher:
         Waits while the launcher still imports; restarts a launcher that died. Raises
         EngineStartFailed when it cannot import its backend.
         """
-        if not self.alive:
+        if self._process.poll() is not None:
+            self._receive()  # what it said before it ended
+        if self._failure is not None:
             self._restart()
         order = next(self._orders)
         launched: asyncio.Future[Host] = asyncio.get_running_loop().create_future()
         self._launching[order] = launched
         message = encode_message({"launch": order, "spec": spec.to_json()})
-        socket.send_fds(self._control, [message], [listener.fileno(), log])
+        # A launcher that has just died is told by `_receive`, which fails every order under way.
+        with contextlib.suppress(ConnectionError):
+            socket.send_fds(self._control, [message], [listener.fileno(), log])
         return await launched
 
     def kill(self, pid: int, number: signal.Signals) -> None:
-        if self.alive:
-            self._control.send(encode_message({"kill": pid, "signal": number}))
+        if self._failure is None:
+            with contextlib.suppress(ConnectionError):
+                self._control.send(encode_message({"kill": pid, "signal": number}))
 
     def close(self) -> None:
         """End the launcher and, with it, every host that is left; idempotent."""
@@ -144,19 +145,26 @@ class Launcher:
         self._control.close()
 
     def _receive(self) -> None:
-        try:
-            packet = self._control.recv(MAX_MESSAGE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            packet = b""
-        ended = {"failed": "the launcher's process ended"}
-        message: dict[str, Any] = decode_message(packet) if packet else ended
+        """Take in all messages that have come, up to the launcher's end."""
+        while self._failure is None:
+            try:
+                packet = self._control.recv(MAX_MESSAGE_BYTES)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                # It ended with orders unread. That is told first, and only once; its last messages
+                # are still there.
+                continue
+            self._take(decode_message(packet) if packet else {"failed": "the launcher's process ended"})
+
+    def _take(self, message: dict[str, Any]) -> None:
         match message:
             case {"imported": seconds}:
                 logger.info("launcher is ready", extra={"import_seconds": seconds})
             case {"launched": order, "pid": pid}:
                 self._launched(order, pid)
+            case {"refused": order, "reason": reason}:
+                self._refused(order, str(reason))
             case {"exited": pid, "status": status}:
                 self._exited(pid, status)
             case {"failed": reason}:
@@ -165,11 +173,17 @@ class Launcher:
     def _launched(self, order: int, pid: int) -> None:
         host = Host(self, pid)
         launched = self._launching.pop(order)
-        if launched.cancelled():
+        if launched.done():  # cancelled: nobody wants this host any more
             self.kill(pid, signal.SIGKILL)
             return
         self._hosts[pid] = host
         launched.set_result(host)
+
+    def _refused(self, order: int, reason: str) -> None:
+        launched = self._launching.pop(order)
+        if not launched.done():
+            error = EngineStartFailed(f"No process could be started for the engine: {reason}")
+            launched.set_exception(error)
 
     def _exited(self, pid: int, status: int) -> None:
         host = self._hosts.pop(pid, None)
@@ -178,8 +192,7 @@ class Launcher:
 
     def _fail(self, reason: str) -> None:
         """The launcher is gone: no host can be ordered from it, and its hosts are not waited for."""
-        if self._failure is None:
-            self._failure = reason
+        self._failure = reason
         self._detach()
         for launched in self._launching.values():
             if not launched.done():

@@ -8,7 +8,7 @@ Messages (one SOCK_SEQPACKET datagram each, JSON):
     service -> launcher   {"launch": id, "spec": {...}}  with two descriptors: listener, log
                           {"kill": pid, "signal": n}     the host's whole process group
     launcher -> service   {"imported": seconds} | {"failed": reason}
-                          {"launched": id, "pid": n}
+                          {"launched": id, "pid": n} | {"refused": id, "reason": text}
                           {"exited": pid, "status": n}   once nothing of the group is left
 """
 
@@ -110,19 +110,25 @@ class _Launcher:
             self._end()
         message = decode_message(packet)
         if "launch" in message:
-            self._launch(message["launch"], message["spec"], *descriptors)
+            try:
+                self._launch(message["launch"], message["spec"], *descriptors)
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
         else:
             self._kill(message["kill"], message["signal"])
 
     def _launch(self, order: int, spec: dict[str, Any], listener: int, log: int) -> None:
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # out of processes or of memory: no reason to end the other hosts
+            self._control.send(encode_message({"refused": order, "reason": str(error)}))
+            return
         if pid == 0:
             self._become_host(HostSpec.from_json(spec), listener, log)
         self._hosts.add(pid)
         # Also here, not only in the child: a kill may be ordered before the child has run.
         _lead_group(pid)
-        os.close(listener)
-        os.close(log)
         self._control.send(encode_message({"launched": order, "pid": pid}))
 
     def _become_host(self, spec: HostSpec, listener: int, log: int) -> NoReturn:

@@ -121,7 +121,8 @@ def test_an_engine_core_ends_with_its_host_by_itself(small: ServiceProcess) -> N
     launcher.suspend()
     try:
         host.kill()
-        core.wait(5)
+        # A zombie: the launcher, to which it falls, reaps nothing while it is suspended.
+        small.wait_until(lambda: core.status() == psutil.STATUS_ZOMBIE, 5)
     finally:
         launcher.resume()
     small.wait_until(lambda: small.stats()["engines"] == [], 5)
