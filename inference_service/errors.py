@@ -16,6 +16,7 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     │   ├── EngineStartFailed   503   the engine could not be started; says the engine's reason
     │   └── EngineDied          503   the engine's process went away under the request
     ├── RequestTimedOut         504
+    ├── ClientLeft              499   for metrics and the log: nobody reads it
     └── ShuttingDown            503
 """
 
@@ -134,6 +135,15 @@ class RequestTimedOut(ServiceError):
     status = 504
     type = "timeout_error"
     code = "timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The request took longer than {seconds:g} s (REQUEST_TIMEOUT).")
+
+
+class ClientLeft(ServiceError):
+    status = 499
+    type = "invalid_request_error"
+    code = "client_left"
 
 
 class ShuttingDown(ServiceError):

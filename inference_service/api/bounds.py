@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import ValidationError
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 
-from inference_service.errors import BodyTooLarge, InvalidRequest
+from inference_service.api.service import ServiceDep
+from inference_service.errors import BodyTooLarge, ClientLeft, InvalidRequest, RequestTimedOut
 from inference_service.models.requests import ChatBody, CompletionBody, GenerationBody
 
 MAX_BODY_BYTES = 4 << 20
@@ -25,16 +27,22 @@ _HUGE_NUMBER = re.compile(rb"[eE]\+?\d{3}|\d{309}")
 Body = TypeVar("Body", bound=GenerationBody)
 
 
-async def chat_body(request: Request) -> ChatBody:
-    return await _body(request, ChatBody)
+async def chat_body(request: Request, service: ServiceDep) -> ChatBody:
+    return await _body(request, service.settings.request_timeout, ChatBody)
 
 
-async def completion_body(request: Request) -> CompletionBody:
-    return await _body(request, CompletionBody)
+async def completion_body(request: Request, service: ServiceDep) -> CompletionBody:
+    return await _body(request, service.settings.request_timeout, CompletionBody)
 
 
-async def _body(request: Request, kind: type[Body]) -> Body:
-    raw = await _read(request)
+async def _body(request: Request, seconds: float, kind: type[Body]) -> Body:
+    try:
+        async with asyncio.timeout(seconds):
+            raw = await _read(request)
+    except TimeoutError as error:
+        raise RequestTimedOut(seconds) from error
+    except ClientDisconnect as error:
+        raise ClientLeft("The client left before its request was whole.") from error
     if len(raw) <= PARSE_ON_LOOP_BYTES:
         return parse(raw, kind)
     return await asyncio.to_thread(parse, raw, kind)

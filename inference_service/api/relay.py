@@ -16,14 +16,13 @@ from starlette.types import Receive, Scope, Send
 from inference_service.api.service import Service
 from inference_service.api.sse import StreamReader, error_event, host_error
 from inference_service.engines.base import Reply
-from inference_service.errors import EngineError, RequestTimedOut, ServiceError, ShuttingDown
+from inference_service.errors import ClientLeft, EngineError, RequestTimedOut, ServiceError, ShuttingDown
 from inference_service.models.requests import GenerationBody
 from inference_service.pool.pool import Lease
 from inference_service.storage.catalog import Model
 
 # A client that does not read would hold its error, and this task, for ever.
 LAST_WORD_SECONDS = 2.0
-CLIENT_GONE_STATUS = 499
 
 
 class Relay(Response):
@@ -38,7 +37,8 @@ class Relay(Response):
         self._engine_request_id: str = request.state.engine_request_id
         self._arrived: float = request.state.arrived
         loop = asyncio.get_running_loop()
-        self._deadline = loop.time() + service.settings.request_timeout
+        spent = time.monotonic() - self._arrived
+        self._deadline = loop.time() + service.settings.request_timeout - spent
         self._limit: asyncio.Timeout | None = None
         self._cause: ServiceError | None = None
         self._client_left = False
@@ -74,10 +74,7 @@ class Relay(Response):
             async with asyncio.timeout_at(self._deadline) as self._limit:
                 await self._run(send)
         except TimeoutError:
-            return self._cause or RequestTimedOut(
-                f"The request took longer than {self._service.settings.request_timeout:g} s "
-                "(REQUEST_TIMEOUT)."
-            )
+            return self._cause or RequestTimedOut(self._service.settings.request_timeout)
         except ServiceError as error:
             return error
         return None
@@ -171,7 +168,7 @@ class Relay(Response):
 
     def _record(self, error: ServiceError | None) -> None:
         if self._client_left:
-            status = CLIENT_GONE_STATUS
+            status = ClientLeft.status
         else:
             status = error.status if error is not None else (self._status or 500)
         metrics, name = self._service.metrics, self._model.name

@@ -76,10 +76,7 @@ class FileStore:
     def read(self, stored: StoredObject) -> Iterator[bytes]:
         with self._translated(), (self._root / stored.name).open("rb") as source:
             if _generation(os.fstat(source.fileno())) != stored.generation:
-                raise StoreError(
-                    f"{stored.name} was replaced while it was fetched. Try again.",
-                    retry_after=RETRY_AFTER_SECONDS,
-                )
+                raise _replaced_error(stored)
             while chunk := source.read(CHUNK_BYTES):
                 yield chunk
 
@@ -139,7 +136,7 @@ class GcsStore:
                 timeout=CONNECT_READ_SECONDS,
                 retry=self._retry(),
             )
-            with reader:
+            with reader, _replaced(stored):
                 while chunk := reader.read(CHUNK_BYTES):
                     yield chunk
 
@@ -162,9 +159,7 @@ class GcsStore:
         try:
             yield
         except api.NotFound as error:
-            raise StoreForbidden(
-                f"The bucket gs://{self._name} or an object in it does not exist: {error.message}"
-            ) from error
+            raise StoreForbidden(f"The bucket gs://{self._name} does not exist: {error.message}") from error
         except (api.Forbidden, api.Unauthorized) as error:
             raise StoreForbidden(
                 f"The service may not read gs://{self._name}: {error.message} "
@@ -180,6 +175,24 @@ class GcsStore:
                 f"The bucket gs://{self._name} cannot be reached: {error}",
                 retry_after=RETRY_AFTER_SECONDS,
             ) from error
+
+
+@contextmanager
+def _replaced(stored: StoredObject) -> Iterator[None]:
+    """An object that the listing showed and that is not there in that generation any more."""
+    from google.api_core import exceptions as api
+
+    try:
+        yield
+    except api.NotFound as error:
+        raise _replaced_error(stored) from error
+
+
+def _replaced_error(stored: StoredObject) -> StoreError:
+    return StoreError(
+        f"{stored.name} was replaced or deleted while it was fetched. Try again.",
+        retry_after=RETRY_AFTER_SECONDS,
+    )
 
 
 def _stored(blob: "storage.Blob") -> StoredObject:

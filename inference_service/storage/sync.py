@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = ".manifest.json"
 _INCOMPLETE = ".incomplete-"
 PROGRESS_SECONDS = 3.0
+ABANDONED_SECONDS = 3600.0
 
 
 class Sync:
@@ -64,6 +65,7 @@ class Sync:
 
     def _fetch(self, model: Model, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_abandoned(target.parent)
         staging = Path(tempfile.mkdtemp(prefix=f"{_INCOMPLETE}{model.revision}-", dir=target.parent))
         try:
             progress = _Progress(model)
@@ -116,6 +118,17 @@ class _Progress:
                 "mib_per_second": round(self._done / (1 << 20) / max(1e-3, now - self._started)),
             },
         )
+
+
+def _sweep_abandoned(directory: Path) -> None:
+    """Remove what killed fetches left: staging that nobody has written to for an hour.
+
+    Anything younger may be another process's, whose fetch must not lose its files.
+    """
+    for staging in directory.glob(f"{_INCOMPLETE}*"):
+        newest = max((path.stat().st_mtime for path in (staging, *staging.iterdir())), default=0.0)
+        if time.time() - newest > ABANDONED_SECONDS:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _verify(path: Path, stored: StoredObject, expected: int) -> None:

@@ -158,6 +158,19 @@ def test_a_client_that_does_not_read_is_cut_at_the_timeout(narrow: ServiceProces
         narrow.wait_until(lambda: narrow.stats()["leases"] == 0, 10)
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_body(narrow: ServiceProcess) -> None:
+    with socket.create_connection(("127.0.0.1", narrow.port)) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    narrow.wait_until(lambda: 'status="499"' in narrow.http.get("/metrics").text, 5)
+    assert "Traceback" not in narrow.log_text()
+
+
+def test_a_body_that_never_ends_is_cut_at_the_timeout(narrow: ServiceProcess) -> None:
+    with socket.create_connection(("127.0.0.1", narrow.port), timeout=20) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert client.recv(65536).startswith(b"HTTP/1.1 504")
+
+
 def test_an_abandonment_storm_leaves_nothing(narrow: ServiceProcess) -> None:
     """Many clients over three models and two slots, half of whom leave while queued or loading."""
 

@@ -39,7 +39,7 @@ def test_reading_is_pinned_to_the_listed_generation(small_bucket: Bucket) -> Non
     (old,) = store.list("models/")
     assert b"".join(store.read(old)) == b"old"
     small_bucket.put("models/m/config.json", b"new")
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError, match=r"models/m/config.json was replaced"):
         b"".join(store.read(old))
 
 

@@ -158,6 +158,18 @@ async def test_kill_9_in_the_middle_leaves_nothing_that_counts(source: Path, cac
     assert {name: (snapshot.path / name).read_bytes() for name in CONTENTS} == CONTENTS
 
 
+async def test_what_a_killed_fetch_left_goes_and_what_another_writes_stays(source: Path, cache: Path) -> None:
+    old, young = cache / "m" / ".incomplete-x-1", cache / "m" / ".incomplete-x-2"
+    for staging in (old, young):
+        staging.mkdir(parents=True)
+        (staging / "model.safetensors").write_bytes(b"half")
+    for path in (old / "model.safetensors", old):
+        os.utime(path, (1, 1))
+    store = FileStore(source)
+    await Sync(store, cache).snapshot(listed(store))
+    assert (old.exists(), young.exists()) == (False, True)
+
+
 class CountingStore(FileStore):
     reads = 0
 
