@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
@@ -14,11 +14,17 @@ from inference_service.metrics import Metrics
 from inference_service.pool.pool import Pool
 from inference_service.storage.catalog import Catalog
 
-if TYPE_CHECKING:
-    from inference_service.api.relay import Relay
-
-
 logger = logging.getLogger(__name__)
+
+
+class UnderWay(Protocol):
+    """A request under way, as far as a shutdown is concerned with it."""
+
+    ended: asyncio.Future[None]
+
+    def end_by(self, deadline: float) -> None:
+        """End at `deadline` (the event loop's time) at the latest."""
+        ...
 
 
 @dataclass
@@ -31,7 +37,7 @@ class Service:
     catalog: Catalog
     pool: Pool
     metrics: Metrics
-    relays: "set[Relay]" = field(default_factory=set)
+    relays: set[UnderWay] = field(default_factory=set)
     stopping: bool = False
 
     def preload(self) -> list[asyncio.Task[None]]:

@@ -123,13 +123,17 @@ class Pool:
             self._abandon(waiter)
             raise
 
-    async def unload(self, model: Model) -> bool:
+    def holds(self, name: str) -> bool:
+        """Whether a slot is the model's, in whatever state."""
+        return name in self._slots
+
+    async def unload(self, name: str) -> bool:
         """Tear the model's engine down once its leases are back; False if it has none."""
-        slot = self._slots.get(model.name)
+        slot = self._slots.get(name)
         if slot is None:
             return False
         if slot.state is EngineState.STARTING:
-            self._fail_waiters(slot, EngineError(f"'{model.name}' was unloaded by the operator."))
+            self._fail_waiters(slot, EngineError(f"'{name}' was unloaded by the operator."))
         if slot.state in (EngineState.STARTING, EngineState.READY):
             slot.state = EngineState.DRAINING
             self._tear_down_if_idle(slot)
@@ -267,6 +271,8 @@ class Pool:
 
     def _load_failed(self, slot: _Slot, error: Exception) -> None:
         name = slot.model.name
+        if slot.state is not EngineState.STARTING:  # it failed because it was being unloaded
+            return
         self._metrics.loads.labels(name, "failed").inc()
         expected = isinstance(error, ServiceError)
         logger.error("load failed: %s", error, extra={"model": name}, exc_info=not expected)
@@ -286,6 +292,7 @@ class Pool:
             self._tear_down(slot)
 
     def _tear_down(self, slot: _Slot) -> None:
+        """Once per slot: whoever calls has looked that it is not being torn down already."""
         slot.state = EngineState.STOPPING
         running = set(slot.tasks)
         self._run(slot, self._end(slot, running))
@@ -301,7 +308,7 @@ class Pool:
         except Exception:
             logger.exception("engine did not close cleanly", extra={"model": slot.model.name})
         finally:
-            self._slots.pop(slot.model.name, None)
+            del self._slots[slot.model.name]
             slot.engine = None
             slot.gone.set()
             logger.info("unloaded", extra={"model": slot.model.name})

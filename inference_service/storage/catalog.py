@@ -7,14 +7,17 @@ client may write it either way: `org/model` and `org-model` are one model. Fetch
 
 import asyncio
 import hashlib
+import logging
 import time
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import PurePosixPath
 
-from inference_service.errors import ModelNotFound, ModelNotServable
+from inference_service.errors import ModelNotFound, ModelNotServable, StoreError
 from inference_service.storage.store import Store, StoredObject
+
+logger = logging.getLogger(__name__)
 
 LISTING_SECONDS = 30.0
 # A name that the cached listing lacks may have been uploaded just now; look again, but not for
@@ -67,10 +70,15 @@ class Catalog:
         self._listed_at: float | None = None
         self._refreshing: asyncio.Task[None] | None = None
 
+    @property
+    def listed(self) -> list[Model]:
+        """All models by name as they were last listed; the store is not asked."""
+        return list(self._models.values())
+
     async def models(self) -> list[Model]:
         """All models by name; raises StoreError."""
         await self._refresh_after(LISTING_SECONDS)
-        return list(self._models.values())
+        return self.listed
 
     async def resolve(self, name: str) -> Model:
         """The servable model that a client means by `name`.
@@ -84,29 +92,41 @@ class Catalog:
 
     async def find(self, name: str) -> Model:
         """As `resolve`, also for a model that cannot be served."""
-        await self._refresh_after(LISTING_SECONDS)
         wanted = canonical_name(name)
-        if wanted not in self._models:
+        if wanted in self._models:
+            # A known model never waits for the bucket: a stale listing is renewed behind it.
+            self._refresh_if_older(LISTING_SECONDS)
+        else:
             await self._refresh_after(MISS_LISTING_SECONDS)
         if wanted not in self._models:
             raise ModelNotFound(name)
         return self._models[wanted]
 
     async def _refresh_after(self, seconds: float) -> None:
+        refreshing = self._refresh_if_older(seconds)
+        if refreshing is not None:
+            # Shielded: one client that leaves must not end the listing that others wait for.
+            await asyncio.shield(refreshing)
+
+    def _refresh_if_older(self, seconds: float) -> asyncio.Task[None] | None:
         if self._listed_at is not None and time.monotonic() - self._listed_at < seconds:
-            return
+            return None
         if self._refreshing is None:
             self._refreshing = asyncio.create_task(self._refresh())
-        # Shielded: one client that leaves must not end the listing that others wait for.
-        await asyncio.shield(self._refreshing)
+        return self._refreshing
 
     async def _refresh(self) -> None:
         try:
             objects = await asyncio.to_thread(self._store.list, self._prefix)
             self._models = models_in(objects, self._prefix)
-            self._listed_at = time.monotonic()
+        except StoreError as error:
+            if self._listed_at is None:
+                raise
+            # What is loaded and cached goes on being served while the bucket cannot be reached.
+            logger.warning("the old listing is kept: %s", error)
         finally:
             self._refreshing = None
+        self._listed_at = time.monotonic()
 
 
 def models_in(objects: list[StoredObject], prefix: str) -> dict[str, Model]:

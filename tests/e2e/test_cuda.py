@@ -8,9 +8,10 @@ import psutil
 import pytest
 
 from inference_service.engines.device import DeviceKind, find_device
+from tests.e2e.conftest import real_service
 from tests.e2e.test_openai_client import BASE, TUNED, ask
 from tests.fixtures.bucket import Bucket
-from tests.fixtures.service_process import ServiceProcess, running_service
+from tests.fixtures.service_process import ServiceProcess
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,13 +21,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def service(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
-    with running_service(
-        tmp_path_factory.mktemp("cuda"),
-        GCS_BUCKET=bucket.name,
-        STORAGE_EMULATOR_HOST=bucket.url,
-        MAX_CACHED_MODELS="1",
-        MAX_MODEL_LEN="2048",
-        GPU_MEMORY_UTILIZATION="0.3",
+    room = tmp_path_factory.mktemp("cuda")
+    with real_service(
+        bucket, room, MAX_CACHED_MODELS="1", GPU_MEMORY_UTILIZATION="0.3", ENGINE="auto"
     ) as service:
         yield service
 

@@ -15,22 +15,17 @@ import openai
 import psutil
 import pytest
 
-from tests.e2e.conftest import REAL
+from tests.e2e.conftest import real_service
 from tests.e2e.test_openai_client import BASE, TUNED, ask
 from tests.fixtures.bucket import Bucket
-from tests.fixtures.service_process import ServiceProcess, running_service
+from tests.fixtures.service_process import ServiceProcess
 
 
 @pytest.fixture(scope="module")
 def small(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     """One slot."""
-    with running_service(
-        tmp_path_factory.mktemp("small"),
-        GCS_BUCKET=f"gs://{bucket.name}",
-        STORAGE_EMULATOR_HOST=bucket.url,
-        MAX_CACHED_MODELS="1",
-        **REAL,
-    ) as service:
+    room = tmp_path_factory.mktemp("small")
+    with real_service(bucket, room, GCS_BUCKET=f"gs://{bucket.name}", MAX_CACHED_MODELS="1") as service:
         yield service
 
 
@@ -155,14 +150,8 @@ def test_the_hosts_log_is_tagged_with_the_model(small: ServiceProcess) -> None:
 @pytest.fixture(scope="module")
 def hasty(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     """REQUEST_TIMEOUT=3, loaded beforehand: a preload is no request."""
-    with running_service(
-        tmp_path_factory.mktemp("hasty"),
-        GCS_BUCKET=bucket.name,
-        STORAGE_EMULATOR_HOST=bucket.url,
-        REQUEST_TIMEOUT="3",
-        PRELOAD_MODELS=BASE,
-        **REAL,
-    ) as service:
+    room = tmp_path_factory.mktemp("hasty")
+    with real_service(bucket, room, REQUEST_TIMEOUT="3", PRELOAD_MODELS=BASE) as service:
         service.wait_ready(BASE)
         yield service
 
@@ -210,14 +199,7 @@ def test_ctrl_c_ends_everything(hasty: ServiceProcess) -> None:
 
 @pytest.fixture
 def loaded(bucket: Bucket, tmp_path: Path) -> Iterator[ServiceProcess]:
-    with running_service(
-        tmp_path,
-        GCS_BUCKET=bucket.name,
-        STORAGE_EMULATOR_HOST=bucket.url,
-        PRELOAD_MODELS=BASE,
-        DRAIN_TIMEOUT="4",
-        **REAL,
-    ) as service:
+    with real_service(bucket, tmp_path, PRELOAD_MODELS=BASE, DRAIN_TIMEOUT="4") as service:
         service.wait_ready(BASE)
         yield service
 

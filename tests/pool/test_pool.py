@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from inference_service.engines.base import Reply, Snapshot
-from inference_service.errors import EngineStartFailed, Overloaded, ShuttingDown
+from inference_service.errors import EngineError, EngineStartFailed, Overloaded, ShuttingDown
 from inference_service.metrics import Metrics
 from inference_service.pool.pool import Lease, Pool
 from inference_service.storage.catalog import Model, ModelKind
@@ -189,7 +189,7 @@ async def test_a_dead_engine_is_replaced_on_the_next_request(one: Bench) -> None
 
 async def test_unload_waits_for_the_leases(one: Bench) -> None:
     lease = await one.started("a")
-    unloading = asyncio.create_task(one.pool.unload(model("a")))
+    unloading = asyncio.create_task(one.pool.unload("a"))
     late = one.ask("a")
     await one.settle()
     assert repr(one.pool) == "<Pool a:draining(1) | waiting: a>"
@@ -202,7 +202,22 @@ async def test_unload_waits_for_the_leases(one: Bench) -> None:
 
 
 async def test_unload_of_a_model_without_an_engine(one: Bench) -> None:
-    assert not await one.pool.unload(model("a"))
+    assert not await one.pool.unload("a")
+
+
+async def test_unload_during_a_load_that_fails_for_it(one: Bench) -> None:
+    """The host is killed for the unload, its start fails for that: once torn down is enough."""
+    asked = one.ask("a")
+    await one.settle()
+    one.engine("a").may_close.set_result(None)
+    unloading = asyncio.create_task(one.pool.unload("a"))
+    await asyncio.sleep(0)
+    one.engine("a").started.set_exception(EngineStartFailed("killed"))
+    assert await unloading
+    with pytest.raises(EngineError, match="unloaded by the operator"):
+        await asked
+    (await one.started("a")).release()
+    assert "a:ready(0)" in repr(one.pool)
 
 
 async def test_unload_in_the_moment_a_load_ends(one: Bench) -> None:
@@ -210,7 +225,7 @@ async def test_unload_in_the_moment_a_load_ends(one: Bench) -> None:
     await one.settle()
     one.engine("a").started.set_result(None)
     one.engine("a").may_close.set_result(None)
-    assert await one.pool.unload(model("a"))
+    assert await one.pool.unload("a")
     with suppress(Exception):
         (await asked).release()
     await one.settle()

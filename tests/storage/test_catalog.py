@@ -130,6 +130,27 @@ async def test_a_listing_that_fails_is_tried_again_by_the_next() -> None:
     assert len(await catalog.models()) == 1
 
 
+async def test_the_old_listing_is_served_when_the_store_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_service.storage.catalog.LISTING_SECONDS", 0)
+    store = ListedStore(*checkpoint("m"))
+    catalog = Catalog(store, "models/")
+    await catalog.models()
+    store.error = StoreError("gone")
+    assert (await catalog.resolve("m")).name == "m"
+    assert [model.name for model in await catalog.models()] == ["m"]
+    assert store.listings == 2
+
+
+async def test_a_known_model_does_not_wait_for_a_slow_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_service.storage.catalog.LISTING_SECONDS", 0)
+    store = ListedStore(*checkpoint("m"))
+    catalog = Catalog(store, "models/")
+    await catalog.models()
+    slow = asyncio.Event()
+    monkeypatch.setattr(asyncio, "to_thread", lambda *_: slow.wait())
+    assert (await asyncio.wait_for(catalog.resolve("m"), 1)).name == "m"
+
+
 async def test_a_client_that_leaves_does_not_end_the_listing_of_others() -> None:
     catalog = Catalog(ListedStore(*checkpoint("m")), "models/")
     impatient = asyncio.create_task(catalog.resolve("m"))
