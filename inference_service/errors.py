@@ -74,11 +74,8 @@ class ModelNotFound(ServiceError):
     type = "invalid_request_error"
     code = "model_not_found"
 
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"The model '{name}' does not exist in the bucket. GET /v1/models lists those that do.",
-            param="model",
-        )
+    def __init__(self, name: str, hint: str = "GET /v1/models lists those that do.") -> None:
+        super().__init__(f"The model '{name}' does not exist in the bucket. {hint}", param="model")
 
 
 class ModelNotServable(ServiceError):

@@ -41,6 +41,7 @@ def words_directory(tmp_path: Path) -> Path:
         model = tmp_path / "bucket" / "models" / name
         model.mkdir(parents=True)
         (model / "config.json").write_text("{}")
+        (model / "tokenizer.json").write_text("{}")
         (model / "model.safetensors").write_bytes(name.encode() * 100)
     return tmp_path / "bucket"
 

@@ -2,17 +2,19 @@
 
 A model is a directory below the prefix that holds `config.json` (a checkpoint) or
 `adapter_config.json` (an adapter). Its name is its path below the prefix with hyphens for slashes, and a
-client may write it either way: `org/model` and `org-model` are one model. Fetching is sync.py's.
+client may write it either way: `org/model` and `org-model` are one model. `model@revision` names one
+revision of it. Fetching is sync.py's.
 """
 
 import asyncio
 import hashlib
+import itertools
 import logging
+import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
-from pathlib import PurePosixPath
 
 from inference_service.errors import ModelNotFound, ModelNotServable, StoreError
 from inference_service.storage.store import Store, StoredObject
@@ -24,6 +26,10 @@ LISTING_SECONDS = 30.0
 # every wrong name.
 MISS_LISTING_SECONDS = 2.0
 _MARKERS = {"config.json": "checkpoint", "adapter_config.json": "adapter"}
+MAX_NAME_CHARACTERS = 200
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_CHARACTERS - 1}}}")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.safetensors")
+_TOKENIZERS = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What serving needs. Pickles and Python files are never fetched: loading either would run them.
 _SERVED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab")
@@ -92,7 +98,7 @@ class Catalog:
 
     async def find(self, name: str) -> Model:
         """As `resolve`, also for a model that cannot be served."""
-        wanted = canonical_name(name)
+        wanted, _, revision = canonical_name(name).partition("@")
         if wanted in self._models:
             # A known model never waits for the bucket: a stale listing is renewed behind it.
             self._refresh_if_older(LISTING_SECONDS)
@@ -100,7 +106,10 @@ class Catalog:
             await self._refresh_after(MISS_LISTING_SECONDS)
         if wanted not in self._models:
             raise ModelNotFound(name)
-        return self._models[wanted]
+        model = self._models[wanted]
+        if revision and model.revision != revision:
+            raise ModelNotFound(name, f"The bucket holds revision {model.revision} of it.")
+        return model
 
     async def _refresh_after(self, seconds: float) -> None:
         refreshing = self._refresh_if_older(seconds)
@@ -132,22 +141,38 @@ class Catalog:
 def models_in(objects: list[StoredObject], prefix: str) -> dict[str, Model]:
     """The models that a listing of `prefix` shows, by name."""
     directories: dict[str, list[StoredObject]] = {}
+    astray: dict[str, str] = {}
     for stored in objects:
-        directory = str(PurePosixPath(stored.name.removeprefix(prefix)).parent)
-        directories.setdefault(directory, []).append(stored)
+        segments = stored.name.removeprefix(prefix).split("/")
+        safe = list(itertools.takewhile(_is_safe, segments))
+        directories.setdefault("/".join(safe[: len(segments) - 1]), []).append(stored)
+        if len(safe) < len(segments):
+            astray["/".join(safe)] = stored.name
     models: dict[str, Model] = {}
     for directory, files in sorted(directories.items()):
-        model = _model(directory, files)
+        model = _model(directory, files, astray.get(directory))
         if model is not None:
-            # The first directory of a name wins, in the order of the listing.
-            models.setdefault(model.name, model)
+            models[model.name] = _only(models.get(model.name), model)
     return dict(sorted(models.items()))
 
 
-def _model(directory: str, files: list[StoredObject]) -> Model | None:
-    names = {PurePosixPath(stored.name).name: stored for stored in files}
+def _is_safe(segment: str) -> bool:
+    """Whether a part of an object's name is a plain name of a file or directory."""
+    return segment not in ("", ".", "..") and "\\" not in segment and segment.isprintable()
+
+
+def _only(other: Model | None, model: Model) -> Model:
+    """Two directories of one name are neither of them served: nobody can say which is meant."""
+    if other is None:
+        return model
+    clash = f"the directories {other.directory} and {model.directory} have the same name; rename one."
+    return replace(model, unservable=clash)
+
+
+def _model(directory: str, files: list[StoredObject], astray: str | None) -> Model | None:
+    names = {stored.name.rpartition("/")[2]: stored for stored in files}
     marker = next((name for name in _MARKERS if name in names), None)
-    if marker is None or directory == ".":
+    if marker is None or not directory:
         return None
     kind = ModelKind(_MARKERS[marker])
     served = tuple(sorted((names[name] for name in names if _is_served(name)), key=_by_name))
@@ -158,8 +183,19 @@ def _model(directory: str, files: list[StoredObject]) -> Model | None:
         revision=_fingerprint(served),
         objects=served,
         created=max(stored.created for stored in files),
-        unservable=_why_unservable(kind, set(names)),
+        unservable=_why_misnamed(directory, astray) or _why_unservable(kind, set(names)),
     )
+
+
+def _why_misnamed(directory: str, astray: str | None) -> str | None:
+    if astray is not None:
+        return f"the object name {astray!r} would leave its directory; delete that object."
+    if not _NAME.fullmatch(canonical_name(directory)):
+        return (
+            "its name may hold letters, digits, '.', '_' and '-' only, begin with a letter or digit, and "
+            f"be at most {MAX_NAME_CHARACTERS} characters long; rename its directory."
+        )
+    return None
 
 
 def _by_name(stored: StoredObject) -> str:
@@ -173,8 +209,10 @@ def _is_served(name: str) -> bool:
 def _why_unservable(kind: ModelKind, names: set[str]) -> str | None:
     if kind is ModelKind.ADAPTER:
         return "it is a LoRA adapter, and this version serves checkpoints only."
-    if any(name.endswith(".safetensors") for name in names):
-        return None
+    weights = sorted(name for name in names if name.endswith(".safetensors"))
+    if weights:
+        missing = _missing_shard(weights) or _missing_tokenizer(names)
+        return f"the upload is not complete: {missing} is missing." if missing else None
     pickles = sorted(name for name in names if name.endswith(_PICKLES))
     if pickles:
         return (
@@ -182,6 +220,21 @@ def _why_unservable(kind: ModelKind, names: set[str]) -> str | None:
             "Save it with safe_serialization=True and upload the safetensors files."
         )
     return "it has no *.safetensors file; the upload may not be complete."
+
+
+def _missing_shard(weights: list[str]) -> str | None:
+    """The first shard that the names of the others promise (`model-00001-of-00004.safetensors`)."""
+    for found in filter(None, map(_SHARD.fullmatch, weights)):
+        digits = len(found["number"])
+        for number in range(1, int(found["count"]) + 1):
+            name = f"{found['stem']}-{number:0{digits}}-of-{found['count']}.safetensors"
+            if name not in weights:
+                return name
+    return None
+
+
+def _missing_tokenizer(names: set[str]) -> str | None:
+    return None if names & _TOKENIZERS else "tokenizer.json"
 
 
 def _fingerprint(files: tuple[StoredObject, ...]) -> str:

@@ -98,6 +98,57 @@ def test_adapters_are_known_as_such() -> None:
     assert found["a"].kind is ModelKind.ADAPTER
 
 
+@pytest.mark.parametrize(
+    ("files", "missing"),
+    [
+        (["config.json", "tokenizer.json", "model-00001-of-00003.safetensors"], "model-00002-of-00003"),
+        (["config.json", "tokenizer.json", "model-00002-of-00002.safetensors"], "model-00001-of-00002"),
+        (["config.json", "model.safetensors"], "tokenizer.json"),
+    ],
+)
+def test_an_upload_under_way_says_what_is_missing(files: list[str], missing: str) -> None:
+    unservable = models_in([stored(f"m/{name}") for name in files], "models/")["m"].unservable
+    assert unservable is not None
+    assert missing in unservable
+
+
+def test_a_sharded_model_is_complete_with_its_last_shard() -> None:
+    shards = [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    files = ["config.json", "tokenizer.json", "model.safetensors.index.json", *shards]
+    assert models_in([stored(f"m/{name}") for name in files], "models/")["m"].unservable is None
+
+
+@pytest.mark.parametrize(
+    "stray",
+    ["m/../../etc/passwd.json", "m/..", "m//config.json", "m/./x", "m/a\\b.json", "m/a\nb.json", "m/\x00"],
+)
+def test_an_object_that_would_leave_its_directory_makes_the_model_unservable(stray: str) -> None:
+    found = models_in([*checkpoint("m"), *checkpoint("other"), stored(stray)], "models/")
+    assert list(found) == ["m", "other"]
+    assert "would leave its directory" in (found["m"].unservable or "")
+    assert found["other"].unservable is None
+    assert stray not in [kept.name for kept in found["m"].objects]
+
+
+@pytest.mark.parametrize("directory", ["my model", "-m", ".hidden", "m@1", "ünï", "m" * 201])
+def test_a_name_outside_the_grammar_says_so(directory: str) -> None:
+    (found,) = models_in(checkpoint(directory), "models/").values()
+    assert "its name may hold" in (found.unservable or "")
+
+
+def test_two_directories_of_one_name_are_reported() -> None:
+    found = models_in([*checkpoint("org/m"), *checkpoint("org-m")], "models/")
+    assert "org-m and org/m" in (found["org-m"].unservable or "")
+
+
+async def test_a_revision_can_be_named() -> None:
+    catalog = Catalog(ListedStore(*checkpoint("org/m")), "models/")
+    revision = (await catalog.resolve("org-m")).revision
+    assert (await catalog.resolve(f"org/m@{revision}")).name == "org-m"
+    with pytest.raises(ModelNotFound, match=revision):
+        await catalog.resolve("org/m@000000000000")
+
+
 async def test_one_listing_however_many_ask() -> None:
     store = ListedStore(*checkpoint("m"))
     catalog = Catalog(store, "models/")
