@@ -42,11 +42,20 @@ def main() -> None:
         settings = load_settings()
         device = find_device()
         backend = choose_backend(settings.engine, device)
+        _make_cache(settings)
         listener = _listen(settings)
     except (BadSettings, BackendMissing, OSError) as error:
         sys.stderr.write(f"inference-service: {error}\n")
         sys.exit(2)
     _serve(settings, device, backend, listener)
+
+
+def _make_cache(settings: Settings) -> None:
+    cache = settings.local_model_cache
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"LOCAL_MODEL_CACHE={cache} cannot be made: {error.strerror or error}") from error
 
 
 def _listen(settings: Settings) -> socket.socket:

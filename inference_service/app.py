@@ -44,6 +44,7 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     service = Service(settings, device, backend, catalog, pool, metrics)
     app = FastAPI(
         title="inference-service",
+        redirect_slashes=False,
         version=__version__,
         lifespan=_lifespan(service, factory, launcher),
     )

@@ -4,12 +4,17 @@ Owns names, defaults, bounds and their documentation (README and .env.example ar
 a test). What they mean for a device or an engine is decided in engines/.
 """
 
+import re
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+# https://cloud.google.com/storage/docs/buckets#naming
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
 class EngineChoice(StrEnum):
@@ -46,7 +51,7 @@ class Settings(BaseSettings):
         description="Bucket that holds the models, or `file:///dir` for a local directory of the same layout",
     )
     gcs_model_prefix: str = Field(
-        "models/", description="Prefix of the models inside the bucket; may be empty"
+        "models/", description="Prefix of the models inside the bucket; `/` for the whole bucket"
     )
     local_model_cache: Path = Field(
         Path("/tmp/model_cache"),  # noqa: S108  (the documented default; Cloud Run offers no other disk)
@@ -72,12 +77,13 @@ class Settings(BaseSettings):
     port: int = Field(8080, ge=0, le=65_535, description="Port (0 lets the system pick one)")
     engine: EngineChoice = Field(
         EngineChoice.AUTO,
-        description="`auto` takes the best backend for the device; `fake` answers without a model",
+        description="`auto` (the best for the device), `vllm`, `transformers`, or `fake`, which answers "
+        "without a model",
     )
     dtype: DtypeChoice = Field(
         DtypeChoice.AUTO,
-        description="Weights' type; `auto`: float16 on CUDA (bfloat16 where the checkpoint is "
-        "bfloat16), float32 elsewhere",
+        description="Weights' type: `float32`, `float16`, `bfloat16`, or `auto`, which is float16 on CUDA "
+        "(bfloat16 where the checkpoint is bfloat16) and float32 elsewhere",
     )
     max_model_len: int | None = Field(
         None,
@@ -96,7 +102,7 @@ class Settings(BaseSettings):
         description="Share of the device's memory that all engines may use together",
     )
     tensor_parallel_size: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
-        "auto", description="GPUs per engine; `auto`: all GPUs of the machine"
+        "auto", description="GPUs per engine; `auto`: all GPUs of the machine; without effect on the CPU"
     )
     preload_models: Names = Field((), description="Models to load at the start, comma-separated")
     drain_timeout: float = Field(
@@ -106,7 +112,7 @@ class Settings(BaseSettings):
         "auto", description="`auto`: JSON on Cloud Run (where K_SERVICE is set), text elsewhere"
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="Least severe level that is logged"
+        "INFO", description="Least severe level that is logged: `DEBUG`, `INFO`, `WARNING` or `ERROR`"
     )
     fake_tokens_per_second: float = Field(
         20, gt=0, le=1_000_000, description="Rate of one stream with ENGINE=fake"
@@ -118,8 +124,13 @@ class Settings(BaseSettings):
         value = value.removeprefix("gs://").rstrip("/") if value.startswith("gs://") else value
         if "://" in value and not value.startswith("file:///"):
             raise ValueError("a bucket's name, gs://name or file:///absolute/directory")
-        if "/" in value and not value.startswith("file:///"):
+        if value.startswith("file:///"):
+            if not Path(value.removeprefix("file://")).is_dir():
+                raise ValueError("the directory does not exist")
+        elif "/" in value:
             raise ValueError("a bucket's name without a path; GCS_MODEL_PREFIX holds the path")
+        elif not _BUCKET.fullmatch(value):
+            raise ValueError("3 to 222 lower-case letters, digits, '-', '_' and '.'")
         return value
 
     @field_validator("gcs_model_prefix")
@@ -145,11 +156,22 @@ def load_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        raise BadSettings("; ".join(map(_explain, error.errors()))) from error
+        # One line for each variable: a union reports each of its branches.
+        problems = {str(problem["loc"][0]): problem for problem in reversed(error.errors())}
+        raise BadSettings("; ".join(_explain(*item) for item in problems.items())) from error
 
 
-def _explain(problem: Any) -> str:
-    field = str(problem["loc"][0])
-    allowed = problem["msg"].removeprefix("Value error, ")
-    about = Settings.model_fields[field].description if field in Settings.model_fields else ""
-    return f"{field.upper()}={problem['input']!r} is not allowed: {allowed} ({about})"
+def _explain(field: str, problem: Any) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    about = Settings.model_fields[field]
+    bounds = [f"{sign} {bound}" for sign, bound in _bounds(about.metadata)]
+    allowed = f"; allowed: {' and '.join(bounds)}" if bounds else ""
+    return f"{field.upper()}={problem['input']!r} is not allowed: {message}{allowed} ({about.description})"
+
+
+def _bounds(metadata: list[Any]) -> Iterator[tuple[str, float]]:
+    signs = {"ge": "at least", "gt": "more than", "le": "at most"}
+    for constraint in metadata:
+        for name, sign in signs.items():
+            if hasattr(constraint, name):
+                yield sign, getattr(constraint, name)

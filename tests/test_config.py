@@ -64,6 +64,8 @@ def test_local_dev_takes_one_request_at_a_time_unless_set(monkeypatch: pytest.Mo
         ("GCS_BUCKET", "s3://bucket"),
         ("GCS_BUCKET", "file://relative"),
         ("GCS_BUCKET", "bucket/path"),
+        ("GCS_BUCKET", "Bad_Bucket!"),
+        ("GCS_BUCKET", "file:///no/such/directory"),
         ("TENSOR_PARALLEL_SIZE", "many"),
         ("LOCAL_DEV", "perhaps"),
     ],
@@ -76,6 +78,15 @@ def test_a_bad_value_names_the_variable_and_the_value(
         load_settings()
     assert str(caught.value).startswith(f"{name}='{value}' is not allowed: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_bad_value_says_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT", "x")
+    monkeypatch.setenv("TENSOR_PARALLEL_SIZE", "two")
+    with pytest.raises(BadSettings) as caught:
+        load_settings()
+    assert "allowed: at least 0 and at most 65535" in str(caught.value)
+    assert str(caught.value).count("TENSOR_PARALLEL_SIZE") == 1
 
 
 def test_a_bad_value_stops_the_start_with_one_line(tmp_path: Path) -> None:
@@ -102,7 +113,7 @@ def test_dotenv(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "kept"),
-    [("gs://my-bucket/", "my-bucket"), ("my-bucket", "my-bucket"), ("file:///a/b", "file:///a/b")],
+    [("gs://my-bucket/", "my-bucket"), ("my-bucket", "my-bucket"), ("file:///tmp/", "file:///tmp")],
 )
 def test_buckets(monkeypatch: pytest.MonkeyPatch, given: str, kept: str) -> None:
     monkeypatch.setenv("GCS_BUCKET", given)
@@ -125,7 +136,9 @@ def test_the_readmes_table_is_the_code() -> None:
 
 def test_the_example_is_the_code() -> None:
     lines = (ROOT / ".env.example").read_text().splitlines()
-    assert dict(line.split("=", 1) for line in lines if line and not line.startswith("#")) == DEFAULTS
+    shown = re.compile(r"# ([A-Z_]+)=(.*)")
+    assert {found[1]: found[2] for found in map(shown.fullmatch, lines) if found} == DEFAULTS
+    assert not [line for line in lines if line and not line.startswith("#")], "a copy changes nothing"
 
 
 def test_cloud_run_sets_what_there_is() -> None:

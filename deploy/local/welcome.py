@@ -6,12 +6,12 @@ MODEL = "smollm2-135m-instruct"
 
 
 def welcome(port: int) -> str:
-    """A curl line and a five-line Python example that work as printed."""
-    url = f"http://127.0.0.1:{port}/v1"
+    """A curl line and a five-line Python example that work as printed, once the service listens."""
+    url = f"http://127.0.0.1:{port or 'PORT'}/v1"
     message = '{"role": "user", "content": "What is the capital of France?"}'
     body = f'{{"model": "{MODEL}", "messages": [{message}], "temperature": 0}}'
     return f"""
-The service listens at http://127.0.0.1:{port} (Ctrl-C ends it). In another terminal:
+Starting at http://127.0.0.1:{port} (Ctrl-C ends it). In another terminal, in this directory:
 
 curl {url}/chat/completions -H 'Content-Type: application/json' -d '{body}'
 

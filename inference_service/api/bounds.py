@@ -50,15 +50,20 @@ async def _body(request: Request, seconds: float, kind: type[Body]) -> Body:
 
 async def _read(request: Request) -> bytes:
     chunks: list[bytes] = []
+    declared = request.headers.get("content-length", "")
     size = 0
+    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+        raise _too_large()
     async for chunk in request.stream():
         size += len(chunk)
         if size > MAX_BODY_BYTES:
-            raise BodyTooLarge(
-                f"The request's body is larger than {MAX_BODY_BYTES} bytes, the most accepted."
-            )
+            raise _too_large()
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _too_large() -> BodyTooLarge:
+    return BodyTooLarge(f"The request's body is larger than {MAX_BODY_BYTES} bytes, the most accepted.")
 
 
 def parse(raw: bytes, kind: type[Body]) -> Body:

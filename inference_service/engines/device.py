@@ -54,7 +54,7 @@ def choose_backend(choice: EngineChoice, device: Device) -> Backend:
     backend = _best_backend(device) if choice is EngineChoice.AUTO else Backend(choice.value)
     missing = missing_for(backend, device)
     if missing:
-        raise BackendMissing(missing)
+        raise BackendMissing(f"ENGINE={choice.value} cannot run on this machine ({device.kind}). {missing}")
     return backend
 
 
@@ -64,11 +64,7 @@ def missing_for(backend: Backend, device: Device) -> str | None:
         case Backend.FAKE:
             return None
         case Backend.TRANSFORMERS:
-            return (
-                "The transformers backend is not part of this version yet, and "
-                f"{_why_not_vllm(device)}. Use a machine with CUDA, or install vLLM's CPU build "
-                "(pip install 'inference-service[cpu]') on Linux."
-            )
+            return f"The transformers backend is not part of this version yet. {_vllm_instead(device)}"
         case Backend.VLLM if device.kind is DeviceKind.MPS:
             return "vLLM does not run on MPS; ENGINE=auto or ENGINE=transformers does."
         case Backend.VLLM if not _vllm_build():
@@ -106,10 +102,12 @@ def _best_backend(device: Device) -> Backend:
     return Backend.TRANSFORMERS
 
 
-def _why_not_vllm(device: Device) -> str:
+def _vllm_instead(device: Device) -> str:
+    if missing_for(Backend.VLLM, device) is None:
+        return "vLLM is installed and runs here: ENGINE=auto."
     if device.kind is DeviceKind.MPS:
-        return "vLLM does not run on MPS"
-    return "vLLM's build for this device is not installed"
+        return "vLLM does not run on MPS: use a machine with CUDA, or Linux on a CPU."
+    return "vLLM runs here once it is installed: pip install 'inference-service[cpu]' on Linux."
 
 
 def _vllm_build() -> str | None:

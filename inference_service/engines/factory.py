@@ -24,6 +24,7 @@ from inference_service.engines.hosted import HostedEngine
 from inference_service.engines.launcher import Launcher
 
 _GIB = 1 << 30
+ROOM_PREFIX = "inference-service-"
 MIN_KV_CACHE_BYTES = 64 << 20
 FULL_LENGTH_REQUESTS = 4
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -38,7 +39,8 @@ class EngineFactory:
         self._backend = backend
         self._launcher = launcher
         self._numbers = itertools.count(1)
-        self._room = Path(tempfile.mkdtemp(prefix="inference-service-"))
+        _sweep_orphaned_rooms()
+        self._room = Path(tempfile.mkdtemp(prefix=f"{ROOM_PREFIX}{os.getpid()}-"))
 
     def make(self, snapshot: Snapshot) -> HostedEngine:
         """A new engine, not started yet."""
@@ -53,8 +55,8 @@ class EngineFactory:
         environment: dict[str, str] = {}
         if self._backend is Backend.VLLM:
             arguments = vllm_arguments(self._settings, self._device, snapshot)
-            # vLLM's zmq sockets: inside the engine's own room they go when the engine goes.
-            environment = {"VLLM_RPC_BASE_PATH": str(directory)}
+            # vLLM's sockets and temporary files: in the engine's own room they go when it goes.
+            environment = {"VLLM_RPC_BASE_PATH": str(directory), "TMPDIR": str(directory)}
         elif self._backend is Backend.FAKE:
             arguments = (str(self._settings.fake_tokens_per_second),)
         return HostSpec(
@@ -66,6 +68,14 @@ class EngineFactory:
             default_max_tokens=self._settings.default_max_tokens,
             default_temperature=self._settings.default_temperature,
         )
+
+
+def _sweep_orphaned_rooms() -> None:
+    """Remove what a service that was killed has left; its process id is in the name."""
+    for room in Path(tempfile.gettempdir()).glob(f"{ROOM_PREFIX}*-*"):
+        owner = room.name.removeprefix(ROOM_PREFIX).partition("-")[0]
+        if owner.isdigit() and room.stat().st_uid == os.getuid() and not Path("/proc", owner).exists():
+            shutil.rmtree(room, ignore_errors=True)
 
 
 def launcher_environment(backend: Backend, device: Device) -> dict[str, str]:

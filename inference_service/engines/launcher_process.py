@@ -21,6 +21,7 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -143,6 +144,7 @@ class _Launcher:
                 os.close(descriptor)
             _end_group_with_service(self._lifeline)
             os.environ.update(spec.environment)
+            tempfile.tempdir = None  # the host's own TMPDIR, not what the imports have looked up
             program = importlib.import_module(spec.program)
             program.run(spec, socket.socket(fileno=listener))
         except BaseException as error:

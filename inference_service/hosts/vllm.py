@@ -4,28 +4,35 @@ Everything inside a request's body (templates, tools, structured outputs, log pr
 This module adds the control routes and the defaults, and makes the engine core a fork of the host.
 """
 
+import asyncio
 import dataclasses
 import logging
 import multiprocessing
+import signal
 import socket
 from argparse import Namespace
 from typing import Any
 
+import uvicorn
 import uvloop
 import vllm.v1.engine.utils as engine_utils
 from fastapi import APIRouter, FastAPI, Request
+from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.launchers.launcher import serve_http
+from vllm.entrypoints.launchers.launcher import NoSignalServer, watchdog_loop
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import decorate_logs
 
 from inference_service.engines.base import HostSpec
+
+# Less than the service waits before it kills the group.
+ENGINE_SHUTDOWN_SECONDS = 3.0
 
 control = APIRouter(prefix="/control")
 
@@ -43,15 +50,26 @@ def run(spec: HostSpec, listener: socket.socket) -> None:
 async def _serve(args: Namespace, spec: HostSpec, listener: socket.socket) -> None:
     async with build_async_engine_client(args) as engine:
         app = await _build(args, spec, engine)
-        shutdown = await serve_http(
-            app,
-            sock=listener,
-            host=None,
-            port=None,
-            access_log=False,
-            log_level="warning",
+        config = uvicorn.Config(
+            app, access_log=False, log_level="warning", timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE
         )
-    await shutdown
+        await _until_terminated(NoSignalServer(config), engine, listener)
+
+
+async def _until_terminated(server: uvicorn.Server, engine: EngineClient, listener: socket.socket) -> None:
+    """Serve until SIGTERM, or until vLLM's own watchdog sees that the engine has died."""
+    loop = asyncio.get_running_loop()
+    terminated = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, terminated.set)
+    serving = loop.create_task(server.serve(sockets=[listener]))
+    watching = loop.create_task(watchdog_loop(server, engine))
+    waiting = loop.create_task(terminated.wait())
+    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    watching.cancel()
+    if terminated.is_set():
+        # Otherwise it takes the engine core's orderly end for its death and logs an error.
+        engine.output_handler.cancel()
+        await asyncio.to_thread(engine.shutdown, timeout=ENGINE_SHUTDOWN_SECONDS)
 
 
 async def _build(args: Namespace, spec: HostSpec, engine: EngineClient) -> FastAPI:

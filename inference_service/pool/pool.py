@@ -183,9 +183,10 @@ class Pool:
     def _admit(self) -> None:
         if self._closing:
             raise _shutting_down()
-        if len(self._waiters) >= QUEUED_PER_RUNNING * self._concurrency:
+        under_way = len(self._waiters) + sum(len(slot.leases) for slot in self._slots.values())
+        if under_way >= (1 + QUEUED_PER_RUNNING) * self._concurrency:
             raise Overloaded(
-                f"{len(self._waiters)} requests wait already, the most that this service lets wait "
+                f"{under_way} requests run or wait already, the most that this service takes "
                 f"(MAX_CONCURRENT_REQUESTS={self._concurrency}, and {QUEUED_PER_RUNNING} times as "
                 "many waiting). Try again later.",
                 retry_after=OVERLOADED_RETRY_SECONDS,

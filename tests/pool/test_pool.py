@@ -248,7 +248,7 @@ async def test_concurrency_holds_and_the_rest_waits_in_order(two: Bench) -> None
 
 
 async def test_too_many_waiting_are_refused_at_once(two: Bench) -> None:
-    asked = [two.ask("a") for _ in range(12)]
+    asked = [two.ask("a") for _ in range(15)]
     await two.settle()
     with pytest.raises(Overloaded) as caught:
         await two.pool.lease(model("a"))
