@@ -7,6 +7,7 @@ loop exists.
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -48,6 +49,9 @@ def main() -> None:
         sys.stderr.write(f"inference-service: {error}\n")
         sys.exit(2)
     _serve(settings, device, backend, listener)
+    # Not sys.exit: the interpreter would wait for threads, and a fetch that hangs never ends.
+    logging.shutdown()
+    os._exit(0)
 
 
 def _make_cache(settings: Settings) -> None:
@@ -63,10 +67,10 @@ def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.listen_address else socket.AF_INET
     try:
         return socket.create_server(address, family=family, backlog=BACKLOG)
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:
         raise OSError(
             f"PORT={settings.port} on LISTEN_ADDRESS={settings.listen_address} cannot be listened "
-            f"on: {error.strerror or error}"
+            f"on: {getattr(error, 'strerror', None) or error}"
         ) from error
 
 
@@ -89,6 +93,7 @@ def _serve(settings: Settings, device: Device, backend: Backend, listener: socke
             log_config=None,
             access_log=False,
             server_header=False,
+            ws="none",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=LAST_CONNECTIONS_SECONDS,
         )
@@ -127,6 +132,9 @@ async def _until_signal(server: "uvicorn.Server", service: "Service", listener: 
         await service.drain()
         server.should_exit = True
     await serving
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ class Settings(BaseSettings):
         if "://" in value and not value.startswith("file:///"):
             raise ValueError("a bucket's name, gs://name or file:///absolute/directory")
         if value.startswith("file:///"):
+            value = value.rstrip("/") if value != "file:///" else value
             if not Path(value.removeprefix("file://")).is_dir():
                 raise ValueError("the directory does not exist")
         elif "/" in value:
@@ -137,6 +138,8 @@ class Settings(BaseSettings):
     @classmethod
     def _ends_in_slash(cls, value: str) -> str:
         value = value.strip("/")
+        if any(segment in ("", ".", "..") for segment in value.split("/") if value):
+            raise ValueError("a path like models/ or team/models/")
         return f"{value}/" if value else ""
 
     @property
@@ -155,6 +158,8 @@ def load_settings() -> Settings:
     """Read the environment and `.env`; raises BadSettings."""
     try:
         return Settings()
+    except UnicodeDecodeError as error:
+        raise BadSettings(f".env is no UTF-8 text: {error}") from error
     except ValidationError as error:
         # One line for each variable: a union reports each of its branches.
         problems = {str(problem["loc"][0]): problem for problem in reversed(error.errors())}

@@ -10,6 +10,7 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     ├── ModelNotServable        422   the model is there and cannot be served; says why
     ├── Overloaded              429   too many requests wait already
     ├── StoreError              503   the bucket cannot be read; says why
+    │   ├── ObjectReplaced      503   an object changed between the listing and its fetch
     │   ├── StoreForbidden      500   the service lacks a permission or the bucket does not exist
     │   └── SnapshotCorrupt     502   the bytes that arrived are not those that the listing names
     ├── EngineError             502   the engine answered with an error of its own
@@ -68,6 +69,10 @@ class BodyTooLarge(InvalidRequest):
     status = 413
     code = "request_too_large"
 
+    def headers(self) -> dict[str, str]:
+        # What is still to come of the body is not read.
+        return {**super().headers(), "connection": "close"}
+
 
 class ModelNotFound(ServiceError):
     status = 404
@@ -96,6 +101,10 @@ class Overloaded(ServiceError):
 class StoreError(ServiceError):
     status = 503
     code = "store_unavailable"
+
+
+class ObjectReplaced(StoreError):
+    code = "object_replaced"
 
 
 class StoreForbidden(StoreError):

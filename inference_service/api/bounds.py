@@ -6,6 +6,7 @@ The whole body is capped before it is parsed; big ones are parsed off the event 
 import asyncio
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -21,8 +22,11 @@ MAX_BODY_BYTES = 4 << 20
 # Above this a parse would hold the event loop, and every stream with it, for a visible moment.
 PARSE_ON_LOOP_BYTES = 64 << 10
 
-# The parser makes infinity of a number beyond a float's range; only such a text is worth a second look.
-_HUGE_NUMBER = re.compile(rb"[eE]\+?\d{3}|\d{309}")
+# A float beyond its range becomes infinity, an integer beyond 64 bits overflows in engines; only a text
+# with such a number is worth a second look.
+_HUGE_NUMBER = re.compile(rb"[eE]\+?\d{2}|\d{19}")
+_INT64 = 2**63 - 1
+_PARSERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parse")
 
 Body = TypeVar("Body", bound=GenerationBody)
 
@@ -45,7 +49,7 @@ async def _body(request: Request, seconds: float, kind: type[Body]) -> Body:
         raise ClientLeft("The client left before its request was whole.") from error
     if len(raw) <= PARSE_ON_LOOP_BYTES:
         return parse(raw, kind)
-    return await asyncio.to_thread(parse, raw, kind)
+    return await asyncio.get_running_loop().run_in_executor(_PARSERS, parse, raw, kind)
 
 
 async def _read(request: Request) -> bytes:
@@ -75,28 +79,35 @@ def parse(raw: bytes, kind: type[Body]) -> Body:
         value = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequest(f"The request's body is not valid JSON: {error}", param=None) from error
-    if _HUGE_NUMBER.search(raw) and _holds_infinity(value):
-        raise InvalidRequest("The request's body holds a number that is too large.")
     if not isinstance(value, dict):
         raise InvalidRequest("The request's body must be a JSON object.")
+    if _HUGE_NUMBER.search(raw):
+        _refuse_huge_numbers(value)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
         raise _invalid(error, kind) from error
 
 
-def _holds_infinity(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isinf(value)
+def _refuse_huge_numbers(body: dict[str, Any]) -> None:
+    for field, value in body.items():
+        if _holds_huge_number(value):
+            raise InvalidRequest(f"Invalid value for '{field}': a number is too large.", param=field)
+
+
+def _holds_huge_number(value: Any) -> bool:
+    if isinstance(value, int | float):
+        return math.isinf(value) if isinstance(value, float) else abs(value) > _INT64
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(_holds_infinity(part) for part in parts)
+    return any(_holds_huge_number(part) for part in parts)
 
 
 def _invalid(error: ValidationError, kind: type[GenerationBody]) -> InvalidRequest:
-    problem = error.errors(include_url=False, include_input=False)[0]
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    problem = problems[0]
     # A union reports the branch that it tried; the client knows the field only.
     field = str(problem["loc"][0]) if problem["loc"] else None
-    path = ".".join(map(str, problem["loc"])) if len(error.errors()) == 1 else field
+    path = ".".join(map(str, problem["loc"])) if len(problems) == 1 else field
     if field == "chat_template":
         message = "a template in a request is not accepted; the model's own is used"
     else:

@@ -19,7 +19,7 @@ async def chat_completions(
     body: Annotated[ChatBody, Depends(chat_body)], service: ServiceDep, request: Request
 ) -> Response:
     """A chat completion, streamed as server-sent events where `stream` is true."""
-    model = await service.catalog.resolve(body.model)
+    model = await service.resolve(body.model)
     return Relay(service, model, body, request)
 
 
@@ -30,7 +30,7 @@ async def completions(
     request: Request,
 ) -> Response:
     """A text completion, streamed as server-sent events where `stream` is true."""
-    model = await service.catalog.resolve(body.model)
+    model = await service.resolve(body.model)
     return Relay(service, model, body, request)
 
 
@@ -44,7 +44,7 @@ async def list_models(service: ServiceDep) -> ModelList:
 @router.get("/models/{name:path}")
 async def retrieve_model(name: str, service: ServiceDep) -> ModelCard:
     """One model; its name may hold slashes."""
-    return _card(await service.catalog.resolve(name))
+    return _card(await service.resolve(name))
 
 
 def _card(model: Model) -> ModelCard:

@@ -9,10 +9,10 @@ from fastapi import Depends, Request
 
 from inference_service.config import Settings
 from inference_service.engines.device import Backend, Device
-from inference_service.errors import ServiceError
+from inference_service.errors import RequestTimedOut, ServiceError
 from inference_service.metrics import Metrics
 from inference_service.pool.pool import Pool
-from inference_service.storage.catalog import Catalog
+from inference_service.storage.catalog import Catalog, Model
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,14 @@ class Service:
     metrics: Metrics
     relays: set[UnderWay] = field(default_factory=set)
     stopping: bool = False
+
+    async def resolve(self, name: str) -> Model:
+        """The catalog's model for `name`, within REQUEST_TIMEOUT also where the bucket is slow."""
+        try:
+            async with asyncio.timeout(self.settings.request_timeout):
+                return await self.catalog.resolve(name)
+        except TimeoutError as error:
+            raise RequestTimedOut(self.settings.request_timeout) from error
 
     def preload(self) -> list[asyncio.Task[None]]:
         """Load PRELOAD_MODELS in the background; the service is ready meanwhile."""

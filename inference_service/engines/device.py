@@ -126,9 +126,11 @@ def _vllm_build() -> str | None:
 def _cuda() -> Device | None:
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
-    except (ImportError, pynvml.NVMLError):
+    except pynvml.NVMLError:
         return None
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in _visible_gpus(pynvml)]

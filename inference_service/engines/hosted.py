@@ -8,7 +8,7 @@ import logging
 import shutil
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import aiohttp
 
 from inference_service.engines.base import HostSpec, Snapshot
 from inference_service.engines.host_log import HostLog
-from inference_service.engines.launcher import Host, Launcher
+from inference_service.engines.launcher import Host, Launcher, kill_group
 from inference_service.errors import EngineDied, EngineStartFailed
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class HostedEngine:
         self._log = HostLog(spec.model)
         self._host: Host | None = None
         self._client: aiohttp.ClientSession | None = None
+        self._replies: set[HostReply] = set()
 
     @property
     def healthy(self) -> bool:
@@ -60,7 +61,9 @@ class HostedEngine:
         headers = {"content-type": "application/json", "x-request-id": request_id}
         with self._translated():
             response = await self._open_client.post(f"http://host{path}", data=body, headers=headers)
-        return HostReply(self, response)
+        reply = HostReply(self, response, self._replies.discard)
+        self._replies.add(reply)
+        return reply
 
     async def running(self) -> int:
         with self._translated():
@@ -75,6 +78,8 @@ class HostedEngine:
         return self._death(status)
 
     async def close(self) -> None:
+        for reply in list(self._replies):
+            reply.cut()
         if self._client is not None:
             await self._client.close()
         if self._host is not None:
@@ -135,7 +140,7 @@ class HostedEngine:
 
     def _death(self, status: int) -> str:
         self._log.close()
-        ended = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+        ended = f"killed by {_signal_name(-status)}" if status < 0 else f"exit code {status}"
         return self._log.last_error() or f"its process ended ({ended})"
 
     async def _end(self, host: Host) -> None:
@@ -145,8 +150,17 @@ class HostedEngine:
                 await host.wait()
         except TimeoutError:
             logger.warning("host does not end, killing it", extra={"model": self._spec.model})
-            host.kill(signal.SIGKILL)
-            await host.wait()
+            await self._kill(host)
+
+    async def _kill(self, host: Host) -> None:
+        host.kill(signal.SIGKILL)
+        try:
+            async with asyncio.timeout(TERMINATE_SECONDS):
+                await host.wait()
+        except TimeoutError:
+            # The launcher does not answer: its orders are carried out for it.
+            logger.error("host is not reported dead, going on", extra={"model": self._spec.model})
+            kill_group(host.pid)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -166,9 +180,15 @@ class HostedEngine:
 class HostReply:
     """A host's HTTP response while it arrives (see engines/base.py for the protocol)."""
 
-    def __init__(self, engine: HostedEngine, response: aiohttp.ClientResponse) -> None:
+    def __init__(
+        self,
+        engine: HostedEngine,
+        response: aiohttp.ClientResponse,
+        closed: Callable[["HostReply"], None],
+    ) -> None:
         self._engine = engine
         self._response = response
+        self._closed = closed
 
     @property
     def status(self) -> int:
@@ -192,7 +212,19 @@ class HostReply:
             raise self._engine.died() from error
 
     def close(self) -> None:
+        self._closed(self)
         self._response.close()
+
+    def cut(self) -> None:
+        """Wake whoever reads with an error: closing the client alone would leave him waiting."""
+        self._response.content.set_exception(aiohttp.ClientConnectionError("the engine is closed"))
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have numbers only
+        return f"signal {number}"
 
 
 @contextmanager

@@ -89,15 +89,31 @@ class Launcher:
         launched: asyncio.Future[Host] = asyncio.get_running_loop().create_future()
         self._launching[order] = launched
         message = encode_message({"launch": order, "spec": spec.to_json()})
-        # A launcher that has just died is told by `_receive`, which fails every order under way.
-        with contextlib.suppress(ConnectionError):
+        try:
             socket.send_fds(self._control, [message], [listener.fileno(), log])
-        return await launched
+        except BlockingIOError as error:
+            del self._launching[order]
+            raise EngineStartFailed("The launcher does not answer; too many orders wait for it.") from error
+        except ConnectionError:
+            # It has just died: `_receive` is told so and fails every order under way.
+            logger.warning("the launcher died with an order on its way")
+        try:
+            return await launched
+        except asyncio.CancelledError:
+            # Also in the very moment in which the host was launched: nobody else knows of it.
+            if launched.done() and not launched.cancelled() and launched.exception() is None:
+                launched.result().kill(signal.SIGKILL)
+            raise
 
     def kill(self, pid: int, number: signal.Signals) -> None:
-        if self._failure is None:
-            with contextlib.suppress(ConnectionError):
-                self._control.send(encode_message({"kill": pid, "signal": number}))
+        if self._failure is not None:
+            return
+        try:
+            self._control.send(encode_message({"kill": pid, "signal": number}))
+        except BlockingIOError:
+            kill_group(pid, number)
+        except ConnectionError:
+            logger.warning("the launcher died with an order on its way")
 
     def close(self) -> None:
         """End the launcher and, with it, every host that is left; idempotent."""
@@ -116,7 +132,7 @@ class Launcher:
         self._control = ours
         self._log = HostLog("launcher")
         command = [sys.executable, "-m", "inference_service.engines.launcher_process"]
-        arguments = [str(theirs.fileno()), str(watched), self._backend, self._device]
+        arguments = [str(theirs.fileno()), str(watched), self._backend, self._device, str(os.getpid())]
         self._process = subprocess.Popen(
             [*command, *arguments],
             env=os.environ | self._environment,
@@ -199,12 +215,12 @@ class Launcher:
                 launched.set_exception(EngineStartFailed(f"No engine can be started: {reason}"))
         self._launching.clear()
         for pid, host in self._hosts.items():
-            _kill_orphans(pid)
+            kill_group(pid)
             host.exited(-signal.SIGKILL)
         self._hosts.clear()
 
 
-def _kill_orphans(pid: int) -> None:
-    # The launcher died before it could reap this host, so the group's id is still the host's.
+def kill_group(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Signal a host's group without the launcher: only while it has not reaped the host."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
+        os.killpg(pid, number)

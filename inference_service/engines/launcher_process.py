@@ -57,8 +57,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
-    lifeline, backend, device = int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    _die_with_parent()
+    lifeline, backend, device, parent = int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
+    _die_with(parent)
     _adopt_orphans()
     started = time.monotonic()
     try:
@@ -209,10 +209,12 @@ def _kill_group(pid: int, number: int) -> None:
         os.killpg(pid, number)
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """Let the kernel end this process with the service, also in the middle of an import."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before the kernel was told
+        sys.exit(1)
 
 
 def _adopt_orphans() -> None:

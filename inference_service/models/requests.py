@@ -6,11 +6,21 @@ token count, and `"5"` is no number.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+)
 
 MAX_CHOICES = 128
 MAX_MESSAGES = 16_384
 MAX_PROMPTS = 2_048
+MAX_BIASES = 1_024
 _INT32 = 2**31 - 1
 _INT64 = 2**63 - 1
 
@@ -19,7 +29,14 @@ Number = StrictInt | StrictFloat
 Temperature = Annotated[Number, Field(ge=0, le=2)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
-TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0, le=_INT32)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0, le=_INT32)]], Field(fail_fast=True, min_length=1)]
+
+
+def _biases(value: Any) -> Any:
+    # Before the entries are looked at: an error for each of a million would take seconds.
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES} tokens can have a bias")
+    return value
 
 
 class StreamOptions(BaseModel):
@@ -42,8 +59,11 @@ class GenerationBody(BaseModel):
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     seed: Annotated[StrictInt, Field(ge=-_INT64, le=_INT64)] | None = None
-    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=64)] | None = None
-    logit_bias: Annotated[dict[str, Number], Field(max_length=1024)] | None = None
+    stop: StrictStr | Annotated[list[StrictStr], Field(fail_fast=True, max_length=64)] | None = None
+    logit_bias: Annotated[dict[str, Number], BeforeValidator(_biases)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, le=_INT32)] | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0, le=_INT32)] | None = None
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     # A template is code; only the model's own is run.
     chat_template: None = None
 
@@ -65,7 +85,7 @@ class GenerationBody(BaseModel):
 
 
 class ChatBody(GenerationBody):
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = None
@@ -76,8 +96,8 @@ class CompletionBody(GenerationBody):
     prompt: (
         StrictStr
         | TokenIds
-        | Annotated[list[StrictStr], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[StrictStr], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     )
     # Zero is of use with echo: the prompt's own log probabilities.
     max_tokens: Annotated[StrictInt, Field(ge=0, le=_INT32)] | None = None

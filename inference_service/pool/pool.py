@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 # So many times the running requests may wait; the next one is refused.
 QUEUED_PER_RUNNING = 4
 OVERLOADED_RETRY_SECONDS = 2
+# A load that hangs must not hold its slot for ever.
+LOAD_SECONDS = 1_800
 
 
 class Lease:
@@ -112,7 +114,7 @@ class Pool:
         Raises Overloaded and ShuttingDown at once, and what the load raised (StoreError,
         EngineStartFailed) to everyone who waited for it.
         """
-        self._admit()
+        self._admit(model.name)
         future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         waiter = _Waiter(next(self._numbers), model, time.monotonic(), future)
         self._waiters[waiter.number] = waiter
@@ -180,10 +182,14 @@ class Pool:
         waiting = " ".join(waiter.model.name for waiter in self._waiters.values())
         return f"<Pool {engines or 'empty'} | waiting: {waiting or 'nobody'}>"
 
-    def _admit(self) -> None:
+    def _admit(self, name: str) -> None:
         if self._closing:
             raise _shutting_down()
-        under_way = len(self._waiters) + sum(len(slot.leases) for slot in self._slots.values())
+        running = sum(len(slot.leases) for slot in self._slots.values())
+        slot = self._slots.get(name)
+        if slot is not None and slot.state is EngineState.READY and running < self._concurrency:
+            return  # it runs at once, however many wait for other models
+        under_way = len(self._waiters) + running
         if under_way >= (1 + QUEUED_PER_RUNNING) * self._concurrency:
             raise Overloaded(
                 f"{under_way} requests run or wait already, the most that this service takes "
@@ -254,9 +260,13 @@ class Pool:
         name, started = slot.model.name, time.monotonic()
         logger.info("loading", extra={"model": name, "revision": slot.model.revision})
         try:
-            snapshot = await self._fetch(slot.model)
-            slot.engine = self._make_engine(snapshot)
-            await slot.engine.start()
+            async with asyncio.timeout(LOAD_SECONDS):
+                snapshot = await self._fetch(slot.model)
+                slot.engine = self._make_engine(snapshot)
+                await slot.engine.start()
+        except TimeoutError:
+            self._load_failed(slot, EngineStartFailed(f"'{name}' did not load within {LOAD_SECONDS} s."))
+            return
         except Exception as error:
             self._load_failed(slot, error)
             return

@@ -12,6 +12,7 @@ import itertools
 import logging
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -75,6 +76,7 @@ class Catalog:
         self._models: dict[str, Model] = {}
         self._listed_at: float | None = None
         self._refreshing: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="list")
 
     @property
     def listed(self) -> list[Model]:
@@ -95,6 +97,10 @@ class Catalog:
         if model.unservable is not None:
             raise ModelNotServable(model.name, model.unservable)
         return model
+
+    def forget(self) -> None:
+        """The listing is known to be old: the next request lists again."""
+        self._listed_at = None if not self._models else float("-inf")
 
     async def find(self, name: str) -> Model:
         """As `resolve`, also for a model that cannot be served."""
@@ -126,7 +132,8 @@ class Catalog:
 
     async def _refresh(self) -> None:
         try:
-            objects = await asyncio.to_thread(self._store.list, self._prefix)
+            loop = asyncio.get_running_loop()
+            objects = await loop.run_in_executor(self._thread, self._store.list, self._prefix)
             self._models = models_in(objects, self._prefix)
         except StoreError as error:
             if self._listed_at is None:
@@ -145,9 +152,10 @@ def models_in(objects: list[StoredObject], prefix: str) -> dict[str, Model]:
     for stored in objects:
         segments = stored.name.removeprefix(prefix).split("/")
         safe = list(itertools.takewhile(_is_safe, segments))
-        directories.setdefault("/".join(safe[: len(segments) - 1]), []).append(stored)
         if len(safe) < len(segments):
             astray["/".join(safe)] = stored.name
+        else:
+            directories.setdefault("/".join(segments[:-1]), []).append(stored)
     models: dict[str, Model] = {}
     for directory, files in sorted(directories.items()):
         model = _model(directory, files, astray.get(directory))

@@ -6,6 +6,7 @@ All methods block; callers run them in threads.
 
 import base64
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from inference_service.errors import StoreError, StoreForbidden
+from inference_service.errors import ObjectReplaced, StoreError, StoreForbidden
 
 if TYPE_CHECKING:
     from google.cloud import storage
@@ -81,12 +82,15 @@ class FileStore:
                 yield chunk
 
     def _walk(self, prefix: str) -> Iterator[StoredObject]:
-        for directory, _, names in os.walk(self._root / prefix, followlinks=True):
+        for directory, below, names in os.walk(self._root / prefix, followlinks=True):
+            below[:] = [name for name in below if not _leads_back(Path(directory, name))]
             for name in names:
                 path = Path(directory, name)
                 try:
                     status = path.stat()
-                except FileNotFoundError:  # removed meanwhile, or a link that leads nowhere
+                except OSError:  # removed meanwhile, or a link that leads nowhere
+                    continue
+                if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
                     continue
                 yield StoredObject(
                     path.relative_to(self._root).as_posix(),
@@ -188,8 +192,8 @@ def _replaced(stored: StoredObject) -> Iterator[None]:
         raise _replaced_error(stored) from error
 
 
-def _replaced_error(stored: StoredObject) -> StoreError:
-    return StoreError(
+def _replaced_error(stored: StoredObject) -> ObjectReplaced:
+    return ObjectReplaced(
         f"{stored.name} was replaced or deleted while it was fetched. Try again.",
         retry_after=RETRY_AFTER_SECONDS,
     )
@@ -198,6 +202,11 @@ def _replaced_error(stored: StoredObject) -> StoreError:
 def _stored(blob: "storage.Blob") -> StoredObject:
     crc32c = int.from_bytes(base64.b64decode(blob.crc32c), "big") if blob.crc32c else None
     return StoredObject(blob.name, int(blob.size), str(blob.generation), crc32c, blob.time_created)
+
+
+def _leads_back(directory: Path) -> bool:
+    """A link to a directory that it lies in: following it would never end."""
+    return directory.is_symlink() and directory.parent.resolve().is_relative_to(directory.resolve())
 
 
 def _generation(status: os.stat_result) -> str:

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -34,6 +35,7 @@ MANIFEST = ".manifest.json"
 _INCOMPLETE = ".incomplete-"
 PROGRESS_SECONDS = 3.0
 ABANDONED_SECONDS = 3600.0
+FETCHES_AT_ONCE = 16
 
 
 class Sync:
@@ -42,7 +44,9 @@ class Sync:
     def __init__(self, store: Store, cache: Path) -> None:
         self._store = store
         self._cache = cache
-        self._under_way: dict[Path, asyncio.Task[Snapshot]] = {}
+        self._under_way: dict[Path, asyncio.Future[Snapshot]] = {}
+        # Its own: a fetch that takes for ever must not hold a listing or a parse.
+        self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
 
     async def snapshot(self, model: Model) -> Snapshot:
         """The verified snapshot of `model`, fetched unless it is there; one fetch however many ask.
@@ -52,13 +56,14 @@ class Sync:
         target = self._cache / model.name / model.revision
         fetching = self._under_way.get(target)
         if fetching is None:
-            fetching = asyncio.create_task(asyncio.to_thread(self._ensure, model, target))
+            loop = asyncio.get_running_loop()
+            fetching = loop.run_in_executor(self._threads, self._ensure, model, target)
             self._under_way[target] = fetching
             fetching.add_done_callback(lambda _: self._under_way.pop(target, None))
         return await asyncio.shield(fetching)
 
     def _ensure(self, model: Model, target: Path) -> Snapshot:
-        if not (target / MANIFEST).is_file():
+        if not _is_whole(target, model):
             with _disk_errors(model, self._cache):
                 self._fetch(model, target)
         return Snapshot(model.name, model.revision, target, model.bytes)
@@ -75,7 +80,7 @@ class Sync:
             }
             _write_durably(staging / MANIFEST, json.dumps(sums, indent=1).encode())
             _sync_directory(staging)
-            _put_in_place(staging, target)
+            _put_in_place(staging, target, model)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -120,6 +125,17 @@ class _Progress:
         )
 
 
+def _is_whole(target: Path, model: Model) -> bool:
+    """A snapshot: it has its manifest, and nobody has taken or cut a file since."""
+    if not (target / MANIFEST).is_file():
+        return False
+    try:
+        sizes = [(target / PurePosixPath(stored.name).name).stat().st_size for stored in model.objects]
+    except FileNotFoundError:
+        return False
+    return sizes == [stored.size for stored in model.objects]
+
+
 def _sweep_abandoned(directory: Path) -> None:
     """Remove what killed fetches left: staging that nobody has written to for an hour.
 
@@ -146,14 +162,14 @@ def _verify(path: Path, stored: StoredObject, expected: int) -> None:
         )
 
 
-def _put_in_place(staging: Path, target: Path) -> None:
-    # A directory without a manifest is nobody's snapshot; another process may have been faster.
-    if target.exists() and not (target / MANIFEST).is_file():
+def _put_in_place(staging: Path, target: Path, model: Model) -> None:
+    # What is not whole is nobody's snapshot; another process may have been faster.
+    if target.exists() and not _is_whole(target, model):
         shutil.rmtree(target)
     try:
         staging.rename(target)
     except OSError:
-        if not (target / MANIFEST).is_file():
+        if not _is_whole(target, model):
             raise
     _sync_directory(target.parent)
 

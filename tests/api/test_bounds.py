@@ -1,6 +1,7 @@
 """Bad input gets a clear 400 that names the field."""
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ def completion(**fields: Any) -> bytes:
         ({"stop": [1]}, "stop"),
         ({"stop": ["x"] * 65}, "stop"),
         ({"top_logprobs": 21}, "top_logprobs"),
+        ({"top_k": 2**31}, "top_k"),
         ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias"),
         ({"stream_options": {"include_usage": 1}}, "stream_options"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
@@ -95,12 +97,26 @@ def test_every_kind_of_prompt(prompt: Any) -> None:
         b'{"model": "m", "messages": [{}], "temperature": Infinity}',
         b'{"model": "m", "messages": [{}], "temperature": 1e999}',
         b'{"model": "m", "messages": [{}], "other": 1e999}',
+        b'{"model": "m", "messages": [{}], "other": ' + b"9" * 305 + b"e10}",
+        b'{"model": "m", "messages": [{}], "other": [99999999999999999999]}',
         b"[" * 100_000,
     ],
 )
 def test_what_is_no_strict_json_object(raw: bytes) -> None:
     with pytest.raises(InvalidRequest):
         parse(raw, ChatBody)
+
+
+@pytest.mark.parametrize("prompt", ['""', "-1", '[""]', "{}"])
+def test_a_million_wrong_elements_are_one_error(prompt: str) -> None:
+    """Counted in memory, not in time: an error object for each would be gigabytes."""
+    raw = f'{{"model": "m", "prompt": [{",".join([prompt] * 300_000)}]}}'.encode()
+    tracemalloc.start()
+    with pytest.raises(InvalidRequest):
+        parse(raw, CompletionBody)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 << 20
 
 
 def test_other_fields_pass_through_unchanged() -> None:

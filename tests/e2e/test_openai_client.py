@@ -175,7 +175,8 @@ def test_a_client_that_disconnects_frees_the_engine(service: ServiceProcess) -> 
     ask(service, BASE)
     body = {"model": BASE, "prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "stream": True}
     with service.http.stream("POST", "/v1/completions", content=json.dumps(body)) as response:
-        next(response.iter_bytes())
+        chunks = response.iter_bytes()  # kept: dropping it would close the response
+        next(chunks)
         service.wait_until(lambda: service.engine(BASE)["running"] == 1, 5)
     left = time.monotonic()
     service.wait_until(lambda: service.engine(BASE)["running"] == 0, 5)

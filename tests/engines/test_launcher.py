@@ -154,6 +154,57 @@ async def test_a_dead_launcher_takes_its_hosts_along_and_is_replaced(
     await second.close()
 
 
+async def test_a_dead_launcher_ends_replies_under_way(launcher: Launcher, tmp_path: Path) -> None:
+    """Closing the engine wakes who reads: it does not wait for the request's timeout."""
+    host = engine(launcher, tmp_path)
+    await host.start()
+    reply = await host.forward(
+        "/v1/completions", b'{"prompt": "x", "max_tokens": 9999, "stream": true}', "id"
+    )
+    chunks = reply.chunks()
+    await anext(chunks)
+
+    async def read_on() -> None:
+        async for _ in chunks:
+            pass
+
+    reading = asyncio.create_task(read_on())
+    await asyncio.sleep(0.05)
+    os.kill(launcher.process_id, signal.SIGKILL)
+    await asyncio.wait_for(host.wait_dead(), 5)
+    await host.close()
+    with pytest.raises(EngineDied):
+        await asyncio.wait_for(reading, 2)
+    reply.close()
+
+
+async def test_a_launch_cancelled_in_the_moment_it_is_done_leaves_no_host(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = engine(launcher, tmp_path)
+    starting = asyncio.create_task(host.start())
+    launched = Launcher._launched
+
+    def launched_and_cancelled(self: Launcher, order: int, pid: int) -> None:
+        launched(self, order, pid)
+        starting.cancel()
+
+    monkeypatch.setattr(Launcher, "_launched", launched_and_cancelled)
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    await host.close()
+    await until(lambda: psutil.Process(launcher.process_id).children() == [])
+
+
+async def test_a_host_that_a_real_time_signal_ends(launcher: Launcher, tmp_path: Path) -> None:
+    host = engine(launcher, tmp_path)
+    await host.start()
+    assert host.process_id is not None
+    os.kill(host.process_id, 40)
+    assert "signal 40" in await host.wait_dead()
+    await host.close()
+
+
 async def test_what_a_host_leaves_behind_is_killed_and_reaped(launcher: Launcher, tmp_path: Path) -> None:
     """A process of the group outlives its leader, as an engine core does after the host's SIGKILL."""
     host = engine(launcher, tmp_path, spec("tests.engines.forking_host"))

@@ -259,6 +259,16 @@ async def test_too_many_waiting_are_refused_at_once(two: Bench) -> None:
     assert repr(two.pool) == "<Pool a:starting(0) | waiting: nobody>"
 
 
+async def test_a_warm_model_is_not_refused_for_those_who_wait_for_a_cold_one(two: Bench) -> None:
+    (await two.started("warm")).release()
+    asked = [two.ask("cold") for _ in range(15)]
+    await two.settle()
+    (await two.pool.lease(model("warm"))).release()
+    for task in asked:
+        task.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
+
+
 @pytest.mark.parametrize("steps", range(12))
 async def test_cancellation_at_every_step_leaves_no_lease(two: Bench, steps: int) -> None:
     asked = two.ask("a")

@@ -1,6 +1,7 @@
 """Names and what a listing of the prefix means."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -27,9 +28,12 @@ class ListedStore:
         self.objects = list(objects)
         self.listings = 0
         self.error: StoreError | None = None
+        self.gate: threading.Event | None = None
 
     def list(self, prefix: str) -> list[StoredObject]:
         self.listings += 1
+        if self.gate is not None:
+            self.gate.wait(10)
         if self.error:
             raise self.error
         return self.objects
@@ -120,7 +124,16 @@ def test_a_sharded_model_is_complete_with_its_last_shard() -> None:
 
 @pytest.mark.parametrize(
     "stray",
-    ["m/../../etc/passwd.json", "m/..", "m//config.json", "m/./x", "m/a\\b.json", "m/a\nb.json", "m/\x00"],
+    [
+        "m/../../etc/passwd.json",
+        "m/..",
+        "m//config.json",
+        "m/./x",
+        "m/a\\b.json",
+        "m/a\nb.json",
+        "m/\x00",
+        "m/\udcff.json",
+    ],
 )
 def test_an_object_that_would_leave_its_directory_makes_the_model_unservable(stray: str) -> None:
     found = models_in([*checkpoint("m"), *checkpoint("other"), stored(stray)], "models/")
@@ -197,9 +210,10 @@ async def test_a_known_model_does_not_wait_for_a_slow_bucket(monkeypatch: pytest
     store = ListedStore(*checkpoint("m"))
     catalog = Catalog(store, "models/")
     await catalog.models()
-    slow = asyncio.Event()
-    monkeypatch.setattr(asyncio, "to_thread", lambda *_: slow.wait())
+    slow = threading.Event()
+    store.gate = slow
     assert (await asyncio.wait_for(catalog.resolve("m"), 1)).name == "m"
+    slow.set()
 
 
 async def test_a_client_that_leaves_does_not_end_the_listing_of_others() -> None:

@@ -1,5 +1,6 @@
 """Stores: a local directory, and a bucket in a real GCS server."""
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,10 +74,23 @@ def test_a_directory(tmp_path: Path) -> None:
     (tmp_path / "models" / "m").mkdir(parents=True)
     (tmp_path / "models" / "m" / "config.json").write_text("{}")
     (tmp_path / "models" / "m" / "dangling").symlink_to("nowhere")
+    (tmp_path / "models" / "m" / "itself").symlink_to("itself")
+    (tmp_path / "models" / "m" / "not-a-directory").symlink_to("config.json/x")
+    (tmp_path / "models" / "loop").symlink_to(".")
+    os.mkfifo(tmp_path / "models" / "m" / "tokenizer.json")
     store = open_store(f"file://{tmp_path}")
     (found,) = store.list("models/")
     assert found.name == "models/m/config.json"
     assert b"".join(store.read(found)) == b"{}"
+
+
+def test_a_link_to_a_models_directory_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "m").symlink_to(tmp_path / "elsewhere")
+    (found,) = FileStore(tmp_path).list("models/")
+    assert found.name == "models/m/config.json"
 
 
 def test_a_directory_that_does_not_exist(tmp_path: Path) -> None:

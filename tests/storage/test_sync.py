@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +106,17 @@ async def test_a_directory_without_a_manifest_is_no_snapshot(source: Path, cache
     (half / "model.safetensors").write_bytes(b"half")
     snapshot = await Sync(store, cache).snapshot(model)
     assert (snapshot.path / "model.safetensors").read_bytes() == CONTENTS["model.safetensors"]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"cut")])
+async def test_a_snapshot_that_lost_a_file_is_fetched_again(
+    source: Path, cache: Path, damage: Callable[[Path], object]
+) -> None:
+    store = FileStore(source)
+    snapshot = await Sync(store, cache).snapshot(listed(store))
+    damage(snapshot.path / "model.safetensors")
+    again = await Sync(store, cache).snapshot(listed(store))
+    assert (again.path / "model.safetensors").read_bytes() == CONTENTS["model.safetensors"]
 
 
 async def test_a_cache_that_cannot_be_written_is_named(source: Path, tmp_path: Path) -> None:
