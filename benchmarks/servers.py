@@ -1,6 +1,7 @@
 """The servers that are measured, as processes: this service, and vLLM's own."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,11 @@ from inference_service.engines.device import choose_backend, find_device
 from inference_service.engines.factory import launcher_environment, vllm_arguments
 
 START_SECONDS = 300.0
+_ERROR = re.compile(r"\w(Error|Exception): ")
+
+
+class DidNotStart(Exception):
+    """A server under measurement ended, or did not listen in time; says its last errors."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ class Server:
                 return
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.2)
-        raise RuntimeError(f"{self.name} did not start:\n{log.read_text()[-4000:]}")
+        errors = [line for line in log.read_text(errors="replace").splitlines() if _ERROR.search(line)]
+        raise DidNotStart(f"{self.name} did not start: {' | '.join(errors[-6:])}")
 
 
 @contextmanager
