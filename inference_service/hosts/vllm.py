@@ -51,7 +51,11 @@ async def _serve(args: Namespace, spec: HostSpec, listener: socket.socket) -> No
     async with build_async_engine_client(args) as engine:
         app = await _build(args, spec, engine)
         config = uvicorn.Config(
-            app, access_log=False, log_level="warning", timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE
+            app,
+            access_log=False,
+            log_level="warning",
+            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+            timeout_graceful_shutdown=1,
         )
         await _until_terminated(NoSignalServer(config), engine, listener)
 
@@ -70,6 +74,8 @@ async def _until_terminated(server: uvicorn.Server, engine: EngineClient, listen
         # Otherwise it takes the engine core's orderly end for its death and logs an error.
         engine.output_handler.cancel()
         await asyncio.to_thread(engine.shutdown, timeout=ENGINE_SHUTDOWN_SECONDS)
+        server.should_exit = True
+        await serving
 
 
 async def _build(args: Namespace, spec: HostSpec, engine: EngineClient) -> FastAPI:
