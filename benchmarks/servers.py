@@ -21,6 +21,7 @@ from inference_service.engines.device import choose_backend, find_device
 from inference_service.engines.factory import launcher_environment, vllm_arguments
 
 START_SECONDS = 300.0
+SHARE_OF_MEMORY = 0.4
 _ERROR = re.compile(r"\w(Error|Exception): ")
 
 
@@ -74,7 +75,8 @@ def vllm_server(name: str, model: Path, settings: Settings | None) -> Iterator[S
     """`python -m vllm.entrypoints.openai.api_server`.
 
     With `settings`: the very arguments and environment that this service gives its engine. Without:
-    vLLM's defaults.
+    vLLM's defaults, but for the share of memory: by default it refuses to start unless 92 % of the
+    machine's memory is free, which it never is beside another server.
     """
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -82,6 +84,7 @@ def vllm_server(name: str, model: Path, settings: Settings | None) -> Iterator[S
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if settings is None:
         command += ["--model", str(model), "--served-model-name", model.name]
+        command += ["--gpu-memory-utilization", str(SHARE_OF_MEMORY)]
     else:
         device = find_device()
         snapshot = Snapshot(model.name, "", model, 0)
