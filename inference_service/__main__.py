@@ -1,9 +1,10 @@
 """`inference-service` and `python -m inference_service`: settings -> socket -> launcher -> server.
 
 The socket listens before anything heavy is imported, and the launcher starts before any thread or event
-loop exists.
+loop exists. The other commands, `models` and `pull`, are commands.py's.
 """
 
+import argparse
 import asyncio
 import contextlib
 import logging
@@ -12,7 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from inference_service.config import BadSettings, Settings, load_settings
 from inference_service.engines.device import (
@@ -36,6 +37,52 @@ LAST_CONNECTIONS_SECONDS = 1
 
 
 def main() -> None:
+    """Carry out the command that is given, or serve."""
+    parser = argparse.ArgumentParser(prog="inference-service", description="Serve the models in a bucket.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("serve", help="serve them over HTTP (the default)")
+    models = commands.add_parser("models", help="list the models in the bucket")
+    models.add_argument("--json", action="store_true", help="one JSON object a line")
+    pull = commands.add_parser("pull", help="fetch a model into LOCAL_MODEL_CACHE")
+    pull.add_argument("model", help="its name, as `models` shows it; name@revision for one revision")
+    given = parser.parse_args()
+    if given.command in (None, "serve"):
+        serve()
+    else:
+        _command(given)
+
+
+def _command(given: argparse.Namespace) -> None:
+    """Exit code 1 and one line for an error, 2 for a setting that cannot be."""
+    try:
+        settings = load_settings()
+    except BadSettings as error:
+        _exit(2, error)
+    # Imported only now: `--help` and a bad setting need no Google client.
+    from inference_service import commands
+    from inference_service.errors import ServiceError
+
+    try:
+        if given.command == "models":
+            commands.list_models(settings, sys.stdout, as_json=given.json)
+        else:
+            commands.pull(settings, given.model, sys.stdout)
+        sys.stdout.flush()
+    except (ServiceError, OSError) as error:
+        _exit(1, error)
+    except KeyboardInterrupt:
+        _exit(130, "interrupted; what has arrived is kept, and the next pull goes on from there")
+    # Not sys.exit: a connection that hangs holds no one up.
+    os._exit(0)
+
+
+def _exit(code: int, error: object) -> NoReturn:
+    sys.stderr.write(f"inference-service: {error}\n")
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def serve() -> None:
     """Serve until SIGTERM or Ctrl-C; exit code 2 and one line for a setting that cannot be."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))

@@ -14,14 +14,17 @@ from inference_service.api import admin, health, openai
 from inference_service.api.access import Access
 from inference_service.api.service import Service
 from inference_service.config import Settings
-from inference_service.engines.base import Snapshot
 from inference_service.engines.device import Backend, Device
 from inference_service.engines.factory import EngineFactory
 from inference_service.engines.launcher import Launcher
-from inference_service.errors import InvalidRequest, ObjectReplaced, ServiceError, error_envelope
+from inference_service.errors import InvalidRequest, ServiceError, error_envelope
 from inference_service.metrics import Metrics
 from inference_service.pool.pool import Pool
-from inference_service.storage.catalog import Catalog, Model
+from inference_service.storage.catalog import Catalog
+from inference_service.storage.disk import open_cache
+from inference_service.storage.documents import Documents
+from inference_service.storage.preflight import Preflight
+from inference_service.storage.registry import Registry
 from inference_service.storage.store import open_store
 from inference_service.storage.sync import Sync
 
@@ -33,25 +36,22 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     store = open_store(settings.gcs_bucket)
     factory = EngineFactory(settings, device, backend, launcher)
     metrics = Metrics()
-    catalog = Catalog(store, settings.gcs_model_prefix)
-    sync = Sync(store, settings.local_model_cache)
-
-    async def fetch(model: Model) -> Snapshot:
-        try:
-            return await sync.snapshot(model)
-        except ObjectReplaced:
-            catalog.forget()
-            raise
-
+    documents = Documents(store)
+    catalog = Catalog(store, settings.gcs_model_prefix, settings.catalog_ttl, documents)
+    layout, disk = open_cache(settings)
+    preflight = Preflight(documents, settings, device, backend, disk.most)
+    sync = Sync(store, layout, disk)
+    registry = Registry(catalog, preflight, sync)
     pool = Pool(
-        fetch,
+        registry.fetch,
+        registry.release,
         factory.make,
         metrics,
         slots=settings.max_cached_models,
         concurrency=settings.concurrency,
     )
     metrics.watch_engines(pool.count_by_state)
-    service = Service(settings, device, backend, catalog, pool, metrics)
+    service = Service(settings, device, backend, registry, pool, metrics)
     app = FastAPI(
         title="inference-service",
         redirect_slashes=False,

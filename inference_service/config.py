@@ -57,6 +57,16 @@ class Settings(BaseSettings):
         Path("/tmp/model_cache"),  # noqa: S108  (the documented default; Cloud Run offers no other disk)
         description="Directory for verified snapshots of the models",
     )
+    disk_cache_gib: float | None = Field(
+        None,
+        gt=0,
+        le=1_000_000,
+        description="Quota of LOCAL_MODEL_CACHE in GiB; the least recently used snapshots give way; unset: "
+        "90 % of the file system, or half of the memory where files are memory",
+    )
+    catalog_ttl: float = Field(
+        30, ge=0, le=86_400, description="Seconds that a listing of the bucket is good for"
+    )
     max_cached_models: int = Field(2, ge=1, le=64, description="Engines that may live at once")
     max_concurrent_requests: int = Field(
         50,

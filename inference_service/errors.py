@@ -9,10 +9,14 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     ├── ModelNotFound           404
     ├── ModelNotServable        422   the model is there and cannot be served; says why
     ├── Overloaded              429   too many requests wait already
-    ├── StoreError              503   the bucket cannot be read; says why
+    ├── StoreError                    the bucket cannot be read; says why
+    │   ├── StoreUnavailable    503   it does not answer, answers 429 or 5xx, or stalls: try again
     │   ├── ObjectReplaced      503   an object changed between the listing and its fetch
-    │   ├── StoreForbidden      500   the service lacks a permission or the bucket does not exist
+    │   ├── BucketNotFound      500   GCS_BUCKET names no bucket
+    │   ├── StoreForbidden      500   the service lacks a permission; says which
     │   └── SnapshotCorrupt     502   the bytes that arrived are not those that the listing names
+    ├── CacheError              500   LOCAL_MODEL_CACHE cannot be written
+    │   └── DiskFull            507   it has no room for the model; says how much is missing
     ├── EngineError             502   the engine answered with an error of its own
     │   ├── EngineStartFailed   503   the engine could not be started; says the engine's reason
     │   └── EngineDied          503   the engine's process went away under the request
@@ -99,22 +103,43 @@ class Overloaded(ServiceError):
 
 
 class StoreError(ServiceError):
+    code = "store_error"
+
+
+class StoreUnavailable(StoreError):
     status = 503
     code = "store_unavailable"
 
 
 class ObjectReplaced(StoreError):
+    status = 503
     code = "object_replaced"
 
 
+class BucketNotFound(StoreError):
+    code = "bucket_not_found"
+
+
 class StoreForbidden(StoreError):
-    status = 500
     code = "store_forbidden"
 
 
 class SnapshotCorrupt(StoreError):
     status = 502
     code = "snapshot_corrupt"
+
+
+class CacheError(ServiceError):
+    code = "cache_error"
+
+
+class DiskFull(CacheError):
+    status = 507
+    code = "disk_full"
+
+    def headers(self) -> dict[str, str]:
+        # The client library retries every 5xx by itself; the disk is as full a second later.
+        return {**super().headers(), "x-should-retry": "false"}
 
 
 class EngineError(ServiceError):

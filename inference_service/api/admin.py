@@ -1,12 +1,13 @@
 """The operator's routes."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
 
 from inference_service.api.service import ServiceDep
 from inference_service.models.responses import Unloaded
-from inference_service.storage.catalog import canonical_name
+from inference_service.storage.model import canonical_name
 
 router = APIRouter(prefix="/admin")
 
@@ -22,7 +23,12 @@ async def unload(name: str, service: ServiceDep) -> Unloaded:
 
 @router.get("/stats")
 async def stats(service: ServiceDep) -> dict[str, Any]:
-    """Slots, engines, leases and waiters, and the models that cannot be served with the reason."""
+    """Slots, engines, leases and waiters; fetches and the disk; the models that cannot be served."""
     models = service.catalog.listed
     unservable = {model.name: model.unservable for model in models if model.unservable}
-    return {**await service.pool.stats(), "models": len(models), "unservable": unservable}
+    return {
+        **await service.pool.stats(),
+        **await asyncio.to_thread(service.registry.sync.stats),
+        "models": len(models),
+        "unservable": unservable,
+    }

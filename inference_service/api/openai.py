@@ -9,7 +9,7 @@ from inference_service.api.relay import Relay
 from inference_service.api.service import ServiceDep
 from inference_service.models.requests import ChatBody, CompletionBody
 from inference_service.models.responses import ModelCard, ModelList
-from inference_service.storage.catalog import Model
+from inference_service.storage.model import Model
 
 router = APIRouter(prefix="/v1")
 
@@ -44,8 +44,16 @@ async def list_models(service: ServiceDep) -> ModelList:
 @router.get("/models/{name:path}")
 async def retrieve_model(name: str, service: ServiceDep) -> ModelCard:
     """One model; its name may hold slashes."""
-    return _card(await service.resolve(name))
+    return _card(await service.catalog.resolve(name))
 
 
 def _card(model: Model) -> ModelCard:
-    return ModelCard(id=model.name, created=int(model.created.timestamp()))
+    return ModelCard(
+        id=model.name,
+        created=int(model.created.timestamp()),
+        kind=model.kind,
+        parent=model.base,
+        revision=model.revision,
+        size=model.bytes,
+        aliases=model.serving.aliases,
+    )

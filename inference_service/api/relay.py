@@ -19,7 +19,7 @@ from inference_service.engines.base import Reply
 from inference_service.errors import ClientLeft, EngineError, RequestTimedOut, ServiceError, ShuttingDown
 from inference_service.models.requests import GenerationBody
 from inference_service.pool.pool import Lease
-from inference_service.storage.catalog import Model
+from inference_service.storage.model import Model
 
 # A client that does not read would hold its error, and this task, for ever.
 LAST_WORD_SECONDS = 2.0

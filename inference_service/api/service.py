@@ -12,7 +12,9 @@ from inference_service.engines.device import Backend, Device
 from inference_service.errors import RequestTimedOut, ServiceError
 from inference_service.metrics import Metrics
 from inference_service.pool.pool import Pool
-from inference_service.storage.catalog import Catalog, Model
+from inference_service.storage.catalog import Catalog
+from inference_service.storage.model import Model
+from inference_service.storage.registry import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -34,27 +36,41 @@ class Service:
     settings: Settings
     device: Device
     backend: Backend
-    catalog: Catalog
+    registry: Registry
     pool: Pool
     metrics: Metrics
     relays: set[UnderWay] = field(default_factory=set)
     stopping: bool = False
 
     async def resolve(self, name: str) -> Model:
-        """The catalog's model for `name`, within REQUEST_TIMEOUT also where the bucket is slow."""
+        """The bucket's model for `name`, within REQUEST_TIMEOUT also where the bucket is slow."""
         try:
             async with asyncio.timeout(self.settings.request_timeout):
-                return await self.catalog.resolve(name)
+                return await self.registry.resolve(name)
         except TimeoutError as error:
             raise RequestTimedOut(self.settings.request_timeout) from error
 
+    @property
+    def catalog(self) -> Catalog:
+        return self.registry.catalog
+
     def preload(self) -> list[asyncio.Task[None]]:
-        """Load PRELOAD_MODELS in the background; the service is ready meanwhile."""
-        return [asyncio.create_task(self._preload(name)) for name in self.settings.preload_models]
+        """Load PRELOAD_MODELS, and those whose serving.json says so; the service is ready meanwhile."""
+        named = [asyncio.create_task(self._preload(name)) for name in self.settings.preload_models]
+        return [*named, asyncio.create_task(self._preload_wished())]
+
+    async def _preload_wished(self) -> None:
+        try:
+            models = await self.catalog.described()
+        except ServiceError as error:
+            logger.error("the bucket cannot be listed: %s", error)
+            return
+        wished = [model.name for model in models if model.serving.preload and model.unservable is None]
+        await asyncio.gather(*(self._preload(name) for name in wished))
 
     async def _preload(self, name: str) -> None:
         try:
-            (await self.pool.lease(await self.catalog.resolve(name))).release()
+            (await self.pool.lease(await self.registry.resolve(name))).release()
         except ServiceError as error:
             logger.error("preload failed: %s", error, extra={"model": name})
 

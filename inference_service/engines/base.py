@@ -6,10 +6,12 @@ travels to the launcher as JSON.
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, Self
+
+from inference_service.models.serving import Serving
 
 
 class EngineState(StrEnum):
@@ -25,12 +27,13 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A verified local directory of one revision of a model."""
+    """A verified local directory of one revision of a model, and how it wants to be served."""
 
     model: str
     revision: str
     path: Path
     bytes: int
+    serving: Serving = field(default_factory=Serving)
 
 
 @dataclass(frozen=True)

@@ -160,12 +160,12 @@ def _visible_gpus(pynvml: object) -> list[int]:
 
 def _mps() -> Device | None:
     if platform.system() == "Darwin" and platform.machine() == "arm64":
-        return Device(DeviceKind.MPS, "Apple Silicon", 1, _memory_bytes())
+        return Device(DeviceKind.MPS, "Apple Silicon", 1, memory_bytes())
     return None
 
 
 def _cpu() -> Device:
-    return Device(DeviceKind.CPU, _cpu_name(), 1, _memory_bytes())
+    return Device(DeviceKind.CPU, _cpu_name(), 1, memory_bytes())
 
 
 def _cpu_name() -> str:
@@ -178,7 +178,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """The machine's memory, or the container's limit where that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:

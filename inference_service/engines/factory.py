@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from inference_service.config import Settings
 from inference_service.engines.base import HostSpec, Snapshot
@@ -22,8 +22,10 @@ from inference_service.engines.device import (
 )
 from inference_service.engines.hosted import HostedEngine
 from inference_service.engines.launcher import Launcher
+from inference_service.models.serving import Serving
 
 _GIB = 1 << 30
+_Number = TypeVar("_Number", int, float)
 ROOM_PREFIX = "inference-service-"
 MIN_KV_CACHE_BYTES = 64 << 20
 FULL_LENGTH_REQUESTS = 4
@@ -59,14 +61,15 @@ class EngineFactory:
             environment = {"VLLM_RPC_BASE_PATH": str(directory), "TMPDIR": str(directory)}
         elif self._backend is Backend.FAKE:
             arguments = (str(self._settings.fake_tokens_per_second),)
+        sampling = snapshot.serving.sampling_defaults
         return HostSpec(
             model=snapshot.model,
             program=f"inference_service.hosts.{self._backend.value}",
             directory=str(snapshot.path),
             arguments=arguments,
             environment=environment,
-            default_max_tokens=self._settings.default_max_tokens,
-            default_temperature=self._settings.default_temperature,
+            default_max_tokens=_chosen(sampling.max_tokens, self._settings.default_max_tokens),
+            default_temperature=_chosen(sampling.temperature, self._settings.default_temperature),
         )
 
 
@@ -98,44 +101,76 @@ def launcher_environment(backend: Backend, device: Device) -> dict[str, str]:
 
 
 def vllm_arguments(settings: Settings, device: Device, snapshot: Snapshot) -> tuple[str, ...]:
-    """vLLM's command line for one snapshot."""
+    """vLLM's command line for one snapshot; what its serving.json says wins over the settings."""
+    serving = snapshot.serving
     config = _text_config(snapshot.path)
-    dtype = resolve_dtype(settings.dtype, device, config.get("dtype") or config.get("torch_dtype"))
+    dtype = serving.dtype or resolve_dtype(
+        settings.dtype, device, config.get("dtype") or config.get("torch_dtype")
+    )
+    length = serving.max_model_len or settings.max_model_len
+    sampling = {"temperature": settings.default_temperature} | serving.sampling_defaults.generation_config()
     arguments = [
         *("--model", str(snapshot.path)),
         *("--served-model-name", snapshot.model),
         *("--dtype", dtype),
         *("--load-format", "safetensors"),
-        *("--max-model-len", str(settings.max_model_len or "auto")),
+        *("--max-model-len", str(length or "auto")),
         # DEFAULT_MAX_TOKENS is no part of this: vLLM reads max_new_tokens as a limit, not a default.
-        *(
-            "--override-generation-config",
-            json.dumps({"temperature": settings.default_temperature}),
-        ),
+        *("--override-generation-config", json.dumps(sampling)),
         *("--worker-extension-cls", "inference_service.hosts.vllm_worker.WorkerExtension"),
         # A request's image_url is never fetched: no domain is allowed.
         *("--allowed-media-domains", "none.invalid"),
         "--disable-uvicorn-access-log",
         "--disable-fastapi-docs",
-        *_memory_arguments(settings, device, config, dtype),
+        *_memory_arguments(settings, device, serving, config, dtype, length),
+        *_wished_arguments(serving),
     ]
     if _eager(settings, device):
         arguments.append("--enforce-eager")
     return tuple(arguments)
 
 
+def _wished_arguments(serving: Serving) -> list[str]:
+    """What only serving.json can ask for."""
+    arguments = []
+    if serving.quantization is not None:
+        arguments += ["--quantization", serving.quantization]
+    if serving.tool_call_parser is not None:
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", serving.tool_call_parser]
+    if serving.reasoning_parser is not None:
+        arguments += ["--reasoning-parser", serving.reasoning_parser]
+    if serving.max_num_seqs is not None:
+        arguments += ["--max-num-seqs", str(serving.max_num_seqs)]
+    if serving.enable_prefix_caching is not None:
+        arguments.append(f"--{'' if serving.enable_prefix_caching else 'no-'}enable-prefix-caching")
+    return arguments
+
+
 def _memory_arguments(
-    settings: Settings, device: Device, config: dict[str, Any], dtype: str
-) -> tuple[str, ...]:
-    share = settings.gpu_memory_utilization / settings.max_cached_models
-    if device.kind is not DeviceKind.CUDA:
-        return ("--kv-cache-memory-bytes", str(_cpu_kv_cache_bytes(settings, device, config, dtype)))
-    gpus = tensor_parallel_size(settings, device)
-    # An equal share each, so that MAX_CACHED_MODELS engines fit on the device together.
-    return ("--gpu-memory-utilization", f"{share:.4f}", "--tensor-parallel-size", str(gpus))
+    settings: Settings,
+    device: Device,
+    serving: Serving,
+    config: dict[str, Any],
+    dtype: str,
+    length: int | None,
+) -> list[str]:
+    arguments = []
+    if device.kind is DeviceKind.CUDA:
+        # An equal share each, so that MAX_CACHED_MODELS engines fit on the device together.
+        share = settings.gpu_memory_utilization / settings.max_cached_models
+        gpus = serving.tensor_parallel_size or tensor_parallel_size(settings, device)
+        arguments += ["--gpu-memory-utilization", f"{share:.4f}", "--tensor-parallel-size", str(gpus)]
+    if serving.kv_cache_gib is not None:
+        arguments += ["--kv-cache-memory-bytes", str(int(serving.kv_cache_gib * _GIB))]
+    elif device.kind is not DeviceKind.CUDA:
+        kv_cache = _cpu_kv_cache_bytes(settings, device, config, dtype, length)
+        arguments += ["--kv-cache-memory-bytes", str(kv_cache)]
+    return arguments
 
 
-def _cpu_kv_cache_bytes(settings: Settings, device: Device, config: dict[str, Any], dtype: str) -> int:
+def _cpu_kv_cache_bytes(
+    settings: Settings, device: Device, config: dict[str, Any], dtype: str, length: int | None
+) -> int:
     """Room for a few requests of full length, within a quarter of the engine's share of memory.
 
     vLLM touches all of it at the start. The rest of the share is for the weights, of which vLLM keeps
@@ -151,9 +186,13 @@ def _cpu_kv_cache_bytes(settings: Settings, device: Device, config: dict[str, An
         * head_dim
         * _DTYPE_BYTES[dtype]
     )
-    length = settings.max_model_len or config.get("max_position_embeddings") or 0
+    length = length or config.get("max_position_embeddings") or 0
     wanted = token_bytes * length * FULL_LENGTH_REQUESTS or _GIB
     return int(max(MIN_KV_CACHE_BYTES, min(wanted, share / 4)))
+
+
+def _chosen(wish: _Number | None, default: _Number) -> _Number:
+    return default if wish is None else wish
 
 
 def _eager(settings: Settings, device: Device) -> bool:

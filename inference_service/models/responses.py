@@ -6,12 +6,21 @@ from pydantic import BaseModel
 
 
 class ModelCard(BaseModel):
-    """One entry of GET /v1/models; `created` in seconds since 1970."""
+    """One entry of GET /v1/models; `created` in seconds since 1970.
+
+    Beyond OpenAI's fields: `parent` is an adapter's base, `size` in bytes of the files that are served,
+    `revision` what `model@revision` names.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "inference-service"
+    kind: str
+    parent: str | None
+    revision: str
+    size: int
+    aliases: tuple[str, ...]
 
 
 class ModelList(BaseModel):

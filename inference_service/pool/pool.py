@@ -31,7 +31,7 @@ from inference_service.pool.scheduler import (
     WaiterView,
     decide,
 )
-from inference_service.storage.catalog import Model
+from inference_service.storage.model import Model
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Lease:
 class _Slot:
     model: Model
     state: EngineState = EngineState.STARTING
+    snapshot: Snapshot | None = None
     engine: Engine | None = None
     leases: set[Lease] = field(default_factory=set)
     last_used: int = 0
@@ -91,6 +92,7 @@ class Pool:
     def __init__(
         self,
         fetch: Callable[[Model], Awaitable[Snapshot]],
+        release: Callable[[Snapshot], None],
         make_engine: Callable[[Snapshot], Engine],
         metrics: Metrics,
         *,
@@ -98,6 +100,7 @@ class Pool:
         concurrency: int,
     ) -> None:
         self._fetch = fetch
+        self._release_snapshot = release
         self._make_engine = make_engine
         self._metrics = metrics
         self._slot_count = slots
@@ -203,7 +206,8 @@ class Pool:
         if self._closing:
             return
         engines = [
-            EngineView(key, slot.state, len(slot.leases), slot.last_used) for key, slot in self._slots.items()
+            EngineView(key, slot.state, len(slot.leases), slot.last_used, slot.model.serving.pinned)
+            for key, slot in self._slots.items()
         ]
         waiters = [WaiterView(waiter.number, waiter.model.name) for waiter in self._waiters.values()]
         for action in decide(engines, waiters, slots=self._slot_count, concurrency=self._concurrency):
@@ -261,8 +265,8 @@ class Pool:
         logger.info("loading", extra={"model": name, "revision": slot.model.revision})
         try:
             async with asyncio.timeout(LOAD_SECONDS):
-                snapshot = await self._fetch(slot.model)
-                slot.engine = self._make_engine(snapshot)
+                slot.snapshot = await self._fetch(slot.model)
+                slot.engine = self._make_engine(slot.snapshot)
                 await slot.engine.start()
         except TimeoutError:
             self._load_failed(slot, EngineStartFailed(f"'{name}' did not load within {LOAD_SECONDS} s."))
@@ -319,6 +323,8 @@ class Pool:
         except Exception:
             logger.exception("engine did not close cleanly", extra={"model": slot.model.name})
         finally:
+            if slot.snapshot is not None:
+                self._release_snapshot(slot.snapshot)
             del self._slots[slot.model.name]
             slot.engine = None
             slot.gone.set()
@@ -334,7 +340,8 @@ class Pool:
 async def _describe(slot: _Slot) -> dict[str, Any]:
     return {
         "model": slot.model.name,
-        "revision": slot.model.revision,
+        "revision": (slot.snapshot or slot.model).revision,
+        "pinned": slot.model.serving.pinned,
         "state": slot.state.value,
         "leases": len(slot.leases),
         "running": await _running(slot.engine) if slot.state is EngineState.READY else None,

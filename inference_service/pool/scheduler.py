@@ -12,12 +12,16 @@ from inference_service.engines.base import EngineState
 
 @dataclass(frozen=True)
 class EngineView:
-    """What a decision needs of one engine. `last_used` only orders: larger is more recent."""
+    """What a decision needs of one engine. `last_used` only orders: larger is more recent.
+
+    A `pinned` engine is never torn down for another.
+    """
 
     key: str
     state: EngineState
     leases: int
     last_used: float
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ def decide(
        leases are out. Warm models never wait behind a load.
     2. A waiter whose engine is on its way joins it: nothing to do.
     3. A wanted model without an engine is loaded into a free slot, oldest waiter first.
-    4. No free slot: the least recently used idle engine that no waiter wants gives way.
+    4. No free slot: the least recently used idle engine that no waiter wants and nobody has pinned
+       gives way.
     5. Otherwise it waits: an engine with leases is never torn down.
 
     `slots` count until an engine is gone, so an engine that is stopping still holds one, but also
@@ -108,6 +113,7 @@ def _victims(engines: Sequence[EngineView], busy: set[str], wanted: set[str]) ->
         for engine in engines
         if engine.state is EngineState.READY
         and engine.leases == 0
+        and not engine.pinned
         and engine.key not in busy
         and engine.key not in wanted
     ]

@@ -1,201 +1,311 @@
-"""Snapshots: a model's files fetched into LOCAL_MODEL_CACHE, each checked as a whole.
+"""Snapshots: a model's files fetched into LOCAL_MODEL_CACHE (layout.py draws it), each checked as a whole.
 
-    LOCAL_MODEL_CACHE/
-      my-model/
-        3f2a9c0d1e5b/             a snapshot: one revision, complete and verified
-          config.json  model.safetensors  ...
-          .manifest.json          written last; only with it is the directory a snapshot
-        .incomplete-3f2a9c0d1e5b-<random>/   a fetch under way, or what a killed one left
-
-A file's existence proves nothing, only the manifest does.
+One fetch per revision, however many ask, in this process and among those that share the directory. A
+lock keeps the others from fetching the same; without it the result is as right, for every fetch writes
+to a directory of its own and only a rename makes a snapshot of it.
 """
 
 import asyncio
-import json
+import errno
+import fcntl
 import logging
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-
-import google_crc32c
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 from inference_service.engines.base import Snapshot
-from inference_service.errors import SnapshotCorrupt, StoreError
-from inference_service.storage.catalog import Model
-from inference_service.storage.store import CHUNK_BYTES, Store, StoredObject
+from inference_service.errors import CacheError, DiskFull, ServiceError, StoreUnavailable
+from inference_service.storage.disk import Disk
+from inference_service.storage.layout import (
+    FileRecord,
+    Layout,
+    Manifest,
+    is_whole,
+    lock_of,
+    revision_of,
+    stagings,
+    stagings_of,
+    sync_directory,
+)
+from inference_service.storage.model import Model
+from inference_service.storage.mover import Job, Mover, Pace, Span
+from inference_service.storage.progress import Progress
+from inference_service.storage.staging import Arrival, Staging
+from inference_service.storage.store import Store, StoredObject
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = ".manifest.json"
-_INCOMPLETE = ".incomplete-"
-PROGRESS_SECONDS = 3.0
-ABANDONED_SECONDS = 3600.0
+LOG_SECONDS = 3.0
 FETCHES_AT_ONCE = 16
+LOCK_POLL_SECONDS = 0.2
+# Another process that has written nothing for so long is not waited for.
+LOCK_PATIENCE_SECONDS = 60.0
+_HOLD_ATTEMPTS = 3
+_TAKEN_ATTEMPTS = 5
 
 
 class Sync:
     """Fetches snapshots from one store into one directory."""
 
-    def __init__(self, store: Store, cache: Path) -> None:
+    def __init__(self, store: Store, layout: Layout, disk: Disk, pace: Pace | None = None) -> None:
         self._store = store
-        self._cache = cache
-        self._under_way: dict[Path, asyncio.Future[Snapshot]] = {}
+        self._layout = layout
+        self._disk = disk
+        self._mover = Mover(store, pace)
+        self._under_way: dict[Path, asyncio.Future[None]] = {}
+        self._progress: dict[Path, Progress] = {}
         # Its own: a fetch that takes for ever must not hold a listing or a parse.
-        self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
+        self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="sync")
 
     async def snapshot(self, model: Model) -> Snapshot:
-        """The verified snapshot of `model`, fetched unless it is there; one fetch however many ask.
+        """The verified snapshot of `model`, fetched unless it is there; held until `release`.
 
-        Raises StoreError and SnapshotCorrupt; nothing half-written stays behind then.
+        Raises StoreError, CacheError and DiskFull; nothing half-written counts as a snapshot then.
         """
-        target = self._cache / model.name / model.revision
+        target = self._layout.snapshot(model.name, model.revision)
+        for _ in range(_HOLD_ATTEMPTS):
+            await asyncio.shield(self._fetching(model, target))
+            if self._disk.hold(target):
+                return Snapshot(model.name, model.revision, target, model.bytes, model.serving)
+        raise CacheError(f"The snapshot of '{model.name}' was removed as often as it was fetched.")
+
+    def release(self, snapshot: Snapshot) -> None:
+        """Nobody uses the snapshot any more that `snapshot` returned: it may be evicted."""
+        self._disk.release(snapshot.path)
+
+    def progress(self) -> list[Progress]:
+        """The fetches under way."""
+        return list(self._progress.values())
+
+    def stats(self) -> dict[str, Any]:
+        """Fetches under way, and the disk. Walks the cache directory: call it in a thread."""
+        return {
+            "syncs": [progress.describe() for progress in self.progress()],
+            "disk": {"quota_bytes": self._disk.quota, "used_bytes": self._disk.used()},
+        }
+
+    def _fetching(self, model: Model, target: Path) -> asyncio.Future[None]:
         fetching = self._under_way.get(target)
         if fetching is None:
             loop = asyncio.get_running_loop()
-            fetching = loop.run_in_executor(self._threads, self._ensure, model, target)
+            fetching = loop.run_in_executor(self._threads, self.ensure, model)
             self._under_way[target] = fetching
             fetching.add_done_callback(lambda _: self._under_way.pop(target, None))
-        return await asyncio.shield(fetching)
+        return fetching
 
-    def _ensure(self, model: Model, target: Path) -> Snapshot:
-        if not _is_whole(target, model):
-            with _disk_errors(model, self._cache):
-                self._fetch(model, target)
-        return Snapshot(model.name, model.revision, target, model.bytes)
+    def ensure(self, model: Model) -> None:
+        """Blocks until the snapshot is there; raises as `snapshot` does."""
+        target = self._layout.snapshot(model.name, model.revision)
 
-    def _fetch(self, model: Model, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_abandoned(target.parent)
-        staging = Path(tempfile.mkdtemp(prefix=f"{_INCOMPLETE}{model.revision}-", dir=target.parent))
+        def whole() -> bool:
+            return is_whole(target, model.objects)
+
+        with _disk_errors(model.name, self._layout.root):
+            if whole():
+                return
+            with _turn(target, whole) as alone:
+                if not whole():
+                    self._fetch_anyway(model, target, alone)
+
+    def _fetch_anyway(self, model: Model, target: Path, alone: bool) -> None:
+        for attempt in range(_TAKEN_ATTEMPTS):
+            try:
+                return self._fetch(model, target, resume=alone and attempt == 0)
+            except FileNotFoundError:
+                # Where a lock does not reach (another machine), this staging directory may have been
+                # taken for a dead one's. From now on leave everybody else's alone.
+                logger.warning("the staging directory was removed", extra={"model": model.name})
+        return self._fetch(model, target, resume=False)
+
+    def _fetch(self, model: Model, target: Path, *, resume: bool) -> None:
+        self._disk.clear(left for left in stagings_of(target.parent) if revision_of(left) != target.name)
+        staging = Staging(target)
+        progress = Progress(model.name, model.revision, model.bytes)
+        self._progress[target] = progress
         try:
-            progress = _Progress(model)
-            sums = {
-                PurePosixPath(stored.name).name: self._fetch_file(stored, staging, progress)
-                for stored in model.objects
-            }
-            _write_durably(staging / MANIFEST, json.dumps(sums, indent=1).encode())
-            _sync_directory(staging)
-            _put_in_place(staging, target, model)
+            with self._disk.reserved(model.name, staging.path, model.bytes):
+                self._fill(model, target, staging, progress, resume)
+                _put_in_place(staging.path, target, model)
+        except StoreUnavailable:
+            staging.close()  # what has arrived stays for the next attempt
+            raise
+        except BaseException:
+            staging.discard()
+            raise
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            del self._progress[target]
+        _log(progress, "fetched")
 
-    def _fetch_file(self, stored: StoredObject, staging: Path, progress: "_Progress") -> str:
-        path = staging / PurePosixPath(stored.name).name
-        fetched = google_crc32c.Checksum()
-        with path.open("wb") as file:
-            for chunk in self._store.read(stored):
-                fetched.update(chunk)
-                file.write(chunk)
-                progress.advance(len(chunk))
-            file.flush()
-            os.fsync(file.fileno())
-        expected = int.from_bytes(fetched.digest(), "big") if stored.crc32c is None else stored.crc32c
-        _verify(path, stored, expected)
-        return f"{expected:08x}"
+    def _fill(self, model: Model, target: Path, staging: Staging, progress: Progress, resume: bool) -> None:
+        """Fetch what no other snapshot and no leftover of this revision has; write the manifest."""
+        reused = staging.reuse(self._siblings(target), model.objects)
+        progress.skip(sum(stored.size for stored in reused))
+        wanted = [stored for stored in model.objects if stored not in reused]
+        arrivals = {stored.filename: Arrival(stored, staging.path / stored.filename) for stored in wanted}
+        try:
+            covered = _salvage(staging, target, arrivals, progress) if resume else {}
+        except BaseException:
+            for arrival in arrivals.values():
+                arrival.close()
+            raise
+        spans = [
+            span
+            for arrival in sorted(arrivals.values(), key=lambda arrival: -arrival.stored.size)
+            for span in _missing(arrival, covered.get(arrival.name, []))
+        ]
+        self._await(self._mover.move(spans, progress, staging.note), progress)
+        records = {stored.filename: self._record(stored) for stored in model.objects}
+        staging.seal(Manifest(records))
 
+    def _await(self, job: Job, progress: Progress) -> None:
+        """Log the progress until the job has ended; raises its error."""
+        while not job.ended.wait(LOG_SECONDS):
+            _log(progress, "fetching")
+        if job.error is not None:
+            raise job.error
 
-class _Progress:
-    """Logs bytes, percentage and rate of one fetch every few seconds."""
+    def _siblings(self, target: Path) -> list[Path]:
+        """Other revisions of the model: what did not change need not come again."""
+        return [path for path in self._layout.snapshots() if path.parent == target.parent and path != target]
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._done = 0
-        self._started = self._logged = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if now - self._logged < PROGRESS_SECONDS and self._done < self._model.bytes:
-            return
-        self._logged = now
-        logger.info(
-            "fetched" if self._done >= self._model.bytes else "fetching",
-            extra={
-                "model": self._model.name,
-                "revision": self._model.revision,
-                "bytes": self._done,
-                "percent": round(100 * self._done / max(1, self._model.bytes)),
-                "mib_per_second": round(self._done / (1 << 20) / max(1e-3, now - self._started)),
-            },
-        )
+    def _record(self, stored: StoredObject) -> FileRecord:
+        return FileRecord(stored.name, stored.generation, stored.size, self._store.checksum(stored))
 
 
-def _is_whole(target: Path, model: Model) -> bool:
-    """A snapshot: it has its manifest, and nobody has taken or cut a file since."""
-    if not (target / MANIFEST).is_file():
-        return False
-    try:
-        sizes = [(target / PurePosixPath(stored.name).name).stat().st_size for stored in model.objects]
-    except FileNotFoundError:
-        return False
-    return sizes == [stored.size for stored in model.objects]
+def _salvage(
+    staging: Staging, target: Path, arrivals: dict[str, Arrival], progress: Progress
+) -> dict[str, list[tuple[int, int]]]:
+    """Take over what killed fetches of this revision left."""
+    covered: dict[str, list[tuple[int, int]]] = {}
+    for leftover in stagings(target):
+        if leftover == staging.path:
+            continue
+        for stretch in staging.salvage(leftover, arrivals):
+            covered.setdefault(stretch.file, []).append((stretch.start, stretch.end))
+            arrivals[stretch.file].missing -= stretch.bytes
+            progress.skip(stretch.bytes)
+        shutil.rmtree(leftover, ignore_errors=True)
+    return covered
 
 
-def _sweep_abandoned(directory: Path) -> None:
-    """Remove what killed fetches left: staging that nobody has written to for an hour.
-
-    Anything younger may be another process's, whose fetch must not lose its files.
-    """
-    for staging in directory.glob(f"{_INCOMPLETE}*"):
-        newest = max((path.stat().st_mtime for path in (staging, *staging.iterdir())), default=0.0)
-        if time.time() - newest > ABANDONED_SECONDS:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _verify(path: Path, stored: StoredObject, expected: int) -> None:
-    """Check the file on disk as a whole against the store's sum; raises SnapshotCorrupt."""
-    found = google_crc32c.Checksum()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            found.update(chunk)
-    actual = int.from_bytes(found.digest(), "big")
-    size = path.stat().st_size
-    if actual != expected or size != stored.size:
-        raise SnapshotCorrupt(
-            f"{stored.name} arrived damaged: crc32c {actual:08x} over {size} bytes, the store "
-            f"holds {expected:08x} over {stored.size} bytes. Nothing of it was kept; try again."
-        )
+def _missing(arrival: Arrival, covered: Iterable[tuple[int, int]]) -> list[Span]:
+    """What the covered stretches leave; one empty span where that is nothing."""
+    spans, position = [], 0
+    for start, end in [*sorted(covered), (arrival.stored.size, arrival.stored.size)]:
+        if start > position:
+            spans.append(Span(arrival, position, start))
+        position = end
+    return spans or [Span(arrival, arrival.stored.size, arrival.stored.size)]
 
 
 def _put_in_place(staging: Path, target: Path, model: Model) -> None:
+    sync_directory(staging)
     # What is not whole is nobody's snapshot; another process may have been faster.
-    if target.exists() and not _is_whole(target, model):
+    if target.exists() and not is_whole(target, model.objects):
         shutil.rmtree(target)
     try:
         staging.rename(target)
     except OSError:
-        if not _is_whole(target, model):
+        if not is_whole(target, model.objects):
             raise
-    _sync_directory(target.parent)
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        shutil.rmtree(staging, ignore_errors=True)
+    sync_directory(target.parent)
 
 
 @contextmanager
-def _disk_errors(model: Model, cache: Path) -> Iterator[None]:
+def _turn(target: Path, done: Callable[[], bool]) -> Iterator[bool]:
+    """Wait while another process fetches this revision, as long as it gets on.
+
+    Yields whether nobody else fetches it now: what lies there of it, a killed process has left.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _lock(target, done)
+    try:
+        yield descriptor is not None and _excludes(lock_of(target))
+    finally:
+        if descriptor is not None:
+            lock_of(target).unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _lock(target: Path, done: Callable[[], bool]) -> int | None:
+    """The lock on the revision; None once it is there, or where there is no lock to be had."""
+    path = lock_of(target)
+    waiting_since = time.time()
+    while True:
+        try:
+            descriptor = _try_lock(path)
+        except OSError:  # a file system without locks
+            return None
+        if descriptor is not None:
+            return descriptor
+        alive_at = max([waiting_since, *map(_written_at, stagings(target))])
+        if done() or time.time() - alive_at > LOCK_PATIENCE_SECONDS:
+            return None
+        time.sleep(LOCK_POLL_SECONDS)
+
+
+def _try_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock; None while another has it. Raises OSError."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                return descriptor
+            os.close(descriptor)  # its holder has just removed it
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            os.close(descriptor)
+            raise
+
+
+def _excludes(path: Path) -> bool:
+    """Whether a lock that is held keeps others out: on some file systems it does nothing."""
+    second = _try_lock(path)
+    if second is None:
+        return True
+    os.close(second)
+    return False
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _written_at(staging: Path) -> float:
+    times = [0.0]
+    with suppress(OSError):
+        times += [path.stat().st_mtime for path in staging.iterdir()]
+    return max(times)
+
+
+def _log(progress: Progress, message: str) -> None:
+    described = progress.describe()
+    described["mib_per_second"] = round(described.pop("bytes_per_second") / (1 << 20), 1)
+    logger.info(message, extra=described)
+
+
+@contextmanager
+def _disk_errors(model: str, cache: Path) -> Iterator[None]:
     """Translate a failing cache directory (full, read-only) into an error with its path."""
     try:
         yield
+    except ServiceError:
+        raise
     except OSError as error:
-        raise StoreError(
-            f"The model '{model.name}' could not be stored in LOCAL_MODEL_CACHE "
-            f"({cache}): {error.strerror or error}"
+        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else CacheError
+        raise kind(
+            f"The model '{model}' could not be stored in LOCAL_MODEL_CACHE ({cache}): "
+            f"{error.strerror or error}. Nothing half-written was kept."
         ) from error

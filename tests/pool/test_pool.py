@@ -12,7 +12,7 @@ from inference_service.engines.base import Reply, Snapshot
 from inference_service.errors import EngineError, EngineStartFailed, Overloaded, ShuttingDown
 from inference_service.metrics import Metrics
 from inference_service.pool.pool import Lease, Pool
-from inference_service.storage.catalog import Model, ModelKind
+from inference_service.storage.model import Model, ModelKind
 
 
 def model(name: str) -> Model:
@@ -55,10 +55,17 @@ class Bench:
     def __init__(self, slots: int, concurrency: int) -> None:
         self.engines: dict[str, list[GatedEngine]] = {}
         self.metrics = Metrics()
-        self.pool = Pool(self._fetch, self._make, self.metrics, slots=slots, concurrency=concurrency)
+        self.held: list[str] = []
+        self.pool = Pool(
+            self._fetch, self._release, self._make, self.metrics, slots=slots, concurrency=concurrency
+        )
 
     async def _fetch(self, model: Model) -> Snapshot:
+        self.held.append(model.name)
         return Snapshot(model.name, model.revision, Path("/nowhere"), 0)
+
+    def _release(self, snapshot: Snapshot) -> None:
+        self.held.remove(snapshot.model)
 
     def _make(self, snapshot: Snapshot) -> GatedEngine:
         engine = GatedEngine(snapshot)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.errors import StoreError, StoreForbidden
-from inference_service.storage.catalog import models_in
-from inference_service.storage.store import FileStore, GcsStore, open_store
-from inference_service.storage.sync import Sync
+from inference_service.errors import BucketNotFound, StoreError
+from inference_service.storage.directory import DirectoryStore
+from inference_service.storage.gcs import GcsStore
+from inference_service.storage.model import models_in
+from inference_service.storage.store import open_store
 from tests.fixtures.bucket import Bucket, new_bucket
+from tests.fixtures.caches import open_sync
 from tests.fixtures.ports import free_port
 
 
@@ -51,19 +53,19 @@ async def test_a_snapshot_out_of_a_bucket(small_bucket: Bucket, tmp_path: Path) 
     small_bucket.put("models/m/empty.json", b"")
     store = GcsStore(small_bucket.name)
     model = models_in(store.list("models/"), "models/")["m"]
-    snapshot = await Sync(store, tmp_path).snapshot(model)
+    snapshot = await open_sync(store, tmp_path).snapshot(model)
     assert (snapshot.path / "model.safetensors").read_bytes() == weights
     assert (snapshot.path / "empty.json").read_bytes() == b""
 
 
 def test_a_bucket_that_does_not_exist(small_bucket: Bucket) -> None:
-    with pytest.raises(StoreForbidden, match="gs://nobody-has-this"):
+    with pytest.raises(BucketNotFound, match="gs://nobody-has-this"):
         GcsStore("nobody-has-this").list("models/")
 
 
 def test_a_store_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr("inference_service.storage.store.RETRY_SECONDS", 0.5)
+    monkeypatch.setattr("inference_service.storage.gcs.LIST_RETRY_SECONDS", 0.5)
     with pytest.raises(StoreError) as caught:
         GcsStore("bucket").list("models/")
     assert caught.value.status == 503
@@ -89,10 +91,10 @@ def test_a_link_to_a_models_directory_is_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "config.json").write_text("{}")
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "m").symlink_to(tmp_path / "elsewhere")
-    (found,) = FileStore(tmp_path).list("models/")
+    (found,) = DirectoryStore(tmp_path).list("models/")
     assert found.name == "models/m/config.json"
 
 
 def test_a_directory_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(StoreForbidden, match="GCS_BUCKET"):
-        FileStore(tmp_path / "no").list("models/")
+    with pytest.raises(BucketNotFound, match="GCS_BUCKET"):
+        DirectoryStore(tmp_path / "no").list("models/")

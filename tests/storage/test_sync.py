@@ -6,16 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from inference_service.errors import SnapshotCorrupt, StoreError
-from inference_service.storage.catalog import Model, models_in
-from inference_service.storage.store import FileStore, StoredObject
-from inference_service.storage.sync import MANIFEST, Sync
+from inference_service.storage.directory import DirectoryStore
+from inference_service.storage.layout import MANIFEST
+from inference_service.storage.model import Model, models_in
+from inference_service.storage.store import Bytes, StoredObject
+from tests.fixtures.caches import open_sync
 
 CONTENTS = {"config.json": b"{}", "model.safetensors": os.urandom(300_000), "empty.json": b""}
 
@@ -34,7 +36,7 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def listed(store: FileStore) -> Model:
+def listed(store: DirectoryStore) -> Model:
     return models_in(store.list("models/"), "models/")["m"]
 
 
@@ -43,8 +45,8 @@ def left_behind(cache: Path) -> list[str]:
 
 
 async def test_a_snapshot_is_the_source(source: Path, cache: Path) -> None:
-    store = FileStore(source)
-    snapshot = await Sync(store, cache).snapshot(listed(store))
+    store = DirectoryStore(source)
+    snapshot = await open_sync(store, cache).snapshot(listed(store))
     assert {name: (snapshot.path / name).read_bytes() for name in CONTENTS} == CONTENTS
     assert (snapshot.path / MANIFEST).is_file()
     assert snapshot.path.parent.name == "m"
@@ -54,16 +56,16 @@ async def test_a_snapshot_is_the_source(source: Path, cache: Path) -> None:
 async def test_it_is_fetched_once_and_kept_across_processes(source: Path, cache: Path) -> None:
     store = CountingStore(source)
     model = listed(store)
-    sync = Sync(store, cache)
+    sync = open_sync(store, cache)
     await asyncio.gather(*(sync.snapshot(model) for _ in range(20)))
     assert store.reads == len(CONTENTS)
-    await Sync(store, cache).snapshot(model)
+    await open_sync(store, cache).snapshot(model)
     assert store.reads == len(CONTENTS)
 
 
 async def test_a_new_revision_lies_beside_the_old(source: Path, cache: Path) -> None:
-    store = FileStore(source)
-    sync = Sync(store, cache)
+    store = DirectoryStore(source)
+    sync = open_sync(store, cache)
     old = await sync.snapshot(listed(store))
     (source / "models/m/config.json").write_bytes(b'{"new": true}')
     new = await sync.snapshot(listed(store))
@@ -72,39 +74,39 @@ async def test_a_new_revision_lies_beside_the_old(source: Path, cache: Path) -> 
 
 
 async def test_damaged_bytes_are_refused_and_nothing_is_kept(source: Path, cache: Path) -> None:
-    store = FileStore(source)
+    store = DirectoryStore(source)
     model = listed(store)
     claimed = tuple(replace(stored, crc32c=1) for stored in model.objects)
     with pytest.raises(SnapshotCorrupt, match=r"crc32c [0-9a-f]{8} over .* 00000001"):
-        await Sync(store, cache).snapshot(replace(model, objects=claimed))
+        await open_sync(store, cache).snapshot(replace(model, objects=claimed))
     assert left_behind(cache) == []
 
 
 async def test_a_short_read_is_refused(source: Path, cache: Path) -> None:
-    store = FileStore(source)
+    store = DirectoryStore(source)
     model = listed(store)
     longer = tuple(replace(stored, size=stored.size + 1) for stored in model.objects)
     with pytest.raises(SnapshotCorrupt):
-        await Sync(store, cache).snapshot(replace(model, objects=longer))
+        await open_sync(store, cache).snapshot(replace(model, objects=longer))
     assert left_behind(cache) == []
 
 
 async def test_a_file_replaced_after_the_listing_is_refused(source: Path, cache: Path) -> None:
-    store = FileStore(source)
+    store = DirectoryStore(source)
     model = listed(store)
     (source / "models/m/config.json").write_bytes(b"[]")
     with pytest.raises(StoreError, match="replaced"):
-        await Sync(store, cache).snapshot(model)
+        await open_sync(store, cache).snapshot(model)
     assert left_behind(cache) == []
 
 
 async def test_a_directory_without_a_manifest_is_no_snapshot(source: Path, cache: Path) -> None:
-    store = FileStore(source)
+    store = DirectoryStore(source)
     model = listed(store)
     half = cache / "m" / model.revision
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
-    snapshot = await Sync(store, cache).snapshot(model)
+    snapshot = await open_sync(store, cache).snapshot(model)
     assert (snapshot.path / "model.safetensors").read_bytes() == CONTENTS["model.safetensors"]
 
 
@@ -112,23 +114,23 @@ async def test_a_directory_without_a_manifest_is_no_snapshot(source: Path, cache
 async def test_a_snapshot_that_lost_a_file_is_fetched_again(
     source: Path, cache: Path, damage: Callable[[Path], object]
 ) -> None:
-    store = FileStore(source)
-    snapshot = await Sync(store, cache).snapshot(listed(store))
+    store = DirectoryStore(source)
+    snapshot = await open_sync(store, cache).snapshot(listed(store))
     damage(snapshot.path / "model.safetensors")
-    again = await Sync(store, cache).snapshot(listed(store))
+    again = await open_sync(store, cache).snapshot(listed(store))
     assert (again.path / "model.safetensors").read_bytes() == CONTENTS["model.safetensors"]
 
 
 async def test_a_cache_that_cannot_be_written_is_named(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    store = FileStore(source)
+    store = DirectoryStore(source)
     with pytest.raises(StoreError, match="LOCAL_MODEL_CACHE"):
-        await Sync(store, tmp_path / "file").snapshot(listed(store))
+        await open_sync(store, tmp_path / "file").snapshot(listed(store))
 
 
 async def test_a_client_that_leaves_does_not_end_the_fetch(source: Path, cache: Path) -> None:
-    store = FileStore(source)
-    sync = Sync(store, cache)
+    store = DirectoryStore(source)
+    sync = open_sync(store, cache)
     impatient = asyncio.create_task(sync.snapshot(listed(store)))
     await asyncio.sleep(0)
     impatient.cancel()
@@ -139,19 +141,19 @@ async def test_a_client_that_leaves_does_not_end_the_fetch(source: Path, cache: 
 KILLED = """
 import asyncio, sys, time
 from pathlib import Path
-from inference_service.storage.store import FileStore
-from inference_service.storage.sync import Sync
+from inference_service.storage.store import DirectoryStore
+from tests.fixtures.caches import open_sync
 from tests.storage.test_sync import listed
 
-class Slow(FileStore):
-    def read(self, stored):
-        for chunk in super().read(stored):
+class Slow(DirectoryStore):
+    def read(self, stored, start=0, end=None):
+        for chunk in super().read(stored, start, end):
             print("reading", flush=True)
             time.sleep(60)
             yield chunk
 
 store = Slow(Path(sys.argv[1]))
-asyncio.run(Sync(store, Path(sys.argv[2])).snapshot(listed(store)))
+asyncio.run(open_sync(store, Path(sys.argv[2])).snapshot(listed(store)))
 """
 
 
@@ -164,8 +166,8 @@ async def test_kill_9_in_the_middle_leaves_nothing_that_counts(source: Path, cac
         fetching.stdout.readline()
         fetching.send_signal(signal.SIGKILL)
         fetching.wait()
-    store = FileStore(source)
-    snapshot = await Sync(store, cache).snapshot(listed(store))
+    store = DirectoryStore(source)
+    snapshot = await open_sync(store, cache).snapshot(listed(store))
     assert {name: (snapshot.path / name).read_bytes() for name in CONTENTS} == CONTENTS
 
 
@@ -176,15 +178,15 @@ async def test_what_a_killed_fetch_left_goes_and_what_another_writes_stays(sourc
         (staging / "model.safetensors").write_bytes(b"half")
     for path in (old / "model.safetensors", old):
         os.utime(path, (1, 1))
-    store = FileStore(source)
-    await Sync(store, cache).snapshot(listed(store))
+    store = DirectoryStore(source)
+    await open_sync(store, cache).snapshot(listed(store))
     assert (old.exists(), young.exists()) == (False, True)
 
 
-class CountingStore(FileStore):
+class CountingStore(DirectoryStore):
     reads = 0
 
-    def read(self, stored: StoredObject) -> Iterator[bytes]:
+    def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
         self.reads += 1
         time.sleep(0.01)
-        return super().read(stored)
+        return super().read(stored, start, end)

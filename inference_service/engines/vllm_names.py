@@ -1,0 +1,78 @@
+"""What the installed vLLM knows by name: architectures, parsers, quantisation methods.
+
+Read from its source text, because importing vLLM takes many seconds and the service never does. Where a
+table is not found (another release) the answer is None: nothing is refused on a guess.
+"""
+
+import ast
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+_NAMES = frozenset[str]
+
+
+@cache
+def architectures() -> _NAMES | None:
+    """Architectures that vLLM runs: its own, and those of transformers that it can run through it."""
+    own = _table("vllm", "model_executor/models/registry.py", "_TEXT_GENERATION_MODELS")
+    if own is None:
+        return None
+    more = (
+        _table("vllm", "model_executor/models/registry.py", "_MULTIMODAL_MODELS"),
+        _table("vllm", "model_executor/models/registry.py", "_TRANSFORMERS_SUPPORTED_MODELS"),
+        _table("vllm", "model_executor/models/registry.py", "_TRANSFORMERS_BACKEND_MODELS"),
+        _table("transformers", "models/auto/modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+        _table("transformers", "models/auto/modeling_auto.py", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+    )
+    return own.union(*(table for table in more if table is not None))
+
+
+@cache
+def tool_parsers() -> _NAMES | None:
+    return _table("vllm", "tool_parsers/__init__.py", "_TOOL_PARSERS_TO_REGISTER")
+
+
+@cache
+def reasoning_parsers() -> _NAMES | None:
+    return _table("vllm", "reasoning/__init__.py", "_REASONING_PARSERS_TO_REGISTER")
+
+
+@cache
+def quantizations() -> _NAMES | None:
+    return _table("vllm", "model_executor/layers/quantization/__init__.py", "QuantizationMethods")
+
+
+def _table(package: str, file: str, variable: str) -> _NAMES | None:
+    """The names in the module-level table `variable` of one source file."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        tree = ast.parse((Path(spec.origin).parent / file).read_bytes())
+    except (OSError, SyntaxError):
+        return None
+    for statement in tree.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        if any(isinstance(target, ast.Name) and target.id == variable for target in targets):
+            assert isinstance(statement, ast.Assign)  # noqa: S101  (for the type checker)
+            return frozenset(_names(statement.value)) or None
+    return None
+
+
+def _names(value: ast.expr) -> list[str]:
+    match value:
+        case ast.Dict(keys=keys):  # {"LlamaForCausalLM": ("llama", "LlamaForCausalLM")}
+            return [key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+        case ast.Subscript(slice=ast.Tuple(elts=elements)):  # Literal["awq", "fp8"]
+            return [str(element.value) for element in elements if isinstance(element, ast.Constant)]
+        case ast.Call(args=[ast.List(elts=pairs)]):  # OrderedDict([("llama", "LlamaForCausalLM")])
+            return [_second(pair) for pair in pairs if _second(pair)]
+    return []
+
+
+def _second(pair: ast.expr) -> str:
+    match pair:
+        case ast.Tuple(elts=[_, ast.Constant(value=str(name))]):
+            return name
+    return ""

@@ -1,0 +1,69 @@
+"""serving.json: what the operator wants of one model, beside its weights in the bucket.
+
+Every key is optional and wins over the environment for that model; an unknown key is an error.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MAX_ALIASES = 64
+
+Alias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=100)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SamplingDefaults(_Strict):
+    """Sampling where the request is silent. `max_tokens` in tokens."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=1_000_000)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    max_tokens: int | None = Field(None, ge=1, le=10_000_000)
+
+    def generation_config(self) -> dict[str, Any]:
+        """The sampling parameters that are given, without `max_tokens`."""
+        return self.model_dump(exclude_none=True, exclude={"max_tokens"})
+
+
+class Serving(_Strict):
+    """One model's wishes; None: as the environment says."""
+
+    max_model_len: int | None = Field(None, ge=1, le=100_000_000)
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    quantization: Name | None = None
+    tool_call_parser: Name | None = None
+    reasoning_parser: Name | None = None
+    max_num_seqs: int | None = Field(None, ge=1, le=65_536)
+    kv_cache_gib: float | None = Field(None, gt=0, le=100_000)
+    tensor_parallel_size: int | None = Field(None, ge=1, le=1024)
+    enable_prefix_caching: bool | None = None
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
+    aliases: tuple[Alias, ...] = Field((), max_length=MAX_ALIASES)
+    base: Alias | None = None
+    pinned: bool = False
+    preload: bool = False
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] | None = None
+
+
+class BadServing(ValueError):
+    """serving.json cannot be obeyed; names the key and what is allowed."""
+
+
+def parse_serving(content: bytes) -> Serving:
+    """Raises BadServing."""
+    try:
+        return Serving.model_validate_json(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"])) or "the file"
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(SamplingDefaults.model_fields if "." in key else Serving.model_fields)
+            raise BadServing(f"serving.json: unknown key '{key}'; known are {known}.") from error
+        raise BadServing(f"serving.json: {key}: {problem['msg']}.") from error

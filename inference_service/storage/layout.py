@@ -1,0 +1,139 @@
+"""The tree in LOCAL_MODEL_CACHE, and what in it counts.
+
+    LOCAL_MODEL_CACHE/
+      my-model/
+        3f2a9c0d1e5b/                        a snapshot: one revision, complete and verified
+          config.json  model.safetensors  ...
+          .manifest.json                     written last; its time is when the snapshot was last used
+        .incomplete-3f2a9c0d1e5b-k3x0a1/     a fetch under way, or what a killed one left
+          .journal                           which stretches have arrived, with their crc32c
+        .3f2a9c0d1e5b.lock                   held by the process that fetches the revision
+      .evicted-9fj2k1/                       an evicted snapshot on its way out
+
+That a file exists proves nothing; only the manifest does.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from inference_service.storage.store import StoredObject
+
+MANIFEST = ".manifest.json"
+JOURNAL = ".journal"
+INCOMPLETE = ".incomplete-"
+EVICTED = ".evicted-"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One verified file: the object that it is a copy of. `crc32c` of all its bytes."""
+
+    object: str
+    generation: str
+    size: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a snapshot holds, by file name."""
+
+    files: dict[str, FileRecord]
+
+    @classmethod
+    def read(cls, snapshot: Path) -> Self | None:
+        """The manifest in `snapshot`; None where there is none that can be read."""
+        try:
+            content = json.loads((snapshot / MANIFEST).read_bytes())
+            return cls({name: FileRecord(**record) for name, record in content["files"].items()})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def write(self, directory: Path) -> None:
+        """Durably; raises OSError."""
+        content = {"files": {name: asdict(record) for name, record in self.files.items()}}
+        with (directory / MANIFEST).open("wb") as file:
+            file.write(json.dumps(content, indent=1).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def covers(self, objects: Iterable[StoredObject]) -> bool:
+        """Whether it names exactly these objects at these generations."""
+        return {name: (record.object, record.generation) for name, record in self.files.items()} == {
+            stored.filename: (stored.name, stored.generation) for stored in objects
+        }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The cache directory `root`."""
+
+    root: Path
+
+    def snapshot(self, model: str, revision: str) -> Path:
+        return self.root / model / revision
+
+    def snapshots(self) -> Iterator[Path]:
+        """Every directory with a manifest, whole or not."""
+        for manifest in self.root.glob(f"*/*/{MANIFEST}"):
+            if not manifest.parent.name.startswith("."):
+                yield manifest.parent
+
+    def leftovers(self) -> Iterator[Path]:
+        """Staging directories of every model, and snapshots that were being evicted."""
+        yield from self.root.glob(f"*/{INCOMPLETE}*")
+        yield from self.root.glob(f"{EVICTED}*")
+
+
+def stagings_of(model: Path) -> list[Path]:
+    """What fetches of any revision of a model have left or are writing."""
+    return sorted(model.glob(f"{INCOMPLETE}*"))
+
+
+def stagings(snapshot: Path) -> list[Path]:
+    """What fetches of this revision have left or are writing."""
+    return [staging for staging in stagings_of(snapshot.parent) if revision_of(staging) == snapshot.name]
+
+
+def revision_of(staging: Path) -> str:
+    """The revision that a staging directory is of."""
+    return staging.name.removeprefix(INCOMPLETE).rpartition("-")[0]
+
+
+def lock_of(snapshot: Path) -> Path:
+    return snapshot.parent / f".{snapshot.name}.lock"
+
+
+def is_whole(snapshot: Path, objects: Iterable[StoredObject]) -> bool:
+    """A snapshot of these objects: it has its manifest, and nobody has taken or cut a file since."""
+    objects = list(objects)
+    manifest = Manifest.read(snapshot)
+    if manifest is None or not manifest.covers(objects):
+        return False
+    with suppress(OSError):
+        return all((snapshot / stored.filename).stat().st_size == stored.size for stored in objects)
+    return False
+
+
+def sync_directory(path: Path) -> None:
+    """Make the directory's entries durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def allocated_bytes(directory: Path) -> int:
+    """What the files below take on the disk; a file that vanishes meanwhile counts nothing."""
+    total = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with suppress(OSError):
+                total += Path(parent, name).stat().st_blocks * 512
+    return total

@@ -1,0 +1,208 @@
+"""A model as the bucket shows it: from a listing to models, and what their documents add.
+
+A model is a directory below the prefix that holds `config.json` (a checkpoint) or `adapter_config.json`
+(an adapter). Its name is its path below the prefix with hyphens for slashes. Pure: reads nothing.
+"""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from enum import StrEnum
+
+from inference_service.models.serving import BadServing, Serving, parse_serving
+from inference_service.storage.documents import BadDocument, oversized, parse_object
+from inference_service.storage.store import StoredObject
+
+SERVING = "serving.json"
+ADAPTER_CONFIG = "adapter_config.json"
+INDEX = ".safetensors.index.json"
+_MARKERS = {"config.json": "checkpoint", ADAPTER_CONFIG: "adapter"}
+MAX_NAME_CHARACTERS = 200
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_CHARACTERS - 1}}}")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.safetensors")
+_TOKENIZERS = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"})
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# What serving needs. Pickles and Python files are never fetched: loading either would run them.
+_SERVED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab")
+_NOT_SERVED = (SERVING, "trainer_state.json", "training_args.json")
+
+
+class ModelKind(StrEnum):
+    CHECKPOINT = "checkpoint"
+    ADAPTER = "adapter"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model in the bucket at one revision.
+
+    `objects` are the files that serving needs; `unservable` says why it cannot be served, if it cannot;
+    `serving` and an adapter's `base` are what its documents say, once it is `described`; `exact` where a
+    client wants this revision and no other.
+    """
+
+    name: str
+    kind: ModelKind
+    directory: str
+    revision: str
+    objects: tuple[StoredObject, ...]
+    created: datetime
+    unservable: str | None = None
+    documents: tuple[StoredObject, ...] = ()
+    described: bool = False
+    serving: Serving = field(default_factory=Serving)
+    base: str | None = None
+    exact: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return sum(stored.size for stored in self.objects)
+
+
+def canonical_name(name: str) -> str:
+    """`org/model` -> `org-model`."""
+    return name.strip("/").replace("/", "-")
+
+
+def models_in(objects: list[StoredObject], prefix: str) -> dict[str, Model]:
+    """The models that a listing of `prefix` shows, by name."""
+    directories: dict[str, list[StoredObject]] = {}
+    astray: dict[str, str] = {}
+    for stored in objects:
+        segments = stored.name.removeprefix(prefix).split("/")
+        safe = list(itertools.takewhile(_is_safe, segments))
+        if len(safe) < len(segments):
+            astray["/".join(safe)] = stored.name
+        else:
+            directories.setdefault("/".join(segments[:-1]), []).append(stored)
+    models: dict[str, Model] = {}
+    for directory, files in sorted(directories.items()):
+        model = _model(directory, files, astray.get(directory))
+        if model is not None:
+            models[model.name] = _only(models.get(model.name), model)
+    return dict(sorted(models.items()))
+
+
+def _is_safe(segment: str) -> bool:
+    """Whether a part of an object's name is a plain name of a file or directory."""
+    return segment not in ("", ".", "..") and "\\" not in segment and segment.isprintable()
+
+
+def _only(other: Model | None, model: Model) -> Model:
+    """Two directories of one name are neither of them served: nobody can say which is meant."""
+    if other is None:
+        return model
+    clash = f"the directories {other.directory} and {model.directory} have the same name; rename one."
+    return replace(model, unservable=clash)
+
+
+def _model(directory: str, files: list[StoredObject], astray: str | None) -> Model | None:
+    names = {stored.name.rpartition("/")[2]: stored for stored in files}
+    marker = next((name for name in _MARKERS if name in names), None)
+    if marker is None or not directory:
+        return None
+    kind = ModelKind(_MARKERS[marker])
+    served = tuple(sorted((names[name] for name in names if _is_served(name)), key=_by_name))
+    documents = tuple(names[name] for name in sorted(names) if _is_document(name))
+    too_large = next(filter(None, map(oversized, (*served, *documents))), None)
+    return Model(
+        name=canonical_name(directory),
+        kind=kind,
+        directory=directory,
+        revision=_fingerprint(files),
+        objects=served,
+        created=max(stored.created for stored in files),
+        unservable=_why_misnamed(directory, astray) or too_large or _why_unservable(kind, set(names)),
+        documents=() if too_large else documents,
+        described=bool(too_large) or not documents,
+    )
+
+
+def _why_misnamed(directory: str, astray: str | None) -> str | None:
+    if astray is not None:
+        return f"the object name {astray!r} would leave its directory; delete that object."
+    if not _NAME.fullmatch(canonical_name(directory)):
+        return (
+            "its name may hold letters, digits, '.', '_' and '-' only, begin with a letter or digit, and "
+            f"be at most {MAX_NAME_CHARACTERS} characters long; rename its directory."
+        )
+    return None
+
+
+def _by_name(stored: StoredObject) -> str:
+    return stored.name
+
+
+def _is_document(name: str) -> bool:
+    return name in (SERVING, ADAPTER_CONFIG) or name.endswith(INDEX)
+
+
+def _is_served(name: str) -> bool:
+    return name.endswith(_SERVED_SUFFIXES) and name not in _NOT_SERVED
+
+
+def _why_unservable(kind: ModelKind, names: set[str]) -> str | None:
+    if kind is ModelKind.ADAPTER:
+        return "it is a LoRA adapter, and this version serves checkpoints only."
+    weights = sorted(name for name in names if name.endswith(".safetensors"))
+    if weights:
+        missing = _missing_shard(weights) or _missing_tokenizer(names)
+        return f"the upload is not complete: {missing} is missing." if missing else None
+    pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    if pickles:
+        return (
+            f"its weights are pickles ({pickles[0]}), which run code when they are loaded. "
+            "Save it with safe_serialization=True and upload the safetensors files."
+        )
+    return "it has no *.safetensors file; the upload may not be complete."
+
+
+def _missing_shard(weights: list[str]) -> str | None:
+    """The first shard that the names of the others promise (`model-00001-of-00004.safetensors`)."""
+    for found in filter(None, map(_SHARD.fullmatch, weights)):
+        digits = len(found["number"])
+        for number in range(1, int(found["count"]) + 1):
+            name = f"{found['stem']}-{number:0{digits}}-of-{found['count']}.safetensors"
+            if name not in weights:
+                return name
+    return None
+
+
+def _missing_tokenizer(names: set[str]) -> str | None:
+    return None if names & _TOKENIZERS else "tokenizer.json"
+
+
+def _fingerprint(files: list[StoredObject]) -> str:
+    """Twelve hex digits over every file's name, generation and checksum."""
+    digest = hashlib.sha256()
+    for stored in sorted(files, key=_by_name):
+        digest.update(f"{stored.name}\0{stored.generation}\0{stored.crc32c}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def describe(model: Model, contents: Mapping[str, bytes]) -> Model:
+    """The model with what its documents (content by file name) say of it, or why it cannot be served."""
+    try:
+        serving = parse_serving(contents[SERVING]) if SERVING in contents else Serving()
+        base = serving.base
+        if ADAPTER_CONFIG in contents:
+            named = parse_object(ADAPTER_CONFIG, contents[ADAPTER_CONFIG]).get("base_model_name_or_path")
+            base = base or (named if isinstance(named, str) else None)
+        missing = [_unlisted_shard(model, name, contents[name]) for name in contents if name.endswith(INDEX)]
+        problem = next(filter(None, missing), None)
+    except (BadServing, BadDocument) as error:
+        return replace(model, described=True, unservable=model.unservable or str(error))
+    return replace(model, described=True, serving=serving, base=base, unservable=model.unservable or problem)
+
+
+def _unlisted_shard(model: Model, name: str, content: bytes) -> str | None:
+    """The first shard that the index names and the bucket does not hold."""
+    index = parse_object(name, content).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
+        raise BadDocument(f"{name} has no weight_map of file names")
+    held = {stored.filename for stored in model.objects}
+    missing = sorted(set(index.values()) - held)
+    return f"the upload is not complete: {missing[0]} is missing, which {name} names." if missing else None

@@ -1,0 +1,48 @@
+"""The bucket as a registry: from the name that a client uses to a snapshot that an engine can load."""
+
+from inference_service.engines.base import Snapshot
+from inference_service.errors import ObjectReplaced
+from inference_service.storage.catalog import Catalog
+from inference_service.storage.model import Model
+from inference_service.storage.preflight import Preflight
+from inference_service.storage.sync import Sync
+
+REPLACED_ATTEMPTS = 3
+
+
+class Registry:
+    """The catalog, the preflight and the sync of one bucket, in the order in which a model needs them."""
+
+    def __init__(self, catalog: Catalog, preflight: Preflight, sync: Sync) -> None:
+        self.catalog = catalog
+        self.sync = sync
+        self._preflight = preflight
+
+    async def resolve(self, name: str) -> Model:
+        """The model that a client means, known to be servable before anything of it is downloaded.
+
+        Raises ModelNotFound, ModelNotServable, DiskFull and StoreError.
+        """
+        model = await self.catalog.resolve(name)
+        await self._preflight.examine(model)
+        return model
+
+    async def fetch(self, model: Model) -> Snapshot:
+        """The model's snapshot, held until `release`; raises StoreError, CacheError and DiskFull.
+
+        Where the bucket's objects are replaced meanwhile the whole new revision is fetched, never a mix;
+        but a client that named the revision gets no other.
+        """
+        for attempt in range(1, REPLACED_ATTEMPTS + 1):
+            try:
+                return await self.sync.snapshot(model)
+            except ObjectReplaced:
+                self.catalog.forget()
+                if model.exact or attempt == REPLACED_ATTEMPTS:
+                    raise
+                model = await self.resolve(model.name)
+        raise AssertionError  # the last attempt returned or raised
+
+    def release(self, snapshot: Snapshot) -> None:
+        """No engine uses the snapshot any more."""
+        self.sync.release(snapshot)

@@ -1,0 +1,183 @@
+"""A fetch under way on disk: its files, and the journal of the stretches that have arrived.
+
+A staging directory is written by one fetch only. What a killed fetch left is never taken over, for
+somebody who is thought dead may still write to it: its stretches are copied once their sums are found
+right.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from inference_service.storage.layout import INCOMPLETE, JOURNAL, Manifest
+from inference_service.storage.store import StoredObject
+
+COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The bytes `start` to `end` (exclusive) of one file, and their crc32c."""
+
+    file: str
+    start: int
+    end: int
+    crc32c: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.start
+
+
+class Arrival:
+    """One file that is being fetched: its descriptor, and how many of its bytes are not there yet."""
+
+    def __init__(self, stored: StoredObject, path: Path) -> None:
+        self.stored = stored
+        self.missing = stored.size
+        self.damaged = 0
+        self._file = path.open("w+b", buffering=0)
+        self._file.truncate(stored.size)
+
+    @property
+    def name(self) -> str:
+        return self.stored.filename
+
+    def write(self, content: bytes | memoryview, offset: int) -> None:
+        """Raises OSError, ENOSPC among others."""
+        rest = memoryview(content)
+        while rest:
+            written = os.pwrite(self._file.fileno(), rest, offset)
+            offset += written
+            rest = rest[written:]
+
+    def flush(self) -> None:
+        """Make the content durable."""
+        os.fsync(self._file.fileno())
+
+    def checksum(self) -> int:
+        """crc32c of the file as it is on disk."""
+        return checksum(self._file.fileno(), 0, self.stored.size)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Staging:
+    """The directory of one fetch."""
+
+    def __init__(self, snapshot: Path) -> None:
+        """A new one beside `snapshot`; raises OSError."""
+        snapshot.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f"{INCOMPLETE}{snapshot.name}-"
+        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=snapshot.parent))
+        self._journal = (self.path / JOURNAL).open("ab", buffering=0)
+        self._writing = threading.Lock()
+
+    def note(self, stretch: Stretch) -> None:
+        """A stretch has arrived: should this process be killed, the next need not fetch it again."""
+        line = f"{json.dumps([stretch.file, stretch.start, stretch.end, stretch.crc32c])}\n"
+        # A full disk shows itself where the content is written; a late stretch comes after `close`.
+        with self._writing, suppress(OSError, ValueError):
+            self._journal.write(line.encode())
+
+    def salvage(self, leftover: Path, arrivals: dict[str, Arrival]) -> Iterator[Stretch]:
+        """Copy what `leftover` holds and its journal's sums confirm; yields each stretch copied."""
+        taken: dict[str, list[Stretch]] = {}
+        for stretch in journalled(leftover):
+            arrival = arrivals.get(stretch.file)
+            earlier = taken.setdefault(stretch.file, [])
+            fits = arrival is not None and 0 <= stretch.start < stretch.end <= arrival.stored.size
+            if arrival is None or not fits or any(_overlap(stretch, other) for other in earlier):
+                continue
+            with suppress(OSError):
+                if _copy(leftover / stretch.file, stretch, arrival):
+                    earlier.append(stretch)
+                    self.note(stretch)
+                    yield stretch
+
+    def reuse(self, snapshots: Iterable[Path], objects: Iterable[StoredObject]) -> list[StoredObject]:
+        """Link files that another snapshot has of the same object and generation, their sums checked."""
+        wanted = {(stored.name, stored.generation): stored for stored in objects}
+        for snapshot in snapshots:
+            manifest = Manifest.read(snapshot)
+            for name, record in ({} if manifest is None else manifest.files).items():
+                stored = wanted.get((record.object, record.generation))
+                if stored is None or stored.filename != name:
+                    continue
+                with suppress(OSError):
+                    if _holds(snapshot / name, stored, record.crc32c):
+                        os.link(snapshot / name, self.path / name)
+                        del wanted[stored.name, stored.generation]
+        return [stored for stored in objects if (stored.name, stored.generation) not in wanted]
+
+    def seal(self, manifest: Manifest) -> None:
+        """The files are verified and durable: write the manifest. Raises OSError."""
+        self.close()
+        (self.path / JOURNAL).unlink()
+        manifest.write(self.path)
+
+    def close(self) -> None:
+        self._journal.close()
+
+    def discard(self) -> None:
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def journalled(leftover: Path) -> list[Stretch]:
+    """The stretches that a journal names; a last line that was cut is left out."""
+    stretches = []
+    with suppress(OSError):
+        for line in (leftover / JOURNAL).read_bytes().splitlines():
+            with suppress(ValueError, TypeError):
+                stretches.append(_stretch(json.loads(line)))
+    return stretches
+
+
+def checksum(descriptor: int, start: int, end: int) -> int:
+    """crc32c of the bytes `start` to `end` of a file; raises OSError."""
+    total = 0
+    while start < end and (chunk := os.pread(descriptor, min(COPY_BYTES, end - start), start)):
+        total = google_crc32c.extend(total, chunk)
+        start += len(chunk)
+    return total
+
+
+def _stretch(line: Any) -> Stretch:
+    file, start, end, crc32c = line
+    if type(file) is not str or not all(type(number) is int for number in (start, end, crc32c)):
+        raise TypeError(line)
+    return Stretch(file, start, end, crc32c)
+
+
+def _overlap(one: Stretch, other: Stretch) -> bool:
+    return one.start < other.end and other.start < one.end
+
+
+def _copy(source: Path, stretch: Stretch, arrival: Arrival) -> bool:
+    """Copy the stretch; False where its bytes are not those that were journalled."""
+    total = 0
+    with source.open("rb", buffering=0) as file:
+        file.seek(stretch.start)
+        offset = stretch.start
+        while offset < stretch.end and (chunk := file.read(min(COPY_BYTES, stretch.end - offset))):
+            total = google_crc32c.extend(total, chunk)
+            arrival.write(chunk, offset)
+            offset += len(chunk)
+    return offset == stretch.end and total == stretch.crc32c
+
+
+def _holds(path: Path, stored: StoredObject, crc32c: int) -> bool:
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        return size == stored.size and checksum(file.fileno(), 0, size) == crc32c
