@@ -20,12 +20,12 @@ class DirectoryStore:
     """The directory `root`; a generation is a file's time, inode and size."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
 
     def list(self, prefix: str) -> list[StoredObject]:
-        if not self._root.is_dir():
+        if not self.root.is_dir():
             raise BucketNotFound(
-                f"The directory {self._root} named by GCS_BUCKET does not exist or is no directory."
+                f"The directory {self.root} named by GCS_BUCKET does not exist or is no directory."
             )
         with self._translated():
             return sorted(self._walk(prefix), key=lambda stored: stored.name)
@@ -49,7 +49,7 @@ class DirectoryStore:
 
     def _open(self, stored: StoredObject) -> FileIO:
         try:
-            return (self._root / stored.name).open("rb", buffering=0)
+            return (self.root / stored.name).open("rb", buffering=0)
         except FileNotFoundError as error:
             raise replaced(stored) from error
 
@@ -58,7 +58,7 @@ class DirectoryStore:
             raise replaced(stored)
 
     def _walk(self, prefix: str) -> Iterator[StoredObject]:
-        for directory, below, names in os.walk(self._root / prefix, followlinks=True):
+        for directory, below, names in os.walk(self.root / prefix, followlinks=True):
             below[:] = [name for name in below if not _leads_back(Path(directory, name))]
             for name in names:
                 path = Path(directory, name)
@@ -69,7 +69,7 @@ class DirectoryStore:
                 if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
                     continue
                 yield StoredObject(
-                    path.relative_to(self._root).as_posix(),
+                    path.relative_to(self.root).as_posix(),
                     status.st_size,
                     _generation(status),
                     None,
@@ -83,7 +83,7 @@ class DirectoryStore:
         except PermissionError as error:
             raise StoreForbidden(f"{error.filename} cannot be read: permission denied.") from error
         except OSError as error:
-            raise StoreUnavailable(f"The directory {self._root} cannot be read: {error}") from error
+            raise StoreUnavailable(f"The directory {self.root} cannot be read: {error}") from error
 
 
 def _leads_back(directory: Path) -> bool:

@@ -212,7 +212,9 @@ def test_logs_are_json_on_cloud_run(tmp_path: Path, words_directory: Path) -> No
 
 def test_an_empty_bucket_directory(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
-    with running_service(tmp_path, GCS_BUCKET=f"file://{tmp_path}/gone", ENGINE="fake") as service:
+    with running_service(
+        tmp_path, GCS_BUCKET=f"file://{tmp_path}/gone", ENGINE="fake", CATALOG_TTL="0"
+    ) as service:
         (tmp_path / "gone").rmdir()
         answer = service.http.get("/v1/models")
         assert answer.status_code == 500

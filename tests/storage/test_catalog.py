@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections import defaultdict
 from datetime import UTC, datetime
 
 import google_crc32c
@@ -27,7 +28,7 @@ def checkpoint(directory: str, **changes: str) -> list[StoredObject]:
 class ListedStore:
     def __init__(self, *objects: StoredObject) -> None:
         self.objects = list(objects)
-        self.contents: dict[str, bytes] = {}
+        self.contents: dict[str, bytes] = defaultdict(lambda: b"{}".ljust(10))
         self.listings = 0
         self.error: StoreError | None = None
         self.gate: threading.Event | None = None

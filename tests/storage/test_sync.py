@@ -1,18 +1,18 @@
 """Snapshots: exact, or a clear error and nothing left behind."""
 
 import asyncio
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from inference_service.errors import SnapshotCorrupt, StoreError
+from inference_service.errors import CacheError, SnapshotCorrupt, StoreError, StoreUnavailable
 from inference_service.storage.directory import DirectoryStore
 from inference_service.storage.layout import MANIFEST
 from inference_service.storage.model import Model, models_in
@@ -58,27 +58,42 @@ async def test_it_is_fetched_once_and_kept_across_processes(source: Path, cache:
     model = listed(store)
     sync = open_sync(store, cache)
     await asyncio.gather(*(sync.snapshot(model) for _ in range(20)))
-    assert store.reads == len(CONTENTS)
+    assert store.bytes_read == model.bytes
     await open_sync(store, cache).snapshot(model)
-    assert store.reads == len(CONTENTS)
+    assert store.bytes_read == model.bytes
 
 
-async def test_a_new_revision_lies_beside_the_old(source: Path, cache: Path) -> None:
-    store = DirectoryStore(source)
+async def test_a_new_revision_lies_beside_the_old_and_shares_what_did_not_change(
+    source: Path, cache: Path
+) -> None:
+    store = CountingStore(source)
     sync = open_sync(store, cache)
     old = await sync.snapshot(listed(store))
     (source / "models/m/config.json").write_bytes(b'{"new": true}')
+    store.bytes_read = 0
     new = await sync.snapshot(listed(store))
     assert new.path != old.path
     assert (old.path / "config.json").read_bytes() == b"{}"
+    assert (new.path / "config.json").read_bytes() == b'{"new": true}'
+    assert (new.path / "model.safetensors").samefile(old.path / "model.safetensors")
+    assert store.bytes_read == len(b'{"new": true}')
+
+
+async def test_a_damaged_file_of_another_revision_is_not_shared(source: Path, cache: Path) -> None:
+    store = DirectoryStore(source)
+    old = await open_sync(store, cache).snapshot(listed(store))
+    content = bytearray(CONTENTS["model.safetensors"])
+    content[1000] ^= 1
+    (old.path / "model.safetensors").write_bytes(content)
+    (source / "models/m/config.json").write_bytes(b"[]")
+    new = await open_sync(store, cache).snapshot(listed(store))
+    assert (new.path / "model.safetensors").read_bytes() == CONTENTS["model.safetensors"]
 
 
 async def test_damaged_bytes_are_refused_and_nothing_is_kept(source: Path, cache: Path) -> None:
-    store = DirectoryStore(source)
-    model = listed(store)
-    claimed = tuple(replace(stored, crc32c=1) for stored in model.objects)
+    store = OtherSums(source)
     with pytest.raises(SnapshotCorrupt, match=r"crc32c [0-9a-f]{8} over .* 00000001"):
-        await open_sync(store, cache).snapshot(replace(model, objects=claimed))
+        await open_sync(store, cache).snapshot(listed(store))
     assert left_behind(cache) == []
 
 
@@ -86,9 +101,9 @@ async def test_a_short_read_is_refused(source: Path, cache: Path) -> None:
     store = DirectoryStore(source)
     model = listed(store)
     longer = tuple(replace(stored, size=stored.size + 1) for stored in model.objects)
-    with pytest.raises(SnapshotCorrupt):
+    with pytest.raises(StoreUnavailable, match="broke off at byte"):
         await open_sync(store, cache).snapshot(replace(model, objects=longer))
-    assert left_behind(cache) == []
+    assert MANIFEST not in left_behind(cache)
 
 
 async def test_a_file_replaced_after_the_listing_is_refused(source: Path, cache: Path) -> None:
@@ -124,7 +139,7 @@ async def test_a_snapshot_that_lost_a_file_is_fetched_again(
 async def test_a_cache_that_cannot_be_written_is_named(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     store = DirectoryStore(source)
-    with pytest.raises(StoreError, match="LOCAL_MODEL_CACHE"):
+    with pytest.raises(CacheError, match="LOCAL_MODEL_CACHE"):
         await open_sync(store, tmp_path / "file").snapshot(listed(store))
 
 
@@ -172,21 +187,29 @@ async def test_kill_9_in_the_middle_leaves_nothing_that_counts(source: Path, cac
 
 
 async def test_what_a_killed_fetch_left_goes_and_what_another_writes_stays(source: Path, cache: Path) -> None:
-    old, young = cache / "m" / ".incomplete-x-1", cache / "m" / ".incomplete-x-2"
-    for staging in (old, young):
+    dead, alive = cache / "m" / ".incomplete-dead-1", cache / "m" / ".incomplete-alive-1"
+    for staging in (dead, alive):
         staging.mkdir(parents=True)
         (staging / "model.safetensors").write_bytes(b"half")
-    for path in (old / "model.safetensors", old):
-        os.utime(path, (1, 1))
-    store = DirectoryStore(source)
-    await open_sync(store, cache).snapshot(listed(store))
-    assert (old.exists(), young.exists()) == (False, True)
+    with (cache / "m" / ".alive.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        store = DirectoryStore(source)
+        await open_sync(store, cache).snapshot(listed(store))
+        assert (dead.exists(), alive.exists()) == (False, True)
 
 
 class CountingStore(DirectoryStore):
-    reads = 0
+    bytes_read = 0
 
     def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
-        self.reads += 1
-        time.sleep(0.01)
-        return super().read(stored, start, end)
+        for chunk in super().read(stored, start, end):
+            self.bytes_read += len(chunk)
+            yield chunk
+
+    def checksum(self, stored: StoredObject) -> int:
+        return DirectoryStore(self.root).checksum(stored)
+
+
+class OtherSums(DirectoryStore):
+    def checksum(self, stored: StoredObject) -> int:
+        return 1

@@ -1,0 +1,182 @@
+"""The disk: its quota, what gives way, and what a full one does."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from inference_service.config import Settings
+from inference_service.engines.device import memory_bytes
+from inference_service.errors import DiskFull
+from inference_service.storage.directory import DirectoryStore
+from inference_service.storage.disk import default_quota, open_cache
+from inference_service.storage.layout import MANIFEST
+from inference_service.storage.model import Model, models_in
+from inference_service.storage.store import Bytes, StoredObject
+from tests.fixtures.caches import open_sync
+
+MIB = 1 << 20
+DISK_MIB = 64
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(mount)]
+    mounted = subprocess.run(command, capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a file system: {mounted.stderr.decode().strip()}")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def put(source: Path, name: str, size: int) -> None:
+    directory = source / "models" / name
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_bytes(b"{}")
+    (directory / "model.safetensors").write_bytes(os.urandom(size))
+
+
+def listed(source: Path, name: str) -> Model:
+    return models_in(DirectoryStore(source).list("models/"), "models/")[name]
+
+
+def kept(cache: Path) -> list[str]:
+    """Models of which a snapshot lies in the cache."""
+    return sorted(path.parent.parent.name for path in cache.rglob(MANIFEST))
+
+
+async def test_the_least_recently_used_snapshot_gives_way(source: Path, cache: Path) -> None:
+    for name in "abc":
+        put(source, name, MIB)
+    sync = open_sync(DirectoryStore(source), cache, quota=5 * MIB // 2)
+    for number, name in enumerate("ab"):
+        snapshot = await sync.snapshot(listed(source, name))
+        sync.release(snapshot)
+        os.utime(snapshot.path / MANIFEST, (number, number))
+    sync.release(await sync.snapshot(listed(source, "a")))
+    await sync.snapshot(listed(source, "c"))
+    assert kept(cache) == ["a", "c"], "b was used before a"
+
+
+async def test_a_snapshot_that_an_engine_uses_never_gives_way(source: Path, cache: Path) -> None:
+    for name in "ab":
+        put(source, name, MIB)
+    sync = open_sync(DirectoryStore(source), cache, quota=3 * MIB // 2)
+    held = await sync.snapshot(listed(source, "a"))
+    with pytest.raises(DiskFull, match=r"'b' needs 0\.00 GiB .* models in use \(a\)") as caught:
+        await sync.snapshot(listed(source, "b"))
+    assert caught.value.status == 507
+    sync.release(held)
+    await sync.snapshot(listed(source, "b"))
+    assert kept(cache) == ["b"]
+
+
+async def test_another_process_engine_keeps_its_snapshot_too(source: Path, cache: Path) -> None:
+    for name in "ab":
+        put(source, name, MIB)
+    other = open_sync(DirectoryStore(source), cache, quota=3 * MIB // 2)
+    await other.snapshot(listed(source, "a"))
+    sync = open_sync(DirectoryStore(source), cache, quota=3 * MIB // 2)
+    with pytest.raises(DiskFull):
+        await sync.snapshot(listed(source, "b"))
+    assert kept(cache) == ["a"]
+
+
+async def test_two_fetches_do_not_promise_the_same_room(source: Path, cache: Path) -> None:
+    put(source, "a", MIB)
+    sync = open_sync(DirectoryStore(source), cache, quota=3 * MIB // 2)
+    layout_disk = sync._disk
+    with layout_disk.reserved("other", cache / "other" / ".incomplete-x-1", MIB), pytest.raises(DiskFull):
+        await sync.snapshot(listed(source, "a"))
+    await sync.snapshot(listed(source, "a"))
+
+
+async def test_what_a_killed_fetch_left_gives_way_first(source: Path, cache: Path) -> None:
+    for name in "ab":
+        put(source, name, MIB)
+    sync = open_sync(DirectoryStore(source), cache, quota=7 * MIB // 2)
+    sync.release(await sync.snapshot(listed(source, "a")))
+    leftover = cache / "gone" / ".incomplete-123456-xyz"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(bytes(2 * MIB))
+    sync.release(await sync.snapshot(listed(source, "b")))
+    assert not leftover.exists()
+    assert kept(cache) == ["a", "b"]
+
+
+async def test_a_model_larger_than_the_disk_is_refused_before_a_byte(source: Path, small_disk: Path) -> None:
+    put(source, "big", 80 * MIB)
+    with pytest.raises(DiskFull, match=r"needs 0\.08 GiB .* the file system has 0\.06 GiB left"):
+        await open_sync(DirectoryStore(source), small_disk).snapshot(listed(source, "big"))
+    assert [path for path in small_disk.rglob("*") if path.is_file()] == []
+
+
+async def test_models_take_turns_on_a_small_disk(source: Path, small_disk: Path) -> None:
+    for name in "ab":
+        put(source, name, 40 * MIB)
+    sync = open_sync(DirectoryStore(source), small_disk)
+    for name in "abab":
+        snapshot = await sync.snapshot(listed(source, name))
+        assert (snapshot.path / "model.safetensors").read_bytes() == (
+            source / "models" / name / "model.safetensors"
+        ).read_bytes()
+        sync.release(snapshot)
+        assert kept(small_disk) == [name]
+
+
+async def test_a_disk_that_fills_up_meanwhile(source: Path, small_disk: Path) -> None:
+    """Somebody else writes: what was promised is not there any more."""
+    put(source, "a", 40 * MIB)
+    store = Filling(source, small_disk / "somebody-elses")
+    with pytest.raises(DiskFull, match="No space left on device") as caught:
+        await open_sync(store, small_disk).snapshot(listed(source, "a"))
+    assert caught.value.headers()["x-should-retry"] == "false"
+    assert kept(small_disk) == []
+    assert list(small_disk.rglob(".incomplete-*")) == [], "what was half-written is gone"
+    (small_disk / "somebody-elses").unlink()
+    await open_sync(DirectoryStore(source), small_disk).snapshot(listed(source, "a"))
+    assert kept(small_disk) == ["a"]
+
+
+def test_the_default_quota(tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = os.statvfs(tmp_path)
+    assert default_quota(tmp_path) == int(0.9 * status.f_blocks * status.f_frsize)
+    assert default_quota(small_disk) == DISK_MIB * MIB // 2
+    monkeypatch.setenv("K_SERVICE", "service")
+    monkeypatch.setattr("inference_service.storage.disk._mount", lambda directory: ("overlay", Path("/")))
+    assert default_quota(tmp_path) == memory_bytes() // 2, "on Cloud Run files are memory"
+
+
+def test_the_quota_is_a_setting(tmp_path: Path) -> None:
+    _, disk = open_cache(Settings(local_model_cache=tmp_path / "a" / "b", disk_cache_gib=1.5))
+    assert disk.quota == 3 << 29
+
+
+class Filling(DirectoryStore):
+    """While it is read, another program writes the disk full."""
+
+    def __init__(self, root: Path, other: Path) -> None:
+        super().__init__(root)
+        self._other = other
+
+    def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
+        if not self._other.exists():
+            self._other.write_bytes(bytes(40 * MIB))
+        yield from super().read(stored, start, end)
