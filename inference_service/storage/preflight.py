@@ -114,7 +114,8 @@ class Preflight:
         except BadDocument as error:
             raise ModelNotServable(model.name, f"{error}.") from error
         return (
-            _runs_code(config)
+            _malformed(config)
+            or _runs_code(config)
             or self._unknown_names(config, model.serving)
             or self._too_large(config, model.serving, weights)
         )
@@ -147,10 +148,10 @@ class Preflight:
         """An architecture, parser or quantisation that the engine does not have."""
         if self._backend is not Backend.VLLM:
             return None
-        architectures = config.get("architectures") or []
+        architectures: list[str] = config.get("architectures") or []
         known = vllm_names.architectures()
         if known is not None and not known.intersection(architectures):
-            named = ", ".join(map(str, architectures)) or "no architecture"
+            named = ", ".join(architectures) or "no architecture"
             return f"config.json names {named}, which {self._backend} does not run."
         for key, name, names in (
             ("tool_call_parser", serving.tool_call_parser, vllm_names.tool_parsers()),
@@ -165,8 +166,8 @@ class Preflight:
         device, settings = self._device, self._settings
         if not device.memory_bytes:
             return None
-        text = config.get("text_config") or {}
-        stored_dtype = text.get("dtype") or config.get("dtype") or config.get("torch_dtype")
+        merged = config | (config.get("text_config") or {})
+        stored_dtype = merged.get("dtype") or merged.get("torch_dtype")
         dtype = serving.dtype or resolve_dtype(settings.dtype, device, stored_dtype)
         gpus = serving.tensor_parallel_size or tensor_parallel_size(settings, device)
         usable = int(device.memory_bytes * settings.gpu_memory_utilization) * gpus
@@ -186,6 +187,16 @@ def _parsed(stored: StoredObject, header: bytes) -> dict[str, Tensor]:
         return parse_header(header[LENGTH_BYTES:], stored.size)
     except BadHeader as error:
         raise BadDocument(f"{stored.filename} is not complete or damaged: {error}") from error
+
+
+def _malformed(config: dict[str, Any]) -> str | None:
+    """What is read of config.json has the type that everything after this takes for granted."""
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        return "config.json: architectures is not a list of names."
+    if not isinstance(config.get("text_config") or {}, dict):
+        return "config.json: text_config is not an object."
+    return None
 
 
 def _runs_code(config: dict[str, Any]) -> str | None:

@@ -1,8 +1,10 @@
 """Names and what a listing of the prefix means."""
 
 import asyncio
+import json
 import threading
 from collections import defaultdict
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import google_crc32c
@@ -29,7 +31,7 @@ class ListedStore:
     def __init__(self, *objects: StoredObject) -> None:
         self.objects = list(objects)
         self.contents: dict[str, bytes] = defaultdict(lambda: b"{}".ljust(10))
-        self.listings = 0
+        self.listings = self.documents_read = 0
         self.error: StoreError | None = None
         self.gate: threading.Event | None = None
 
@@ -42,6 +44,7 @@ class ListedStore:
         return self.objects
 
     def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
+        self.documents_read += 1
         yield self.contents[stored.name]
 
     def checksum(self, stored: StoredObject) -> int:
@@ -227,3 +230,92 @@ async def test_a_client_that_leaves_does_not_end_the_listing_of_others() -> None
     await asyncio.sleep(0)
     impatient.cancel()
     assert (await patient).name == "m"
+
+
+def put(store: ListedStore, name: str, content: bytes) -> None:
+    """An object with content of its own."""
+    store.contents[f"models/{name}"] = content
+    store.objects = [each for each in store.objects if each.name != f"models/{name}"]
+    store.objects.append(replace(stored(name), size=len(content), generation=str(hash(content))))
+
+
+async def test_an_alias_is_a_name() -> None:
+    store = ListedStore(*checkpoint("org/m"))
+    put(store, "org/m/serving.json", b'{"aliases": ["gpt-4o", "team/best"]}')
+    catalog = Catalog(store, "models/")
+    for name in ("gpt-4o", "team/best", "team-best", "org/m"):
+        assert (await catalog.resolve(name)).name == "org-m"
+    with pytest.raises(ModelNotFound):
+        await catalog.resolve("gpt-5")
+
+
+async def test_an_alias_that_two_claim_is_nobodys_and_a_name_wins_over_an_alias() -> None:
+    store = ListedStore(*checkpoint("a"), *checkpoint("b"), *checkpoint("c"))
+    put(store, "a/serving.json", b'{"aliases": ["best", "c"]}')
+    put(store, "b/serving.json", b'{"aliases": ["best"]}')
+    catalog = Catalog(store, "models/")
+    assert (await catalog.resolve("c")).name == "c"
+    with pytest.raises(ModelNotFound):
+        await catalog.resolve("best")
+
+
+async def test_a_bad_serving_json_names_the_key() -> None:
+    store = ListedStore(*checkpoint("m"))
+    put(store, "m/serving.json", b'{"tempature": 1}')
+    with pytest.raises(ModelNotServable, match="unknown key 'tempature'"):
+        await Catalog(store, "models/").resolve("m")
+
+
+async def test_a_new_serving_json_is_a_new_revision_and_is_read() -> None:
+    store = ListedStore(*checkpoint("m"))
+    put(store, "m/serving.json", b'{"max_model_len": 100}')
+    catalog = Catalog(store, "models/", ttl=0)
+    old = await catalog.resolve("m")
+    put(store, "m/serving.json", b'{"max_model_len": 200}')
+    catalog.forget()
+    new = await catalog.resolve("m")
+    assert (old.serving.max_model_len, new.serving.max_model_len) == (100, 200)
+    assert old.revision != new.revision
+
+
+async def test_a_shard_that_only_the_index_names() -> None:
+    store = ListedStore(*checkpoint("m"))
+    index = {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}
+    put(store, "m/model.safetensors.index.json", json.dumps(index).encode())
+    with pytest.raises(ModelNotServable, match=r"other\.safetensors is missing, which model\.safe"):
+        await Catalog(store, "models/").resolve("m")
+    store.objects += [stored("m/other.safetensors")]
+    assert (await Catalog(store, "models/").resolve("m")).name == "m"
+
+
+@pytest.mark.parametrize("index", [b"{}", b"[]", b"{", b'{"weight_map": {"a": 1}}'])
+async def test_an_index_that_is_none(index: bytes) -> None:
+    store = ListedStore(*checkpoint("m"))
+    put(store, "m/model.safetensors.index.json", index)
+    with pytest.raises(ModelNotServable, match=r"model\.safetensors\.index\.json"):
+        await Catalog(store, "models/").resolve("m")
+
+
+async def test_an_adapter_says_its_base() -> None:
+    store = ListedStore(stored("lora/adapter_model.safetensors"))
+    put(store, "lora/adapter_config.json", b'{"base_model_name_or_path": "org/base"}')
+    (adapter,) = await Catalog(store, "models/").described()
+    assert (adapter.kind, adapter.base) == (ModelKind.ADAPTER, "org/base")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("serving.json", 1 << 20), ("config.json", 1 << 30), ("tokenizer.json", 1 << 30)]
+)
+def test_a_file_too_large_to_be_what_its_name_says(name: str, size: int) -> None:
+    objects = [each for each in checkpoint("m") if each.filename != name]
+    found = models_in([*objects, replace(stored(f"m/{name}"), size=size)], "models/")["m"]
+    assert f"{name} has {size} bytes" in (found.unservable or "")
+
+
+async def test_documents_are_read_once() -> None:
+    store = ListedStore(*checkpoint("m"))
+    put(store, "m/serving.json", b"{}")
+    catalog = Catalog(store, "models/", ttl=0)
+    for _ in range(5):
+        await catalog.described()
+    assert store.documents_read == 1

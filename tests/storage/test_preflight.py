@@ -1,0 +1,192 @@
+"""Preflight: what cannot be served is refused with the reason before a byte of weights is downloaded."""
+
+import asyncio
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inference_service.config import Settings
+from inference_service.engines.device import Backend, Device, DeviceKind
+from inference_service.errors import DiskFull, ModelNotServable
+from inference_service.storage.directory import DirectoryStore
+from inference_service.storage.documents import Documents
+from inference_service.storage.model import Model, describe, models_in
+from inference_service.storage.preflight import Preflight
+from inference_service.storage.store import Bytes, StoredObject
+
+GIB = 1 << 30
+CONFIG = {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+
+
+class WatchedStore(DirectoryStore):
+    bytes_read = 0
+    reads = 0
+
+    def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
+        self.reads += 1
+        for chunk in super().read(stored, start, end):
+            self.bytes_read += len(chunk)
+            yield chunk
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    put(tmp_path / "models" / "m")
+    return tmp_path
+
+
+def put(directory: Path, config: Any = CONFIG, elements: int = 1000, **documents: Any) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    (directory / "tokenizer.json").write_text("{}")
+    for name, content in documents.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    for number in (1, 2):
+        safetensors(directory / f"model-{number:05}-of-00002.safetensors", {f"w{number}": elements})
+
+
+def safetensors(path: Path, tensors: dict[str, int]) -> None:
+    """Real headers; the tensors' bytes are a hole in the file."""
+    offset, header = 0, {}
+    for name, elements in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": [elements], "data_offsets": [offset, offset + 2 * elements]}
+        offset += 2 * elements
+    content = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(content)) + content)
+        file.truncate(file.tell() + offset)
+
+
+def model_in(store: DirectoryStore) -> Model:
+    model = models_in(store.list("models/"), "models/")["m"]
+    return describe(model, {each.filename: b"".join(store.read(each)) for each in model.documents})
+
+
+def preflight(
+    store: DirectoryStore,
+    memory: int = 8 * GIB,
+    backend: Backend = Backend.VLLM,
+    most: Callable[[], int] = lambda: 1 << 50,
+    **settings: Any,
+) -> Preflight:
+    device = Device(DeviceKind.CUDA, "Test GPU", 1, memory)
+    return Preflight(Documents(store), Settings(**settings), device, backend, most)
+
+
+async def refusal(source: Path, **options: Any) -> str:
+    store = DirectoryStore(source)
+    with pytest.raises(ModelNotServable) as caught:
+        await preflight(store, **options).examine(model_in(store))
+    return caught.value.message
+
+
+async def test_a_model_that_can_be_served_costs_a_few_kilobytes_once(source: Path) -> None:
+    put(source / "models" / "m", elements=50_000_000)
+    store = WatchedStore(source)
+    model = model_in(store)
+    store.bytes_read = store.reads = 0
+    examined = preflight(store)
+    await asyncio.gather(*(examined.examine(model) for _ in range(20)))
+    assert store.bytes_read < 200_000
+    reads = store.reads
+    await examined.examine(model)
+    assert store.reads == reads, "what was found is kept"
+
+
+async def test_weights_that_do_not_fit_are_refused_with_the_numbers(source: Path) -> None:
+    put(source / "models" / "m", elements=2_000_000_000)
+    words = await refusal(source, memory=8 * GIB, gpu_memory_utilization=0.5)
+    assert "its weights take 7.45 GiB as bfloat16, and the engine may use 4.00 GiB" in words
+    assert "1 x 8.00 GiB of Test GPU, GPU_MEMORY_UTILIZATION=0.5" in words
+
+
+async def test_the_wish_for_more_gpus_and_the_type_count(source: Path) -> None:
+    put(source / "models" / "m", elements=2_000_000_000, serving={"tensor_parallel_size": 2})
+    store = DirectoryStore(source)
+    await preflight(store, gpu_memory_utilization=0.5).examine(model_in(store))
+    put(source / "models" / "m", elements=2_000_000_000, serving={"dtype": "float32"})
+    assert "14.90 GiB as float32" in await refusal(source)
+
+
+async def test_a_model_for_which_the_disk_is_too_small(source: Path) -> None:
+    store = DirectoryStore(source)
+    with pytest.raises(DiskFull, match=r"needs 0\.00 GiB in LOCAL_MODEL_CACHE, which can hold 0\.00 GiB"):
+        await preflight(store, most=lambda: 1000).examine(model_in(store))
+
+
+async def test_code_is_never_run(source: Path) -> None:
+    put(source / "models" / "m", config=CONFIG | {"auto_map": {"AutoModel": "modeling.Mine"}})
+    assert "auto_map" in await refusal(source)
+
+
+async def test_an_architecture_that_nobody_knows(source: Path) -> None:
+    put(source / "models" / "m", config={"architectures": ["NobodysForCausalLM"]})
+    assert "NobodysForCausalLM, which vllm does not run" in await refusal(source)
+    put(source / "models" / "m", config={})
+    assert "names no architecture" in await refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("serving", "words"),
+    [
+        ({"tool_call_parser": "nobodys"}, "tool_call_parser: 'nobodys' is none of"),
+        ({"reasoning_parser": "nobodys"}, "reasoning_parser: 'nobodys' is none of"),
+        ({"quantization": "nobodys"}, "quantization: 'nobodys' is none of"),
+    ],
+)
+async def test_names_that_vllm_does_not_know(source: Path, serving: Any, words: str) -> None:
+    put(source / "models" / "m", serving=serving)
+    assert words in await refusal(source)
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '"x"', "[" * 50_000])
+async def test_a_config_that_is_none(source: Path, config: str) -> None:
+    put(source / "models" / "m", config=config)
+    assert "config.json is not" in await refusal(source)
+
+
+@pytest.mark.parametrize(
+    "config", [{"architectures": "LlamaForCausalLM"}, {"architectures": [1, {}]}, CONFIG | {"text_config": 7}]
+)
+async def test_a_config_of_wrong_types_is_no_crash(source: Path, config: Any) -> None:
+    put(source / "models" / "m", config=config)
+    assert await refusal(source)
+
+
+async def test_a_weights_file_that_was_cut_off_is_named(source: Path) -> None:
+    file = source / "models" / "m" / "model-00002-of-00002.safetensors"
+    with file.open("r+b") as cut:
+        cut.truncate(file.stat().st_size - 10)
+    words = await refusal(source)
+    assert "model-00002-of-00002.safetensors is not complete or damaged: it was cut off: 10 bytes" in words
+
+
+async def test_a_long_header_takes_a_second_read(source: Path) -> None:
+    (source / "models" / "m" / "model-00001-of-00002.safetensors").unlink()
+    (source / "models" / "m" / "model-00002-of-00002.safetensors").unlink()
+    safetensors(
+        source / "models/m/model.safetensors", {f"layer.{number}.weight": 8 for number in range(5000)}
+    )
+    store = DirectoryStore(source)
+    await preflight(store).examine(model_in(store))
+
+
+async def test_a_new_revision_is_examined_anew(source: Path) -> None:
+    store = DirectoryStore(source)
+    examined = preflight(store)
+    await examined.examine(model_in(store))
+    put(source / "models" / "m", config=CONFIG | {"auto_map": {"AutoModel": "modeling.Mine"}})
+    with pytest.raises(ModelNotServable):
+        await examined.examine(model_in(store))
+    put(source / "models" / "m")
+    await examined.examine(model_in(store))
+
+
+async def test_the_fake_engine_serves_anything(source: Path) -> None:
+    (source / "models" / "m" / "model-00001-of-00002.safetensors").write_bytes(b"no weights")
+    store = DirectoryStore(source)
+    await preflight(store, backend=Backend.FAKE).examine(model_in(store))
