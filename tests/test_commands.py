@@ -1,0 +1,117 @@
+"""`inference-service models` and `pull`, as processes, against a real GCS server."""
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.bucket import Bucket
+from tests.fixtures.ports import free_port
+
+COMMAND = [sys.executable, "-m", "inference_service"]
+
+
+@pytest.fixture
+def environment(bucket: Bucket, tmp_path: Path) -> dict[str, str]:
+    return os.environ | {
+        "STORAGE_EMULATOR_HOST": bucket.url,
+        "GCS_BUCKET": bucket.name,
+        "LOCAL_MODEL_CACHE": str(tmp_path / "cache"),
+    }
+
+
+def run(environment: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_models_is_a_table(environment: dict[str, str]) -> None:
+    done = run(environment, "models")
+    assert done.returncode == 0, done.stderr
+    header, *rows = done.stdout.splitlines()
+    assert header.split() == ["NAME", "KIND", "SIZE", "REVISION", "CREATED", "BASE", "STATUS"]
+    by_name = {row.split()[0]: row for row in rows}
+    assert list(by_name) == ["acme-smollm2-tuned", "pickled", "smollm2-135m-instruct", "some-adapter"]
+    assert by_name["acme-smollm2-tuned"].endswith("ok")
+    assert "cannot be served: its weights are pickles" in by_name["pickled"]
+    assert "adapter" in by_name["some-adapter"]
+
+
+def test_models_as_json(environment: dict[str, str]) -> None:
+    entries = [json.loads(line) for line in run(environment, "models", "--json").stdout.splitlines()]
+    base = next(entry for entry in entries if entry["name"] == "smollm2-135m-instruct")
+    assert base["kind"] == "checkpoint"
+    assert base["size"] > 100_000_000
+    assert base["unservable"] is None
+
+
+def test_pull_prints_where_the_snapshot_lies(environment: dict[str, str], tmp_path: Path) -> None:
+    done = run(environment, "pull", "acme/smollm2-tuned")
+    assert done.returncode == 0, done.stderr
+    snapshot = Path(done.stdout.strip())
+    assert snapshot.parent == tmp_path / "cache" / "acme-smollm2-tuned"
+    assert (snapshot / "model.safetensors").stat().st_size > 100_000_000
+    assert done.stderr == "", "no bar where there is no terminal"
+
+
+def test_pull_draws_a_bar_on_a_terminal(environment: dict[str, str]) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    with subprocess.Popen(
+        [*COMMAND, "pull", "smollm2-135m-instruct"], env=environment, stdout=subprocess.PIPE, stderr=theirs
+    ) as pulling:
+        os.close(theirs)
+        drawn = b""
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:  # the terminal's other end is closed
+                break
+            if not piece:
+                break
+            drawn += piece
+        os.close(ours)
+    assert pulling.returncode == 0
+    assert b"smollm2-135m-instruct: 100%" in drawn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "code", "words"),
+    [
+        (["pull", "nobody"], {}, 1, "The model 'nobody' does not exist in the bucket"),
+        (["pull", "pickled"], {}, 1, "The model 'pickled' cannot be served: its weights are pickles"),
+        (["models"], {"GCS_BUCKET": "nobody-has-this"}, 1, "gs://nobody-has-this"),
+        (["models"], {"GCS_BUCKET": "A"}, 2, "GCS_BUCKET='A' is not allowed"),
+        (["pull", "smollm2-135m-instruct"], {"DISK_CACHE_GIB": "0.1"}, 1, "DISK_CACHE_GIB"),
+        (["pull", "smollm2-135m-instruct"], {"LOCAL_MODEL_CACHE": "/proc/no"}, 1, "/proc/no"),
+        (["dance"], {}, 2, "invalid choice"),
+    ],
+)
+def test_an_error_is_one_line(
+    environment: dict[str, str], arguments: list[str], changes: dict[str, str], code: int, words: str
+) -> None:
+    done = run(environment | changes, *arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_store_that_is_away(environment: dict[str, str]) -> None:
+    away = environment | {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{free_port()}"}
+    done = run(away, "models")
+    assert done.returncode == 1
+    assert "Cannot list gs://fine-tunes/models/" in done.stderr
+    assert "Connection refused" in done.stderr
+
+
+def test_an_empty_directory(environment: dict[str, str], tmp_path: Path) -> None:
+    done = run(environment | {"GCS_BUCKET": f"file://{tmp_path}"}, "models")
+    assert "No models below models/" in done.stdout
