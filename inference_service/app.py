@@ -24,8 +24,7 @@ from inference_service.storage.catalog import Catalog
 from inference_service.storage.disk import open_cache
 from inference_service.storage.documents import Documents
 from inference_service.storage.preflight import Preflight
-from inference_service.storage.registry import Registry
-from inference_service.storage.store import open_store
+from inference_service.storage.registry import Registry, open_store
 from inference_service.storage.sync import Sync
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from inference_service.config import Settings
 from inference_service.storage.catalog import Catalog
 from inference_service.storage.disk import open_cache
 from inference_service.storage.model import Model
-from inference_service.storage.store import Store, open_store
+from inference_service.storage.registry import open_store
+from inference_service.storage.store import Store
 from inference_service.storage.sync import Sync
 
 BAR_SECONDS = 0.2

@@ -1,13 +1,28 @@
 """The bucket as a registry: from the name that a client uses to a snapshot that an engine can load."""
 
+from pathlib import Path
+
 from inference_service.engines.base import Snapshot
 from inference_service.errors import ObjectReplaced
 from inference_service.storage.catalog import Catalog
+from inference_service.storage.directory import DirectoryStore
 from inference_service.storage.model import Model
 from inference_service.storage.preflight import Preflight
+from inference_service.storage.store import Store
 from inference_service.storage.sync import Sync
 
+FILE_SCHEME = "file://"
 REPLACED_ATTEMPTS = 3
+
+
+def open_store(bucket: str) -> Store:
+    """The store that GCS_BUCKET names; nothing is contacted yet."""
+    if bucket.startswith(FILE_SCHEME):
+        return DirectoryStore(Path(bucket.removeprefix(FILE_SCHEME)))
+    # Imported only here: half a second that file:// does not need.
+    from inference_service.storage.gcs import GcsStore
+
+    return GcsStore(bucket)
 
 
 class Registry:

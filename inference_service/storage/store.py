@@ -6,7 +6,6 @@ Owns the words that both share. Knows no models. All methods block; callers run 
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Protocol
 
 from inference_service.errors import ObjectReplaced
@@ -14,7 +13,6 @@ from inference_service.errors import ObjectReplaced
 # Closing it closes the connection behind it.
 Bytes = Generator[bytes, None, None]
 
-FILE_SCHEME = "file://"
 RETRY_AFTER_SECONDS = 5
 
 
@@ -56,18 +54,6 @@ class Store(Protocol):
     def checksum(self, stored: StoredObject) -> int:
         """crc32c of the whole object: what the listing said, else of the source itself."""
         ...
-
-
-def open_store(bucket: str) -> Store:
-    """The store that GCS_BUCKET names; nothing is contacted yet."""
-    if bucket.startswith(FILE_SCHEME):
-        from inference_service.storage.directory import DirectoryStore
-
-        return DirectoryStore(Path(bucket.removeprefix(FILE_SCHEME)))
-    # Imported only here: half a second that file:// does not need.
-    from inference_service.storage.gcs import GcsStore
-
-    return GcsStore(bucket)
 
 
 def replaced(stored: StoredObject) -> ObjectReplaced:

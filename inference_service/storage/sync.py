@@ -7,44 +7,39 @@ to a directory of its own and only a rename makes a snapshot of it.
 
 import asyncio
 import errno
-import fcntl
 import logging
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from inference_service.engines.base import Snapshot
 from inference_service.errors import CacheError, DiskFull, ServiceError, StoreUnavailable
 from inference_service.storage.disk import Disk
+from inference_service.storage.job import Job, Pace, Span
 from inference_service.storage.layout import (
     FileRecord,
     Layout,
     Manifest,
     is_whole,
-    lock_of,
     revision_of,
     stagings,
     stagings_of,
     sync_directory,
 )
 from inference_service.storage.model import Model
-from inference_service.storage.mover import Job, Mover, Pace, Span
+from inference_service.storage.mover import Mover
 from inference_service.storage.progress import Progress
 from inference_service.storage.staging import Arrival, Staging
 from inference_service.storage.store import Store, StoredObject
+from inference_service.storage.turns import turn
 
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 3.0
 FETCHES_AT_ONCE = 16
-LOCK_POLL_SECONDS = 0.2
-# Another process that has written nothing for so long is not waited for.
-LOCK_PATIENCE_SECONDS = 60.0
 _HOLD_ATTEMPTS = 3
 _TAKEN_ATTEMPTS = 5
 
@@ -108,7 +103,7 @@ class Sync:
         with _disk_errors(model.name, self._layout.root):
             if whole():
                 return
-            with _turn(target, whole) as alone:
+            with turn(target, whole) as alone:
                 if not whole():
                     self._fetch_anyway(model, target, alone)
 
@@ -215,79 +210,6 @@ def _put_in_place(staging: Path, target: Path, model: Model) -> None:
             raise
         shutil.rmtree(staging, ignore_errors=True)
     sync_directory(target.parent)
-
-
-@contextmanager
-def _turn(target: Path, done: Callable[[], bool]) -> Iterator[bool]:
-    """Wait while another process fetches this revision, as long as it gets on.
-
-    Yields whether nobody else fetches it now: what lies there of it, a killed process has left.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock(target, done)
-    try:
-        yield descriptor is not None and _excludes(lock_of(target))
-    finally:
-        if descriptor is not None:
-            lock_of(target).unlink(missing_ok=True)
-            os.close(descriptor)
-
-
-def _lock(target: Path, done: Callable[[], bool]) -> int | None:
-    """The lock on the revision; None once it is there, or where there is no lock to be had."""
-    path = lock_of(target)
-    waiting_since = time.time()
-    while True:
-        try:
-            descriptor = _try_lock(path)
-        except OSError:  # a file system without locks
-            return None
-        if descriptor is not None:
-            return descriptor
-        alive_at = max([waiting_since, *map(_written_at, stagings(target))])
-        if done() or time.time() - alive_at > LOCK_PATIENCE_SECONDS:
-            return None
-        time.sleep(LOCK_POLL_SECONDS)
-
-
-def _try_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock; None while another has it. Raises OSError."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, path):
-                return descriptor
-            os.close(descriptor)  # its holder has just removed it
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError:
-            os.close(descriptor)
-            raise
-
-
-def _excludes(path: Path) -> bool:
-    """Whether a lock that is held keeps others out: on some file systems it does nothing."""
-    second = _try_lock(path)
-    if second is None:
-        return True
-    os.close(second)
-    return False
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _written_at(staging: Path) -> float:
-    times = [0.0]
-    with suppress(OSError):
-        times += [path.stat().st_mtime for path in staging.iterdir()]
-    return max(times)
 
 
 def _log(progress: Progress, message: str) -> None:

@@ -11,7 +11,7 @@ from inference_service.errors import BucketNotFound, StoreError
 from inference_service.storage.directory import DirectoryStore
 from inference_service.storage.gcs import GcsStore
 from inference_service.storage.model import models_in
-from inference_service.storage.store import open_store
+from inference_service.storage.registry import open_store
 from tests.fixtures.bucket import Bucket, new_bucket
 from tests.fixtures.caches import open_sync
 from tests.fixtures.ports import free_port

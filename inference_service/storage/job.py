@@ -1,0 +1,82 @@
+"""One fetch as the mover sees it: the spans that are still to come and the parts that are on their way."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from inference_service.storage.progress import Progress
+from inference_service.storage.staging import Arrival, Stretch
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How bytes are cut into spans, and how much trouble of the store is borne. Bytes and seconds.
+
+    `stall`: a span that gains fewer than `stall_bytes` in `stall_seconds` is broken off; `attempts` in a
+    row without such a gain end the fetch, and so do `retries` altogether, less one for each `stretch`
+    that arrives.
+    """
+
+    connections: int = 12
+    min_span: int = 4 * _MIB
+    max_span: int = 64 * _MIB
+    stretch: int = 8 * _MIB
+    stall_seconds: float = 30.0
+    stall_bytes: int = 64 << 10
+    attempts: int = 6
+    retries: int = 96
+    first_delay: float = 0.5
+    longest_delay: float = 16.0
+    damaged_attempts: int = 3
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes `start` to `end` (exclusive) of one file that are still to come, not before `ready_at`."""
+
+    arrival: Arrival
+    start: int
+    end: int
+    ready_at: float = 0.0
+    failures: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(eq=False)
+class Part:
+    """A span that a connection is fetching: `position` is the next byte, `end` may come closer."""
+
+    arrival: Arrival
+    start: int
+    end: int
+    failures: int
+    position: int
+
+    @property
+    def left(self) -> int:
+        return self.end - self.position
+
+
+@dataclass(eq=False)
+class Job:
+    """One fetch: its spans, and how it ends. Everything in it is guarded by the mover's lock."""
+
+    progress: Progress
+    note: Callable[[Stretch], None]
+    spans: deque[Span]
+    arrivals: frozenset[Arrival]
+    files_left: int
+    retries_left: int
+    parts: set[Part] = field(default_factory=set)
+    error: Exception | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def ready_in(self, now: float) -> float | None:
+        """Seconds until a span may be taken; None where there is none."""
+        return min((max(0.0, span.ready_at - now) for span in self.spans), default=None)
