@@ -132,6 +132,13 @@ class Pool:
         """Whether a slot is the model's, in whatever state."""
         return name in self._slots
 
+    def loaded_revision(self, name: str) -> str | None:
+        """The revision that the model's ready engine serves; None where it has none."""
+        slot = self._slots.get(name)
+        if slot is None or slot.state is not EngineState.READY or slot.snapshot is None:
+            return None
+        return slot.snapshot.revision
+
     async def unload(self, name: str) -> bool:
         """Tear the model's engine down once its leases are back; False if it has none."""
         slot = self._slots.get(name)

@@ -1,7 +1,8 @@
 """A model as the bucket shows it: from a listing to models, and what their documents add.
 
-A model is a directory below the prefix that holds `config.json` (a checkpoint) or `adapter_config.json`
-(an adapter). Its name is its path below the prefix with hyphens for slashes. Pure: reads nothing.
+A model is a directory below the prefix that holds `config.json` or safetensors (a checkpoint), or
+`adapter_config.json` (an adapter). Its name is its path below the prefix with hyphens for slashes. Pure:
+reads nothing.
 """
 
 import hashlib
@@ -13,13 +14,14 @@ from datetime import datetime
 from enum import StrEnum
 
 from inference_service.models.serving import BadServing, Serving, parse_serving
-from inference_service.storage.documents import BadDocument, oversized, parse_object
+from inference_service.storage.documents import WEIGHTS, BadDocument, oversized, parse_object
 from inference_service.storage.store import StoredObject
 
 SERVING = "serving.json"
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX = ".safetensors.index.json"
-_MARKERS = {"config.json": "checkpoint", ADAPTER_CONFIG: "adapter"}
+CONFIG = "config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_NAME_CHARACTERS = 200
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_CHARACTERS - 1}}}")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.safetensors")
@@ -100,11 +102,10 @@ def _only(other: Model | None, model: Model) -> Model:
 
 
 def _model(directory: str, files: list[StoredObject], astray: str | None) -> Model | None:
-    names = {stored.name.rpartition("/")[2]: stored for stored in files}
-    marker = next((name for name in _MARKERS if name in names), None)
-    if marker is None or not directory:
+    names = {stored.filename: stored for stored in files}
+    kind = _kind(set(names))
+    if kind is None or not directory:
         return None
-    kind = ModelKind(_MARKERS[marker])
     served = tuple(sorted((names[name] for name in names if _is_served(name)), key=_by_name))
     documents = tuple(names[name] for name in sorted(names) if _is_document(name))
     too_large = next(filter(None, map(oversized, (*served, *documents))), None)
@@ -119,6 +120,20 @@ def _model(directory: str, files: list[StoredObject], astray: str | None) -> Mod
         documents=() if too_large else documents,
         described=bool(too_large) or not documents,
     )
+
+
+def _kind(names: set[str]) -> ModelKind | None:
+    """What a directory with these files is; None where it is no model.
+
+    Weights of its own make a checkpoint also of a directory that an adapter's training has left its
+    configuration in.
+    """
+    weights = {name for name in names if name.endswith(WEIGHTS)}
+    if ADAPTER_CONFIG in names and not weights - {ADAPTER_WEIGHTS}:
+        return ModelKind.ADAPTER
+    if weights == {ADAPTER_WEIGHTS}:
+        return ModelKind.ADAPTER
+    return ModelKind.CHECKPOINT if CONFIG in names or weights else None
 
 
 def _why_misnamed(directory: str, astray: str | None) -> str | None:
@@ -149,7 +164,7 @@ def _why_unservable(kind: ModelKind, names: set[str]) -> str | None:
         return "it is a LoRA adapter, and this version serves checkpoints only."
     weights = sorted(name for name in names if name.endswith(".safetensors"))
     if weights:
-        missing = _missing_shard(weights) or _missing_tokenizer(names)
+        missing = _missing_config(names) or _missing_shard(weights) or _missing_tokenizer(names)
         return f"the upload is not complete: {missing} is missing." if missing else None
     pickles = sorted(name for name in names if name.endswith(_PICKLES))
     if pickles:
@@ -158,6 +173,10 @@ def _why_unservable(kind: ModelKind, names: set[str]) -> str | None:
             "Save it with safe_serialization=True and upload the safetensors files."
         )
     return "it has no *.safetensors file; the upload may not be complete."
+
+
+def _missing_config(names: set[str]) -> str | None:
+    return None if CONFIG in names else CONFIG
 
 
 def _missing_shard(weights: list[str]) -> str | None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from inference_service.engines.base import Snapshot
-from inference_service.errors import ObjectReplaced
+from inference_service.errors import ModelNotServable, ObjectReplaced
 from inference_service.storage.catalog import Catalog
 from inference_service.storage.directory import DirectoryStore
 from inference_service.storage.model import Model
@@ -38,9 +38,15 @@ class Registry:
 
         Raises ModelNotFound, ModelNotServable, DiskFull and StoreError.
         """
-        model = await self.catalog.resolve(name)
-        await self._preflight.examine(model)
+        model = await self.catalog.find(name)
+        await self.examine(model)
         return model
+
+    async def examine(self, model: Model) -> None:
+        """Returns for a model that can be served; raises ModelNotServable, DiskFull and StoreError."""
+        if model.unservable is not None:
+            raise ModelNotServable(model.name, model.unservable)
+        await self._preflight.examine(model)
 
     async def fetch(self, model: Model) -> Snapshot:
         """The model's snapshot, held until `release`; raises StoreError, CacheError and DiskFull.

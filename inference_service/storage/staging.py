@@ -68,6 +68,10 @@ class Arrival:
         """crc32c of the file as it is on disk."""
         return checksum(self._file.fileno(), 0, self.stored.size)
 
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
     def close(self) -> None:
         self._file.close()
 

@@ -96,6 +96,8 @@ def test_the_revision_is_every_files_generation_and_checksum() -> None:
     [
         (["config.json", "pytorch_model.bin"], "pickles (pytorch_model.bin)"),
         (["config.json"], "no *.safetensors"),
+        (["model.safetensors", "tokenizer.json"], "config.json is missing"),
+        (["config.json", "model.safetensors"], "tokenizer.json is missing"),
         (["adapter_config.json", "adapter_model.safetensors"], "adapter"),
     ],
 )
@@ -109,6 +111,10 @@ async def test_what_cannot_be_served_says_why(files: list[str], reason: str) -> 
 def test_adapters_are_known_as_such() -> None:
     found = models_in([stored("a/adapter_config.json"), stored("a/adapter_model.safetensors")], "models/")
     assert found["a"].kind is ModelKind.ADAPTER
+    half = models_in([stored("a/adapter_model.safetensors")], "models/")
+    assert half["a"].kind is ModelKind.ADAPTER
+    merged = models_in([*checkpoint("m"), stored("m/adapter_config.json")], "models/")
+    assert merged["m"].kind is ModelKind.CHECKPOINT, "its own weights are what counts"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Every fault is one of a proxy in front of a real GCS server, and must really have fired.
 """
 
+import asyncio
 import hashlib
 import random
 import signal
@@ -75,7 +76,8 @@ PASSING = [
     Fault(Kind.RESET, after=0, times=3),
     Fault(Kind.RESET, after=30 * KIB, times=3, match=SHARD),
     Fault(Kind.STALL, after=20 * KIB, times=2, seconds=2 * READ_SECONDS, match=SHARD),
-    Fault(Kind.DRIP, after=20 * KIB, times=2, seconds=5, match=SHARD),
+    Fault(Kind.DRIP, after=20 * KIB, times=2, seconds=600, match=SHARD),
+    Fault(Kind.CAP, after=500 * KIB, times=100),
     Fault(Kind.CORRUPT, after=10 * KIB, match=SHARD),
     Fault(Kind.CORRUPT_AFTER_RESUME, after=10 * KIB, match=SHARD),
 ]
@@ -88,6 +90,9 @@ LASTING = [
     (Fault(Kind.FORBID_OBJECT, times=10_000, match=SHARD), "StoreForbidden", "storage.objects.get"),
     (Fault(Kind.STALL, times=10_000, seconds=0.6, match=SHARD), "StoreUnavailable", SHARD),
 ]
+
+
+LASTING_KINDS = [Kind.FORBID_OBJECT, Kind.WRONG_CRC, Kind.REPLACE_GENERATION, Kind.IGNORE_RANGE]
 
 
 def named(value: object) -> str | None:
@@ -118,7 +123,8 @@ async def sync_m(place: Place, cache: Path) -> Path:
 async def test_a_fault_that_passes(place: Place, tmp_path: Path, fault: Fault) -> None:
     fault = renewed(fault)
     place.proxy.faults = [fault]
-    assert sums_of(await sync_m(place, tmp_path)) == SUMS
+    async with asyncio.timeout(30):
+        assert sums_of(await sync_m(place, tmp_path)) == SUMS
     assert fault.fired > 0
 
 
@@ -194,6 +200,41 @@ def test_kill_9_at_random_points_and_then_a_restart(
         assert_only_exact(cache)
         fired += sum(each.fired for each in place.proxy.faults)
     assert fault is None or fired > 0
+
+
+@pytest.mark.parametrize(
+    "kind", [Kind.FORBID_OBJECT, Kind.WRONG_CRC, Kind.REPLACE_GENERATION, Kind.IGNORE_RANGE]
+)
+def test_kill_9_and_then_a_restart_into_a_fault_that_stays(place: Place, tmp_path: Path, kind: Kind) -> None:
+    """An error while the fault is there, the exact revision once it is gone."""
+    chance = random.Random(kind)
+    for number in range(KILLS_PER_FAULT):
+        cache, result = tmp_path / f"cache-{number}", tmp_path / f"result-{number}"
+        cache.mkdir()
+        place.proxy.clear()
+        victim = start_sync(place.proxy.url, place.bucket.name, cache, result)
+        place.proxy.alarm_after(chance.randrange(TOTAL // 2), victim.kill)
+        victim.join()
+        assert victim.exitcode == -signal.SIGKILL
+        fault = Fault(kind, times=10_000, match="model-00002", act=lambda: put_again(place, "model-00002"))
+        place.proxy.faults = [fault]
+        again = start_sync(place.proxy.url, place.bucket.name, cache, result)
+        again.join()
+        assert fault.fired > 0
+        assert "error" in outcome(result), outcome(result)
+        assert snapshots(cache) == []
+        place.proxy.clear()
+        last = start_sync(place.proxy.url, place.bucket.name, cache, result)
+        last.join()
+        assert outcome(result) == SUMS
+        assert_only_exact(cache)
+
+
+def put_again(place: Place, match: str) -> None:
+    """The same content at another generation."""
+    for name, content in CONTENTS.items():
+        if match in name:
+            place.bucket.put(f"models/m/{name}", content)
 
 
 def test_two_processes_on_one_directory_and_one_is_killed(place: Place, tmp_path: Path) -> None:

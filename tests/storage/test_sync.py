@@ -120,7 +120,8 @@ async def test_a_directory_without_a_manifest_is_no_snapshot(source: Path, cache
     model = listed(store)
     half = cache / "m" / model.revision
     half.mkdir(parents=True)
-    (half / "model.safetensors").write_bytes(b"half")
+    for name, content in CONTENTS.items():
+        (half / name).write_bytes(bytes(len(content)))
     snapshot = await open_sync(store, cache).snapshot(model)
     assert (snapshot.path / "model.safetensors").read_bytes() == CONTENTS["model.safetensors"]
 

@@ -1,0 +1,159 @@
+"""The mover: who gets a connection, and who waits for whom."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import google_crc32c
+import pytest
+
+from inference_service.storage.job import Job, Pace, Span
+from inference_service.storage.mover import Mover
+from inference_service.storage.progress import Progress
+from inference_service.storage.staging import Arrival
+from inference_service.storage.store import Bytes, StoredObject
+
+KIB = 1 << 10
+PACE = Pace(connections=4, min_span=4 * KIB, max_span=64 * KIB, stretch=16 * KIB, first_delay=0.01)
+CHUNK = KIB
+
+
+class StepStore:
+    """Zeros; a read of an object goes on only when its gate lets it."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[str, int, int]] = []
+        self.given: dict[tuple[str, int], int] = {}
+        self.gates: dict[str, Callable[[int], None]] = {}
+
+    def list(self, prefix: str) -> list[StoredObject]:
+        raise NotImplementedError
+
+    def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
+        end = stored.size if end is None else end
+        self.ranges.append((stored.name, start, end))
+        for position in range(start, end, CHUNK):
+            self.gates.get(stored.name, _pass)(start)
+            piece = min(CHUNK, end - position)
+            self.given[stored.name, start] = self.given.get((stored.name, start), 0) + piece
+            yield bytes(piece)
+
+    def checksum(self, stored: StoredObject) -> int:
+        return int(google_crc32c.value(bytes(stored.size)))
+
+
+def _pass(start: int) -> None:
+    """A gate that is open."""
+
+
+@contextmanager
+def fetching(mover: Mover, directory: Path, name: str, size: int) -> Iterator[Job]:
+    stored = StoredObject(name, size, "1", None, datetime.now(UTC))
+    arrival = Arrival(stored, directory / name)
+    yield mover.move([Span(arrival, 0, size)], Progress(name, "r", size), lambda stretch: None)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_two_fetches_share_the_connections_evenly(tmp_path: Path) -> None:
+    store, step = StepStore(), threading.Semaphore(0)
+    store.gates = {"a": lambda _: step_through(step), "b": lambda _: step_through(step)}
+    mover = Mover(store, PACE)
+    with fetching(mover, tmp_path, "a", 4_000 * KIB) as first:
+        wait_until(lambda: len(first.parts) == 4)
+        with fetching(mover, tmp_path, "b", 4_000 * KIB) as second:
+            # Every connection of the first comes to the end of its part, and then looks who needs it.
+            while (len(first.parts), len(second.parts)) != (2, 2):
+                step.release()
+                time.sleep(0.0002)
+            for _ in range(1000):
+                step.release()
+                time.sleep(0.0002)
+                # One connection may be on its way from one part to the next.
+                assert min(len(first.parts), len(second.parts)) >= 1
+            step.release(20_000)
+            assert first.ended.wait(20)
+            assert second.ended.wait(20)
+    assert (first.error, second.error) == (None, None)
+
+
+def step_through(step: threading.Semaphore) -> None:
+    assert step.acquire(timeout=20)
+
+
+def test_nobody_waits_for_a_slow_connection(tmp_path: Path) -> None:
+    """The first part's connection is slow: the others take over what it has not got to."""
+    store = StepStore()
+    store.gates = {"a": lambda start: time.sleep(0.05 if start == 0 else 0)}
+    with fetching(Mover(store, PACE), tmp_path, "a", 400 * KIB) as job:
+        assert job.ended.wait(20)
+    assert job.error is None
+    (asked,) = (end - start for name, start, end in store.ranges if start == 0)
+    assert store.given["a", 0] < asked / 2, "most of its part came over other connections"
+    assert (tmp_path / "a").read_bytes() == bytes(400 * KIB)
+
+
+def test_parts_cover_a_file_exactly(tmp_path: Path) -> None:
+    store = StepStore()
+    with fetching(Mover(store, PACE), tmp_path, "a", 333 * KIB + 7) as job:
+        assert job.ended.wait(20)
+    assert job.error is None
+    assert job.progress.done == 333 * KIB + 7
+
+
+def test_threads_end_with_the_last_job(tmp_path: Path) -> None:
+    def fetchers() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "fetch"]
+
+    wait_until(lambda: not fetchers())
+    with fetching(Mover(StepStore(), PACE), tmp_path, "a", 100 * KIB) as job:
+        assert job.ended.wait(20)
+    wait_until(lambda: not fetchers())
+
+
+def test_files_are_closed_once_nobody_writes_to_them_any_more(tmp_path: Path) -> None:
+    """A connection that hangs while its fetch has failed must not write into another file later."""
+    store, gate = StepStore(), threading.Event()
+    store.gates = {"hangs": lambda _: wait_for(gate)}
+    mover = Mover(store, PACE)
+    stored = [StoredObject(name, 8 * KIB, "1", None, datetime.now(UTC)) for name in ("hangs", "fails")]
+    arrivals = [Arrival(each, tmp_path / each.name) for each in stored]
+    store.gates["fails"] = fail
+    job = mover.move(
+        [Span(arrival, 0, 8 * KIB) for arrival in arrivals], Progress("m", "r", 1), lambda stretch: None
+    )
+    assert job.ended.wait(20)
+    assert isinstance(job.error, ZeroDivisionError)
+    assert not any(arrival.closed for arrival in arrivals)
+    gate.set()
+    wait_until(lambda: all(arrival.closed for arrival in arrivals))
+
+
+def wait_for(gate: threading.Event) -> None:
+    assert gate.wait(20)
+
+
+def fail(start: int) -> None:
+    raise ZeroDivisionError
+
+
+def test_nothing_to_move(tmp_path: Path) -> None:
+    job = Mover(StepStore(), PACE).move([], Progress("m", "r", 0), lambda stretch: None)
+    assert job.ended.is_set()
+    assert job.error is None
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK, 4 * KIB, 4 * KIB + 1])
+def test_small_files(tmp_path: Path, size: int) -> None:
+    with fetching(Mover(StepStore(), PACE), tmp_path, "a", size) as job:
+        assert job.ended.wait(20)
+    assert job.error is None
+    assert (tmp_path / "a").read_bytes() == bytes(size)
