@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from inference_service.errors import ModelNotFound, ModelNotServable, ObjectReplaced, StoreError
 from inference_service.storage.documents import Documents
-from inference_service.storage.model import Model, canonical_name, describe, models_in
+from inference_service.storage.model import Model, canonical_name, describe, described_as, models_in
 from inference_service.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -137,16 +137,9 @@ class Catalog:
             self._reading = asyncio.create_task(self._read_all())
 
     def _list(self) -> dict[str, Model]:
-        """Models with what is known of their documents already."""
-        objects = self._store.list(self._prefix)
-        self._documents.keep_only(objects)
-        models = models_in(objects, self._prefix)
-        return {name: self._described_if_known(model) for name, model in models.items()}
-
-    def _described_if_known(self, model: Model) -> Model:
-        contents = {stored.filename: self._documents.known(stored) for stored in model.documents}
-        known = {name: content for name, content in contents.items() if content is not None}
-        return describe(model, known) if len(known) == len(contents) else model
+        """Models, with what is known of their documents from the listing before."""
+        models = models_in(self._store.list(self._prefix), self._prefix)
+        return {name: described_as(model, self._models.get(name)) for name, model in models.items()}
 
     async def _read_all(self) -> None:
         """Read the documents of every model that has not been described yet."""
@@ -180,7 +173,8 @@ class Catalog:
         described = describe(model, dict(zip(names, contents, strict=True)))
         if self._models.get(model.name) is model:
             self._models[model.name] = described
-            self._aliases = aliases_of(self._models)
+            if described.serving.aliases:
+                self._aliases = aliases_of(self._models)
         return described
 
 
@@ -190,9 +184,4 @@ def aliases_of(models: Mapping[str, Model]) -> dict[str, str]:
     for model in models.values():
         for alias in model.serving.aliases:
             claims.setdefault(canonical_name(alias), set()).add(model.name)
-    for alias, names in claims.items():
-        if alias in models or len(names) > 1:
-            logger.warning("the alias '%s' of %s is taken", alias, " and ".join(sorted(names)))
-    return {
-        alias: next(iter(names)) for alias, names in claims.items() if len(names) == 1 and alias not in models
-    }
+    return {alias: names.pop() for alias, names in claims.items() if len(names) == 1 and alias not in models}

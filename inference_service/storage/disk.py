@@ -41,27 +41,33 @@ class Disk:
     def __init__(self, layout: Layout, quota: int) -> None:
         self.quota = quota
         self._layout = layout
-        self._lock = threading.RLock()
+        # Held while snapshots are removed, which takes its time.
+        self._room = threading.RLock()
         self._promised: dict[Path, int] = {}
+        # Held for a moment only: the event loop takes it.
+        self._use = threading.Lock()
         self._held: dict[Path, int] = {}
         self._holders: Counter[Path] = Counter()
+        self._leaving: set[Path] = set()
 
     @contextmanager
     def reserved(self, model: str, staging: Path, count: int) -> Iterator[None]:
         """Room for `count` bytes in `staging`, made by eviction if need be; raises DiskFull."""
-        with self._lock:
+        with self._room:
             self._make_room(model, count)
             self._promised[staging] = count
         try:
             yield
         finally:
-            with self._lock:
+            with self._room:
                 del self._promised[staging]
 
     def hold(self, snapshot: Path) -> bool:
         """Keep the snapshot from being evicted, and count it as used now; False if it is gone."""
-        with self._lock:
-            if not self._holders[snapshot]:
+        with self._use:
+            if snapshot in self._leaving:
+                return False
+            if snapshot not in self._held:
                 descriptor = _shared_lock(snapshot / MANIFEST)
                 if descriptor is None:
                     return False
@@ -73,7 +79,7 @@ class Disk:
 
     def release(self, snapshot: Path) -> None:
         """Give one `hold` back."""
-        with self._lock:
+        with self._use:
             self._holders[snapshot] -= 1
             if self._holders[snapshot] == 0:
                 del self._holders[snapshot]
@@ -81,21 +87,23 @@ class Disk:
 
     def clear(self, leftovers: Iterable[Path]) -> None:
         """Remove what nobody fetches any more of these staging directories."""
-        with self._lock:
+        with self._room:
             for leftover in leftovers:
                 if leftover not in self._promised:
                     _evict(leftover, self._layout.root)
 
     def used(self) -> int:
         """Bytes on the disk or promised."""
-        under_way = sum(allocated_bytes(staging) for staging in self._promised)
-        return allocated_bytes(self._layout.root) - under_way + sum(self._promised.values())
+        with self._room:
+            arrived = sum(allocated_bytes(staging, linked=False) for staging in self._promised)
+            return allocated_bytes(self._layout.root) - arrived + sum(self._promised.values())
 
     def free(self) -> int:
         """Bytes that neither the quota nor the file system withholds and nobody was promised."""
         status = os.statvfs(self._layout.root)
         outstanding = sum(
-            max(0, count - allocated_bytes(staging)) for staging, count in self._promised.items()
+            max(0, count - allocated_bytes(staging, linked=False))
+            for staging, count in self._promised.items()
         )
         return min(self.quota - self.used(), status.f_bavail * status.f_frsize - outstanding)
 
@@ -111,17 +119,27 @@ class Disk:
             victim = next(victims, None)
             if victim is None:
                 raise self._full(model, count)
-            if _evict(victim, self._layout.root):
+            if self._let_go(victim):
                 logger.info("evicted from the disk", extra={"snapshot": str(victim)})
+
+    def _let_go(self, victim: Path) -> bool:
+        """Evict, unless it has come to be held meanwhile."""
+        with self._use:
+            if victim in self._held:
+                return False
+            self._leaving.add(victim)
+        try:
+            return _evict(victim, self._layout.root)
+        finally:
+            with self._use:
+                self._leaving.discard(victim)
 
     def _victims(self) -> Iterator[Path]:
         """What nobody needs, least needed first: leftovers, then snapshots by their last use."""
         for leftover in self._layout.leftovers():
             if leftover not in self._promised:
                 yield leftover
-        yield from sorted(
-            (path for path in self._layout.snapshots() if path not in self._held), key=_last_used
-        )
+        yield from sorted(self._layout.snapshots(), key=_last_used)
 
     def _full(self, model: str, count: int) -> DiskFull:
         status = os.statvfs(self._layout.root)

@@ -1,13 +1,12 @@
-"""The small JSON files of a model (config.json, serving.json, ...), read once per generation.
+"""The small JSON files of a model (config.json, serving.json, ...).
 
 Owns their size limits and the reading; what they say is judged by catalog.py and preflight.py.
 """
 
 import json
 import random
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import google_crc32c
@@ -31,26 +30,14 @@ class BadDocument(ValueError):
 
 
 class Documents:
-    """Contents of small objects of one store, by name and generation. Blocks; used from threads."""
+    """Reads small objects of one store. Blocks; used from threads. Keeps nothing."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._contents: dict[tuple[str, str], bytes] = {}
-        self._lock = threading.Lock()
-
-    def known(self, stored: StoredObject) -> bytes | None:
-        """The content, if it has been read."""
-        with self._lock:
-            return self._contents.get((stored.name, stored.generation))
 
     def read(self, stored: StoredObject) -> bytes:
         """The content of the object, its checksum verified; raises StoreError."""
-        content = self.known(stored)
-        if content is None:
-            content = _retried(lambda: self._verified(stored))
-            with self._lock:
-                self._contents[stored.name, stored.generation] = content
-        return content
+        return _retried(lambda: self._verified(stored))
 
     def read_range(self, stored: StoredObject, start: int, end: int) -> bytes:
         """The bytes `start` to `end` (exclusive), which no checksum covers; raises StoreError."""
@@ -67,12 +54,6 @@ class Documents:
         if len(content) != end - start:
             raise StoreUnavailable(f"{stored.name} broke off.", retry_after=RETRY_AFTER_SECONDS)
         return content
-
-    def keep_only(self, objects: Iterable[StoredObject]) -> None:
-        """Forget what the bucket does not hold any more."""
-        listed = {(stored.name, stored.generation) for stored in objects}
-        with self._lock:
-            self._contents = {key: content for key, content in self._contents.items() if key in listed}
 
 
 def _retried(read: Callable[[], bytes]) -> bytes:

@@ -42,7 +42,8 @@ class Model:
     """One model in the bucket at one revision.
 
     `objects` are the files that serving needs; `unservable` says why it cannot be served, if it cannot;
-    `serving` and an adapter's `base` are what its documents say, once it is `described`; `exact` where a
+    `serving`, an adapter's `base` and `problem` (part of `unservable`) are what its documents say, once it is
+    `described`; `exact` where a
     client wants this revision and no other.
     """
 
@@ -55,6 +56,7 @@ class Model:
     unservable: str | None = None
     documents: tuple[StoredObject, ...] = ()
     described: bool = False
+    problem: str | None = None
     serving: Serving = field(default_factory=Serving)
     base: str | None = None
     exact: bool = False
@@ -213,8 +215,29 @@ def describe(model: Model, contents: Mapping[str, bytes]) -> Model:
         missing = [_unlisted_shard(model, name, contents[name]) for name in contents if name.endswith(INDEX)]
         problem = next(filter(None, missing), None)
     except (BadServing, BadDocument) as error:
-        return replace(model, described=True, unservable=model.unservable or str(error))
-    return replace(model, described=True, serving=serving, base=base, unservable=model.unservable or problem)
+        serving, base, problem = Serving(), None, str(error)
+    return replace(
+        model,
+        described=True,
+        serving=serving,
+        base=base,
+        problem=problem,
+        unservable=model.unservable or problem,
+    )
+
+
+def described_as(model: Model, known: Model | None) -> Model:
+    """The model with what is known of it, if that is of the same revision."""
+    if known is None or not known.described or known.revision != model.revision or model.described:
+        return model
+    return replace(
+        model,
+        described=True,
+        serving=known.serving,
+        base=known.base,
+        problem=known.problem,
+        unservable=model.unservable or known.problem,
+    )
 
 
 def _unlisted_shard(model: Model, name: str, content: bytes) -> str | None:

@@ -123,10 +123,15 @@ class Sync:
         progress = Progress(model.name, model.revision, model.bytes)
         self._progress[target] = progress
         try:
-            with self._disk.reserved(model.name, staging.path, model.bytes):
-                self._fill(model, target, staging, progress, resume)
+            reused = staging.reuse(self._siblings(target), model.objects)
+            progress.skip(sum(stored.size for stored in reused))
+            wanted = [stored for stored in model.objects if stored not in reused]
+            with self._disk.reserved(model.name, staging.path, sum(stored.size for stored in wanted)):
+                self._fill(wanted, target, staging, progress, resume)
+                records = {stored.filename: self._record(stored) for stored in model.objects}
+                staging.seal(Manifest(records))
                 _put_in_place(staging.path, target, model)
-        except StoreUnavailable:
+        except (StoreUnavailable, KeyboardInterrupt):
             staging.close()  # what has arrived stays for the next attempt
             raise
         except BaseException:
@@ -136,11 +141,15 @@ class Sync:
             del self._progress[target]
         _log(progress, "fetched")
 
-    def _fill(self, model: Model, target: Path, staging: Staging, progress: Progress, resume: bool) -> None:
-        """Fetch what no other snapshot and no leftover of this revision has; write the manifest."""
-        reused = staging.reuse(self._siblings(target), model.objects)
-        progress.skip(sum(stored.size for stored in reused))
-        wanted = [stored for stored in model.objects if stored not in reused]
+    def _fill(
+        self,
+        wanted: list[StoredObject],
+        target: Path,
+        staging: Staging,
+        progress: Progress,
+        resume: bool,
+    ) -> None:
+        """Fetch and verify the files `wanted`, but for what leftovers of this revision have of them."""
         arrivals = {stored.filename: Arrival(stored, staging.path / stored.filename) for stored in wanted}
         try:
             covered = _salvage(staging, target, arrivals, progress) if resume else {}
@@ -154,8 +163,6 @@ class Sync:
             for span in _missing(arrival, covered.get(arrival.name, []))
         ]
         self._await(self._mover.move(spans, progress, staging.note), progress)
-        records = {stored.filename: self._record(stored) for stored in model.objects}
-        staging.seal(Manifest(records))
 
     def _await(self, job: Job, progress: Progress) -> None:
         """Log the progress until the job has ended; raises its error."""
