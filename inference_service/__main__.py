@@ -68,6 +68,8 @@ def _command(given: argparse.Namespace) -> None:
         else:
             commands.pull(settings, given.model, sys.stdout)
         sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(0)  # whoever read the output has seen enough
     except (ServiceError, OSError) as error:
         _exit(1, error)
     except KeyboardInterrupt:

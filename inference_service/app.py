@@ -38,8 +38,8 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     documents = Documents(store)
     catalog = Catalog(store, settings.gcs_model_prefix, settings.catalog_ttl, documents)
     layout, disk = open_cache(settings)
-    preflight = Preflight(documents, settings, device, backend, disk.most)
     sync = Sync(store, layout, disk)
+    preflight = Preflight(documents, settings, device, backend, disk.most, sync.kept)
     registry = Registry(catalog, preflight, sync)
     pool = Pool(
         registry.fetch,

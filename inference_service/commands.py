@@ -13,15 +13,19 @@ from typing import TextIO
 from tqdm import tqdm
 
 from inference_service.config import Settings
+from inference_service.engines.device import Backend, Device, DeviceKind
+from inference_service.errors import readable_bytes
 from inference_service.storage.catalog import Catalog
-from inference_service.storage.disk import open_cache
+from inference_service.storage.disk import Disk, open_cache
+from inference_service.storage.documents import Documents
 from inference_service.storage.model import Model
+from inference_service.storage.preflight import Preflight
 from inference_service.storage.registry import open_store
 from inference_service.storage.store import Store
 from inference_service.storage.sync import Sync
 
-BAR_SECONDS = 0.2
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+BAR_SECONDS = 0.1
+LINE_SECONDS = 5.0
 
 
 def list_models(settings: Settings, output: TextIO, *, as_json: bool) -> None:
@@ -42,42 +46,58 @@ def list_models(settings: Settings, output: TextIO, *, as_json: bool) -> None:
 
 
 def pull(settings: Settings, name: str, output: TextIO) -> None:
-    """Fetch a model into LOCAL_MODEL_CACHE and print where it lies; raises ServiceError and OSError."""
+    """Fetch a model into LOCAL_MODEL_CACHE and print where it lies; raises ServiceError."""
     store = open_store(settings.gcs_bucket)
-    model = asyncio.run(Catalog(store, settings.gcs_model_prefix).resolve(name))
-    path = _pull(settings, store, model)
-    output.write(f"{path}\n")
-
-
-def _pull(settings: Settings, store: Store, model: Model) -> str:
     layout, disk = open_cache(settings)
-    sync = Sync(store, layout, disk)
+    model = asyncio.run(_examined(settings, store, disk, name))
+    _fetch(Sync(store, layout, disk), model)
+    output.write(f"{layout.snapshot(model.name, model.revision)}\n")
+
+
+async def _examined(settings: Settings, store: Store, disk: Disk, name: str) -> Model:
+    """The model, judged by all that does not depend on the machine that will serve it."""
+    documents = Documents(store)
+    model = await Catalog(store, settings.gcs_model_prefix, documents=documents).resolve(name)
+    anywhere = Device(DeviceKind.CPU, "any", memory_bytes=0)
+    await Preflight(documents, settings, anywhere, Backend.VLLM, disk.most).examine(model)
+    return model
+
+
+def _fetch(sync: Sync, model: Model) -> None:
     ended = threading.Event()
-    bar = threading.Thread(target=_draw, args=(sync, model, ended), daemon=True)
-    bar.start()
+    drawing = threading.Thread(target=_draw, args=(sync, model, ended), daemon=True)
+    drawing.start()
     try:
         sync.ensure(model)
     finally:
         ended.set()
-        bar.join()
-    return str(layout.snapshot(model.name, model.revision))
+        drawing.join()
 
 
 def _draw(sync: Sync, model: Model, ended: threading.Event) -> None:
-    """A bar on stderr while the fetch is under way; nothing where that is no terminal."""
+    """Progress on stderr while the fetch is under way: a bar on a terminal, else a line now and then."""
+    if sys.stderr.isatty():
+        _draw_bar(sync, model, ended)
+        return
+    while not ended.wait(LINE_SECONDS):
+        for progress in sync.progress():
+            rate = readable_bytes(progress.bytes_per_second)
+            sys.stderr.write(
+                f"{model.name}: {progress.percent} % of {readable_bytes(model.bytes)}, {rate}/s\n"
+            )
+
+
+def _draw_bar(sync: Sync, model: Model, ended: threading.Event) -> None:
     with tqdm(
-        desc=model.name,
-        total=model.bytes,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        file=sys.stderr,
-        disable=None,
+        desc=model.name, total=model.bytes, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr
     ) as bar:
+        latest = None
         while not ended.wait(BAR_SECONDS):
-            for progress in sync.progress():
-                bar.update(progress.done - bar.n)
-        bar.update(model.bytes - bar.n)
+            latest = next(iter(sync.progress()), latest)
+            if latest is not None:
+                bar.update(latest.done - bar.n)
+        if latest is not None:
+            bar.update(latest.done - bar.n)
 
 
 def _entry(model: Model) -> dict[str, object]:
@@ -96,14 +116,5 @@ def _entry(model: Model) -> dict[str, object]:
 def _row(model: Model) -> tuple[str, ...]:
     created = model.created.astimezone(UTC).strftime("%Y-%m-%d %H:%M")
     status = "ok" if model.unservable is None else f"cannot be served: {model.unservable}"
-    size = _readable(model.bytes)
+    size = readable_bytes(model.bytes)
     return (model.name, model.kind, size, model.revision, created, model.base or "-", status)
-
-
-def _readable(count: float) -> str:
-    """`1536` -> `1.5 KiB`."""
-    for unit in _UNITS[:-1]:
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} {_UNITS[-1]}"

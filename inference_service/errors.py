@@ -9,6 +9,7 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     ├── ModelNotFound           404
     ├── ModelNotServable        422   the model is there and cannot be served; says why
     ├── Overloaded              429   too many requests wait already
+    ├── NoSlot                  503   every engine is pinned to another model
     ├── StoreError                    the bucket cannot be read; says why
     │   ├── StoreUnavailable    503   it does not answer, answers 429 or 5xx, or stalls: try again
     │   ├── ObjectReplaced      503   an object changed between the listing and its fetch
@@ -52,6 +53,15 @@ class ServiceError(Exception):
         return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
 
 
+def readable_bytes(count: float) -> str:
+    """`1536` -> `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
 def error_envelope(
     message: str, kind: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
@@ -83,7 +93,8 @@ class ModelNotFound(ServiceError):
     type = "invalid_request_error"
     code = "model_not_found"
 
-    def __init__(self, name: str, hint: str = "GET /v1/models lists those that do.") -> None:
+    def __init__(self, name: str, hint: str | None = None) -> None:
+        hint = hint or "GET /v1/models and `inference-service models` list those that do."
         super().__init__(f"The model '{name}' does not exist in the bucket. {hint}", param="model")
 
 
@@ -100,6 +111,14 @@ class Overloaded(ServiceError):
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+
+
+class NoSlot(ServiceError):
+    status = 503
+    code = "no_slot"
+
+    def headers(self) -> dict[str, str]:
+        return {**super().headers(), "x-should-retry": "false"}
 
 
 class StoreError(ServiceError):

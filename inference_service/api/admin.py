@@ -17,7 +17,7 @@ async def unload(name: str, service: ServiceDep) -> Unloaded:
     """Tear the model's engine down once its running requests have ended; answers when it is gone."""
     name = canonical_name(name)
     if not service.pool.holds(name):
-        await service.catalog.find(name)  # a name that nobody knows is a 404
+        await service.find(name)  # a name that nobody knows is a 404
     return Unloaded(model=name, unloaded=await service.pool.unload(name))
 
 
@@ -31,4 +31,5 @@ async def stats(service: ServiceDep) -> dict[str, Any]:
         **await asyncio.to_thread(service.registry.sync.stats),
         "models": len(models),
         "unservable": unservable,
+        "alias_conflicts": service.catalog.conflicts,
     }

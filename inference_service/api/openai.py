@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from inference_service.api.bounds import chat_body, completion_body
 from inference_service.api.relay import Relay
 from inference_service.api.service import ServiceDep
+from inference_service.errors import ModelNotServable
 from inference_service.models.requests import ChatBody, CompletionBody
 from inference_service.models.responses import ModelCard, ModelList
 from inference_service.storage.model import Model
@@ -44,7 +45,10 @@ async def list_models(service: ServiceDep) -> ModelList:
 @router.get("/models/{name:path}")
 async def retrieve_model(name: str, service: ServiceDep) -> ModelCard:
     """One model; its name may hold slashes."""
-    return _card(await service.catalog.resolve(name))
+    model = await service.find(name)
+    if model.unservable is not None:
+        raise ModelNotServable(model.name, model.unservable)
+    return _card(model)
 
 
 def _card(model: Model) -> ModelCard:

@@ -2,14 +2,15 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
 from inference_service.config import Settings
 from inference_service.engines.device import Backend, Device
-from inference_service.errors import ModelNotServable, RequestTimedOut, ServiceError
+from inference_service.errors import ModelNotServable, RequestTimedOut, ServiceError, ShuttingDown
 from inference_service.metrics import Metrics
 from inference_service.pool.pool import Pool
 from inference_service.storage.catalog import Catalog
@@ -41,14 +42,32 @@ class Service:
     metrics: Metrics
     relays: set[UnderWay] = field(default_factory=set)
     stopping: bool = False
+    _asking: set[asyncio.Task[Any] | None] = field(default_factory=set)
 
     async def resolve(self, name: str) -> Model:
-        """The bucket's model for `name`, within REQUEST_TIMEOUT also where the bucket is slow."""
+        """The bucket's model for `name`, servable or loaded already."""
+        return await self._in_time(self._resolve(name))
+
+    async def find(self, name: str) -> Model:
+        """As `resolve`, also for a model that cannot be served."""
+        return await self._in_time(self.catalog.find(name))
+
+    async def _in_time(self, asking: Awaitable[Model]) -> Model:
+        """Within REQUEST_TIMEOUT also where the bucket is slow, and not beyond a shutdown."""
+        task = asyncio.current_task()
+        self._asking.add(task)
         try:
             async with asyncio.timeout(self.settings.request_timeout):
-                return await self._resolve(name)
+                return await asking
         except TimeoutError as error:
             raise RequestTimedOut(self.settings.request_timeout) from error
+        except asyncio.CancelledError:
+            if not self.stopping or task is None:
+                raise
+            task.uncancel()
+            raise ShuttingDown("The service is shutting down. Try again.", retry_after=5) from None
+        finally:
+            self._asking.discard(task)
 
     async def _resolve(self, name: str) -> Model:
         model = await self.registry.catalog.find(name)
@@ -93,6 +112,9 @@ class Service:
         self.stopping = True
         self.pool.stop_admission()
         deadline = asyncio.get_running_loop().time() + self.settings.drain_timeout
+        for task in self._asking:
+            if task is not None:
+                task.cancel()
         for relay in self.relays:
             relay.end_by(deadline)
         while self.relays:

@@ -3,14 +3,33 @@
 Every key is optional and wins over the environment for that model; an unknown key is an error.
 """
 
+import json
+import re
+from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 MAX_ALIASES = 64
 
-Alias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=100)]
+_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
+_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,99}")
+
+
+def _alias(value: str) -> str:
+    if not _ALIAS.fullmatch(value):
+        raise ValueError("a name of letters, digits, '.', '_', '-' and '/', at most 200 long")
+    return value
+
+
+def _name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError("a name of letters, digits, '.', '_' and '-', at most 100 long")
+    return value
+
+
+Alias = Annotated[str, AfterValidator(_alias)]
+Name = Annotated[str, AfterValidator(_name)]
 
 
 class _Strict(BaseModel):
@@ -58,6 +77,7 @@ class BadServing(ValueError):
 
 def parse_serving(content: bytes) -> Serving:
     """Raises BadServing."""
+    _refuse_doubles(content)
     try:
         return Serving.model_validate_json(content)
     except ValidationError as error:
@@ -66,4 +86,22 @@ def parse_serving(content: bytes) -> Serving:
         if problem["type"] == "extra_forbidden":
             known = ", ".join(SamplingDefaults.model_fields if "." in key else Serving.model_fields)
             raise BadServing(f"serving.json: unknown key '{key}'; known are {known}.") from error
-        raise BadServing(f"serving.json: {key}: {problem['msg']}.") from error
+        words = problem["msg"].removeprefix("Value error, ")
+        raise BadServing(f"serving.json: {key}: {words}.") from error
+
+
+def _refuse_doubles(content: bytes) -> None:
+    """A key that is given twice: one of the two is not meant."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        doubled = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if doubled:
+            raise BadServing(f"serving.json: the key {doubled[0]!r} is given twice.")
+        return dict(pairs)
+
+    try:
+        json.loads(content, object_pairs_hook=unique)
+    except BadServing:
+        raise
+    except (ValueError, RecursionError):
+        return  # told by the validation

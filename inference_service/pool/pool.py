@@ -15,9 +15,11 @@ from typing import Any
 
 from inference_service.engines.base import Engine, EngineState, Snapshot
 from inference_service.errors import (
+    DiskFull,
     EngineDied,
     EngineError,
     EngineStartFailed,
+    NoSlot,
     Overloaded,
     ServiceError,
     ShuttingDown,
@@ -195,6 +197,7 @@ class Pool:
     def _admit(self, name: str) -> None:
         if self._closing:
             raise _shutting_down()
+        self._refuse_where_all_is_pinned(name)
         running = sum(len(slot.leases) for slot in self._slots.values())
         slot = self._slots.get(name)
         if slot is not None and slot.state is EngineState.READY and running < self._concurrency:
@@ -206,6 +209,16 @@ class Pool:
                 f"(MAX_CONCURRENT_REQUESTS={self._concurrency}, and {QUEUED_PER_RUNNING} times as "
                 "many waiting). Try again later.",
                 retry_after=OVERLOADED_RETRY_SECONDS,
+            )
+
+    def _refuse_where_all_is_pinned(self, name: str) -> None:
+        pinned = [key for key, slot in self._slots.items() if slot.model.serving.pinned]
+        if name not in self._slots and len(pinned) >= self._slot_count:
+            raise NoSlot(
+                f"There is no room for the model '{name}': all {self._slot_count} engines "
+                f"(MAX_CACHED_MODELS) are pinned, by {', '.join(pinned)}. Unpin one in its serving.json "
+                "and unload it.",
+                param="model",
             )
 
     def _step(self) -> None:
@@ -224,9 +237,7 @@ class Pool:
                 case Load(key):
                     self._load(key)
                 case Evict(key):
-                    self._metrics.evictions.labels(key).inc()
-                    logger.info("evicting", extra={"model": key})
-                    self._tear_down(self._slots[key])
+                    self._evict(self._slots[key])
 
     def _grant(self, waiter: _Waiter, slot: _Slot) -> None:
         if waiter.lease.done():  # cancelled, and its task has not run since
@@ -272,7 +283,7 @@ class Pool:
         logger.info("loading", extra={"model": name, "revision": slot.model.revision})
         try:
             async with asyncio.timeout(LOAD_SECONDS):
-                slot.snapshot = await self._fetch(slot.model)
+                slot.snapshot = await self._fetch_with_room(slot)
                 slot.engine = self._make_engine(slot.snapshot)
                 await slot.engine.start()
         except TimeoutError:
@@ -290,6 +301,32 @@ class Pool:
         logger.info("loaded", extra={"model": name, "seconds": slot.load_seconds})
         self._run(slot, self._watch(slot, slot.engine))
         self._step()
+
+    async def _fetch_with_room(self, slot: _Slot) -> Snapshot:
+        """The snapshot; where the disk is full of others', idle engines give theirs up."""
+        while True:
+            try:
+                return await self._fetch(slot.model)
+            except DiskFull:
+                idle = self._idle_unpinned()
+                if sum(other.model.bytes for other in idle) < slot.model.bytes:
+                    raise
+                self._evict(idle[0])
+                await idle[0].gone.wait()
+
+    def _idle_unpinned(self) -> list[_Slot]:
+        """Slots that could be torn down at once, the least recently used first."""
+        idle = [
+            slot
+            for slot in self._slots.values()
+            if slot.state is EngineState.READY and not slot.leases and not slot.model.serving.pinned
+        ]
+        return sorted(idle, key=lambda slot: slot.last_used)
+
+    def _evict(self, slot: _Slot) -> None:
+        self._metrics.evictions.labels(slot.model.name).inc()
+        logger.info("evicting", extra={"model": slot.model.name})
+        self._tear_down(slot)
 
     def _load_failed(self, slot: _Slot, error: Exception) -> None:
         name = slot.model.name

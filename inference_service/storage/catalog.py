@@ -46,6 +46,7 @@ class Catalog:
         self._documents = documents or Documents(store)
         self._models: dict[str, Model] = {}
         self._aliases: dict[str, str] = {}
+        self._conflicts: dict[str, tuple[str, ...]] = {}
         self._listed_at: float | None = None
         self._refreshing: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -57,6 +58,11 @@ class Catalog:
     def listed(self) -> list[Model]:
         """All models by name as they were last listed; the store is not asked."""
         return list(self._models.values())
+
+    @property
+    def conflicts(self) -> dict[str, tuple[str, ...]]:
+        """Aliases that name nothing, with the models that claim them."""
+        return dict(self._conflicts)
 
     async def models(self) -> list[Model]:
         """All models by name; raises StoreError."""
@@ -86,9 +92,9 @@ class Catalog:
 
     async def find(self, name: str) -> Model:
         """As `resolve`, also for a model that cannot be served."""
-        asked, _, revision = canonical_name(name).partition("@")
+        asked, at, revision = canonical_name(name).partition("@")
         wanted = self._known(asked)
-        if wanted is not None and self._listed_at is not None:
+        if wanted is not None and self._listed_at is not None and self._models[wanted].unservable is None:
             # A known model never waits for the bucket: a stale listing is renewed behind it.
             self._refresh_if_older(self._ttl)
         else:
@@ -98,11 +104,13 @@ class Catalog:
             await asyncio.shield(self._reading)  # it may be an alias that is being read
             wanted = self._known(asked)
         if wanted is None:
-            raise ModelNotFound(name)
+            claimants = self._conflicts.get(asked)
+            hint = f"It is an alias that {' and '.join(claimants)} claim." if claimants else None
+            raise ModelNotFound(name, hint)
         model = await self._read(self._models[wanted])
-        if revision and model.revision != revision:
+        if at and model.revision != revision:
             raise ModelNotFound(name, f"The bucket holds revision {model.revision} of it.")
-        return replace(model, exact=bool(revision))
+        return replace(model, exact=bool(at))
 
     def _known(self, name: str) -> str | None:
         return name if name in self._models else self._aliases.get(name)
@@ -124,7 +132,7 @@ class Catalog:
         loop = asyncio.get_running_loop()
         try:
             self._models = await loop.run_in_executor(self._lister, self._list)
-            self._aliases = aliases_of(self._models)
+            self._name_aliases()
         except StoreError as error:
             if not self._models:
                 raise
@@ -140,6 +148,13 @@ class Catalog:
         """Models, with what is known of their documents from the listing before."""
         models = models_in(self._store.list(self._prefix), self._prefix)
         return {name: described_as(model, self._models.get(name)) for name, model in models.items()}
+
+    def _name_aliases(self) -> None:
+        known = self._conflicts
+        self._aliases, self._conflicts = aliases_of(self._models)
+        for alias, names in self._conflicts.items():
+            if known.get(alias) != names:
+                logger.warning("the alias '%s' is claimed by %s: it names none", alias, " and ".join(names))
 
     async def _read_all(self) -> None:
         """Read the documents of every model that has not been described yet."""
@@ -170,18 +185,25 @@ class Catalog:
             self.forget()
             raise
         names = [stored.filename for stored in model.documents]
-        described = describe(model, dict(zip(names, contents, strict=True)))
+        contents_by_name = dict(zip(names, contents, strict=True))
+        described = await loop.run_in_executor(self._readers, describe, model, contents_by_name)
         if self._models.get(model.name) is model:
             self._models[model.name] = described
             if described.serving.aliases:
-                self._aliases = aliases_of(self._models)
+                self._name_aliases()
         return described
 
 
-def aliases_of(models: Mapping[str, Model]) -> dict[str, str]:
-    """Alias -> name of the model. A model's own name wins; an alias that two claim is nobody's."""
+def aliases_of(models: Mapping[str, Model]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Alias -> name of the model; and alias -> those that claim it in vain.
+
+    A model's own name wins, and an alias that two claim is nobody's.
+    """
     claims: dict[str, set[str]] = {}
     for model in models.values():
-        for alias in model.serving.aliases:
-            claims.setdefault(canonical_name(alias), set()).add(model.name)
-    return {alias: names.pop() for alias, names in claims.items() if len(names) == 1 and alias not in models}
+        for alias in map(canonical_name, model.serving.aliases):
+            if alias != model.name:
+                claims.setdefault(alias, {alias} & models.keys()).add(model.name)
+    aliases = {alias: next(iter(names)) for alias, names in claims.items() if len(names) == 1}
+    conflicts = {alias: tuple(sorted(names)) for alias, names in claims.items() if len(names) > 1}
+    return aliases, conflicts

@@ -1,5 +1,7 @@
 """A local directory as a store (file://): an object's name is its path below it."""
 
+import errno
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ import google_crc32c
 
 from inference_service.errors import BucketNotFound, StoreForbidden, StoreUnavailable
 from inference_service.storage.store import Bytes, StoredObject, replaced
+
+logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 
@@ -28,7 +32,8 @@ class DirectoryStore:
                 f"The directory {self.root} named by GCS_BUCKET does not exist or is no directory."
             )
         with self._translated():
-            return sorted(self._walk(prefix), key=lambda stored: stored.name)
+            found = self._walk(self.root / prefix, frozenset())
+            return sorted(found, key=lambda stored: stored.name)
 
     def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
         left = (stored.size if end is None else end) - start
@@ -49,32 +54,52 @@ class DirectoryStore:
 
     def _open(self, stored: StoredObject) -> FileIO:
         try:
-            return (self.root / stored.name).open("rb", buffering=0)
+            # Not to wait for a writer, should somebody have put a pipe there.
+            return FileIO(self.root / stored.name, "rb", opener=_open_at_once)
         except FileNotFoundError as error:
             raise replaced(stored) from error
 
     def _check(self, descriptor: int, stored: StoredObject) -> None:
-        if _generation(os.fstat(descriptor)) != stored.generation:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or _generation(status) != stored.generation:
             raise replaced(stored)
 
-    def _walk(self, prefix: str) -> Iterator[StoredObject]:
-        for directory, below, names in os.walk(self.root / prefix, followlinks=True):
-            below[:] = [name for name in below if not _leads_back(Path(directory, name))]
-            for name in names:
-                path = Path(directory, name)
-                try:
-                    status = path.stat()
-                except OSError:  # removed meanwhile, or a link that leads nowhere
-                    continue
-                if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-                    continue
+    def _walk(self, directory: Path, above: frozenset[tuple[int, int]]) -> Iterator[StoredObject]:
+        """Every file below; links to directories are followed, but never into a directory above."""
+        try:
+            status = directory.stat()
+            entries = sorted(directory.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return
+        for path in entries:
+            try:
+                found = path.stat()
+            except (FileNotFoundError, NotADirectoryError):  # removed meanwhile, or a link to nowhere
+                continue
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                continue
+            if stat.S_ISDIR(found.st_mode):
+                yield from self._below(path, above | {here})
+            elif stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
                 yield StoredObject(
                     path.relative_to(self.root).as_posix(),
-                    status.st_size,
-                    _generation(status),
+                    found.st_size,
+                    _generation(found),
                     None,
-                    datetime.fromtimestamp(status.st_mtime, UTC),
+                    datetime.fromtimestamp(found.st_mtime, UTC),
                 )
+
+    def _below(self, directory: Path, above: frozenset[tuple[int, int]]) -> Iterator[StoredObject]:
+        try:
+            yield from list(self._walk(directory, above))
+        except PermissionError as error:
+            # One directory that cannot be read must not take all other models down.
+            logger.warning("%s cannot be read: permission denied; it is left out", error.filename)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -86,9 +111,8 @@ class DirectoryStore:
             raise StoreUnavailable(f"The directory {self.root} cannot be read: {error}") from error
 
 
-def _leads_back(directory: Path) -> bool:
-    """A link to a directory that it lies in: following it would never end."""
-    return directory.is_symlink() and directory.parent.resolve().is_relative_to(directory.resolve())
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _generation(status: os.stat_result) -> str:

@@ -16,15 +16,20 @@ from pathlib import Path
 
 from inference_service.config import Settings
 from inference_service.engines.device import memory_bytes
-from inference_service.errors import DiskFull
+from inference_service.errors import CacheError, DiskFull, readable_bytes
 from inference_service.storage.layout import (
     EVICTED,
     INCOMPLETE,
     MANIFEST,
+    PROMISE,
+    ROOM_LOCK,
     Layout,
     allocated_bytes,
+    is_at,
     lock_of,
     revision_of,
+    stagings,
+    sync_directory,
 )
 
 logger = logging.getLogger(__name__)
@@ -36,14 +41,13 @@ _MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
 
 
 class Disk:
-    """The cache directory with its quota in bytes."""
+    """The cache directory with its quota in bytes, among all processes that share the directory."""
 
     def __init__(self, layout: Layout, quota: int) -> None:
         self.quota = quota
         self._layout = layout
         # Held while snapshots are removed, which takes its time.
         self._room = threading.RLock()
-        self._promised: dict[Path, int] = {}
         # Held for a moment only: the event loop takes it.
         self._use = threading.Lock()
         self._held: dict[Path, int] = {}
@@ -51,27 +55,33 @@ class Disk:
         self._leaving: set[Path] = set()
 
     @contextmanager
-    def reserved(self, model: str, staging: Path, count: int) -> Iterator[None]:
-        """Room for `count` bytes in `staging`, made by eviction if need be; raises DiskFull."""
-        with self._room:
-            self._make_room(model, count)
-            self._promised[staging] = count
+    def reserved(self, model: str, target: Path, staging: Path, count: int) -> Iterator[None]:
+        """Room for `count` bytes in `staging`, made by eviction if need be; raises DiskFull and OSError.
+
+        The caller has the turn to fetch `target`. The promise goes with the file that holds it.
+        """
+        with self._room, _exclusive(self._layout.root / ROOM_LOCK):
+            self._make_room(model, target, count)
+            (staging / PROMISE).write_text(str(count))
         try:
             yield
         finally:
-            with self._room:
-                del self._promised[staging]
+            with suppress(OSError):
+                (staging / PROMISE).unlink()
 
     def hold(self, snapshot: Path) -> bool:
         """Keep the snapshot from being evicted, and count it as used now; False if it is gone."""
         with self._use:
             if snapshot in self._leaving:
                 return False
-            if snapshot not in self._held:
-                descriptor = _shared_lock(snapshot / MANIFEST)
-                if descriptor is None:
-                    return False
-                self._held[snapshot] = descriptor
+            descriptor = _shared_lock(snapshot / MANIFEST)
+            if descriptor is None:
+                return False
+            # It may be a new one in the place of what was held before: the newer lock counts.
+            before = self._held.pop(snapshot, None)
+            if before is not None:
+                os.close(before)
+            self._held[snapshot] = descriptor
             self._holders[snapshot] += 1
         with suppress(OSError):
             os.utime(snapshot / MANIFEST)
@@ -89,73 +99,107 @@ class Disk:
         """Remove what nobody fetches any more of these staging directories."""
         with self._room:
             for leftover in leftovers:
-                if leftover not in self._promised:
-                    _evict(leftover, self._layout.root)
+                _evict(leftover, self._layout.root)
+
+    def replace(self, target: Path, staging: Path) -> None:
+        """Put a sealed staging directory in the place of its snapshot, whatever lies there."""
+        with self._room:
+            if target.exists():
+                # Renamed, not emptied: an engine that uses it finds the same files at the same paths.
+                _remove(target, self._layout.root)
+            staging.rename(target)
+        sync_directory(target.parent)
 
     def used(self) -> int:
         """Bytes on the disk or promised."""
-        with self._room:
-            arrived = sum(allocated_bytes(staging, linked=False) for staging in self._promised)
-            return allocated_bytes(self._layout.root) - arrived + sum(self._promised.values())
-
-    def free(self) -> int:
-        """Bytes that neither the quota nor the file system withholds and nobody was promised."""
-        status = os.statvfs(self._layout.root)
-        outstanding = sum(
-            max(0, count - allocated_bytes(staging, linked=False))
-            for staging, count in self._promised.items()
-        )
-        return min(self.quota - self.used(), status.f_bavail * status.f_frsize - outstanding)
+        return self._used(None)
 
     def most(self) -> int:
-        """Bytes that a single snapshot can have, were everything else gone."""
+        """Bytes that a single snapshot can have, were everything else gone; raises CacheError."""
+        root = self._layout.root
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            status = os.statvfs(root)
+        except OSError as error:
+            raise CacheError(f"LOCAL_MODEL_CACHE={root} cannot be used: {error.strerror}") from error
+        return min(self.quota, status.f_bavail * status.f_frsize + allocated_bytes(root))
+
+    def _used(self, mine: Path | None) -> int:
+        return allocated_bytes(self._layout.root) + self._outstanding(mine)
+
+    def _outstanding(self, mine: Path | None) -> int:
+        """Bytes that were promised and have not come; what a dead fetch of `mine` was promised is void."""
+        void = [] if mine is None else stagings(mine)
+        return sum(
+            max(0, _promise(leftover) - allocated_bytes(leftover, linked=False))
+            for leftover in self._layout.leftovers()
+            if leftover not in void
+        )
+
+    def _free(self, mine: Path) -> int:
+        """Bytes that neither the quota nor the file system withholds and nobody was promised."""
         status = os.statvfs(self._layout.root)
-        available = status.f_bavail * status.f_frsize + allocated_bytes(self._layout.root)
-        return min(self.quota, available)
+        on_disk = status.f_bavail * status.f_frsize - self._outstanding(mine)
+        return min(self.quota - self._used(mine), on_disk)
 
-    def _make_room(self, model: str, count: int) -> None:
-        victims = self._victims()
-        while count > self.free():
-            victim = next(victims, None)
-            if victim is None:
-                raise self._full(model, count)
-            if self._let_go(victim):
+    def _make_room(self, model: str, mine: Path, count: int) -> None:
+        victims = self._victims(mine)
+        # Looked at before anything goes: a model that cannot have its room must not cost others theirs.
+        if count > self._free(mine) + sum(map(_weight, victims)):
+            raise self._full(model, mine, count)
+        for victim in victims:
+            if count <= self._free(mine):
+                return
+            if self._let_go(victim, mine):
                 logger.info("evicted from the disk", extra={"snapshot": str(victim)})
+        if count > self._free(mine):
+            raise self._full(model, mine, count)
 
-    def _let_go(self, victim: Path) -> bool:
+    def _victims(self, mine: Path) -> list[Path]:
+        """What nobody needs, least needed first: leftovers, then snapshots by their last use."""
+        with self._use:
+            held = set(self._held)
+        snapshots = sorted(self._layout.snapshots(), key=_last_used)
+        candidates = [*self._layout.leftovers(), *(path for path in snapshots if path not in held)]
+        return [path for path in candidates if _is_free(path, mine)]
+
+    def _let_go(self, victim: Path, mine: Path) -> bool:
         """Evict, unless it has come to be held meanwhile."""
         with self._use:
             if victim in self._held:
                 return False
             self._leaving.add(victim)
         try:
-            return _evict(victim, self._layout.root)
+            return _evict(victim, self._layout.root, mine)
         finally:
             with self._use:
                 self._leaving.discard(victim)
 
-    def _victims(self) -> Iterator[Path]:
-        """What nobody needs, least needed first: leftovers, then snapshots by their last use."""
-        for leftover in self._layout.leftovers():
-            if leftover not in self._promised:
-                yield leftover
-        yield from sorted(self._layout.snapshots(), key=_last_used)
-
-    def _full(self, model: str, count: int) -> DiskFull:
+    def _full(self, model: str, mine: Path, count: int) -> DiskFull:
         status = os.statvfs(self._layout.root)
-        held = ", ".join(sorted({path.parent.name for path in self._held})) or "none"
+        with self._use:
+            held = ", ".join(sorted({path.parent.name for path in self._held}))
+        free, used, left = (
+            readable_bytes(max(0, number))
+            for number in (self._free(mine), self._used(mine), status.f_bavail * status.f_frsize)
+        )
+        using = f"by models that are loaded ({held}) and " if held else ""
+        advice = " Unload one (POST /admin/unload), or raise the quota." if held else ""
         return DiskFull(
-            f"The model '{model}' needs {_gib(count)} in LOCAL_MODEL_CACHE ({self._layout.root}), and "
-            f"{_gib(max(0, self.free()))} can be had: the quota is {_gib(self.quota)} (DISK_CACHE_GIB), "
-            f"{_gib(self.used())} of it is taken by models in use ({held}) and by fetches under way, and "
-            f"the file system has {_gib(status.f_bavail * status.f_frsize)} left."
+            f"The model '{model}' needs {readable_bytes(count)} in LOCAL_MODEL_CACHE ({self._layout.root}), "
+            f"and {free} can be had: the quota is {readable_bytes(self.quota)} (DISK_CACHE_GIB), {used} "
+            f"of it is taken {using}by fetches under way, and the file system has {left} left.{advice}",
+            param="model",
         )
 
 
 def open_cache(settings: Settings) -> tuple[Layout, Disk]:
-    """LOCAL_MODEL_CACHE, made if need be, with its quota; raises OSError."""
+    """LOCAL_MODEL_CACHE, made if need be, with its quota; raises CacheError."""
     root = settings.local_model_cache.absolute()
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"LOCAL_MODEL_CACHE={root} cannot be made: {error.strerror}") from error
     layout = Layout(root)
     quota = default_quota(root) if settings.disk_cache_gib is None else int(settings.disk_cache_gib * _GIB)
     return layout, Disk(layout, quota)
@@ -199,48 +243,93 @@ def _shared_lock(manifest: Path) -> int | None:
         return None
     except OSError:
         pass  # no locks on this file system: this process still knows its own holds
-    if not manifest.exists():
+    if not is_at(descriptor, manifest):  # it was evicted just before
         os.close(descriptor)
         return None
     return descriptor
 
 
-def _evict(victim: Path, root: Path) -> bool:
-    """Remove a snapshot or a leftover; False where another process needs it."""
-    lock = victim / MANIFEST
-    if victim.name.startswith(INCOMPLETE):
-        lock = lock_of(victim.parent / revision_of(victim))
-    with _exclusive_lock(lock) as ours:
-        if not ours:
-            return False
-        # Renamed first: no moment in which a half-removed directory still has its manifest.
-        gone = victim if victim.name.startswith(EVICTED) else root / f"{EVICTED}{os.urandom(6).hex()}"
-        try:
-            victim.rename(gone)
-        except OSError:
-            return False
-        shutil.rmtree(gone, ignore_errors=True)
+def _is_free(victim: Path, mine: Path) -> bool:
+    """Whether no process uses or fetches it."""
+    with _exclusive_lock(_lock_for(victim, mine)) as ours:
+        return ours
+
+
+def _evict(victim: Path, root: Path, mine: Path | None = None) -> bool:
+    """Remove a snapshot or a leftover; False where a process needs it."""
+    with _exclusive_lock(_lock_for(victim, mine)) as ours:
+        return ours and _remove(victim, root)
+
+
+def _lock_for(victim: Path, mine: Path | None) -> Path | None:
+    """The file that whoever needs it has locked; None where only the caller can."""
+    if victim.name.startswith(EVICTED):
+        return None
+    if not victim.name.startswith(INCOMPLETE):
+        return victim / MANIFEST
+    target = victim.parent / revision_of(victim)
+    return None if target == mine else lock_of(target)
+
+
+def _remove(victim: Path, root: Path) -> bool:
+    # Renamed first: no moment in which a half-removed directory still has its manifest.
+    gone = victim if victim.name.startswith(EVICTED) else root / f"{EVICTED}{os.urandom(6).hex()}"
+    try:
+        victim.rename(gone)
+    except OSError:
+        return False
+    shutil.rmtree(gone, ignore_errors=True)
     return True
 
 
 @contextmanager
-def _exclusive_lock(path: Path) -> Iterator[bool]:
+def _exclusive(path: Path) -> Iterator[None]:
+    """Wait for the lock; on a file system without locks it is no lock."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _exclusive_lock(path: Path | None) -> Iterator[bool]:
     """Whether nobody else holds the lock; a file that is not there, or cannot be locked, nobody holds."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = None if path is None else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
+        descriptor = None
+    if descriptor is None:
         yield True
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        yield False
-    except OSError:
-        yield True
-    else:
-        yield True
+        yield _try_exclusive(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _try_exclusive(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _weight(victim: Path) -> int:
+    """What its removal gives back, promises that nobody will claim included."""
+    return max(allocated_bytes(victim), _promise(victim))
+
+
+def _promise(staging: Path) -> int:
+    try:
+        return int((staging / PROMISE).read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def _last_used(snapshot: Path) -> float:
@@ -248,7 +337,3 @@ def _last_used(snapshot: Path) -> float:
         return (snapshot / MANIFEST).stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _gib(count: int) -> str:
-    return f"{count / _GIB:.2f} GiB"

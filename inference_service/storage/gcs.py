@@ -35,6 +35,8 @@ MAX_CHUNK_BYTES = 2 << 20
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0
 LIST_RETRY_SECONDS = 20.0
+MAX_ERROR_BYTES = 16 << 10
+MAX_ERROR_CHARACTERS = 500
 _CONNECTIONS = 64
 _READ_ONLY = "https://www.googleapis.com/auth/devstorage.read_only"
 _ENDPOINT = "https://storage.googleapis.com"
@@ -104,8 +106,10 @@ class GcsStore:
         status = response.status_code
         if status in (404, 412, 416) or _other_generation(response, stored):
             raise replaced(stored)
-        if status != 206 and not (status == 200 and (start, end) == (0, stored.size)):
-            raise api.from_http_response(response)
+        if status == 200 and (start, end) != (0, stored.size):
+            raise StoreError(f"gs://{self._name}/{stored.name}: the store ignores ranges; it must not.")
+        if status not in (200, 206):
+            raise _refusal(response)
         found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if status == 206 and (found is None or (int(found[1]), int(found[2])) != (start, end - 1)):
             raise StoreUnavailable(
@@ -187,9 +191,23 @@ def _reason(error: BaseException) -> str:
 def _asked_for(error: api.GoogleAPICallError) -> int | None:
     """Seconds that the store itself wants to be left alone, where it says so."""
     value = "" if error.response is None else error.response.headers.get("Retry-After", "")
-    return int(value) if value.isdigit() else None
+    return int(value) if re.fullmatch(r"[0-9]{1,3}", value) else None
+
+
+def _refusal(response: requests.Response) -> api.GoogleAPICallError:
+    """The error of a response that is none of the object's bytes; no more of it is read than is shown."""
+    said = response.raw.read1(MAX_ERROR_BYTES, decode_content=True) or b""
+    words = " ".join(said.decode(errors="replace").split())[:MAX_ERROR_CHARACTERS]
+    return api.from_http_status(response.status_code, words or response.reason, response=response)
 
 
 def _stored(blob: "storage.Blob") -> StoredObject:
-    crc32c = int.from_bytes(base64.b64decode(blob.crc32c), "big") if blob.crc32c else None
-    return StoredObject(blob.name, int(blob.size), str(blob.generation), crc32c, blob.time_created)
+    return StoredObject(blob.name, int(blob.size), str(blob.generation), _crc32c(blob), blob.time_created)
+
+
+def _crc32c(blob: "storage.Blob") -> int | None:
+    try:
+        content = base64.b64decode(blob.crc32c or "", validate=True)
+    except ValueError:
+        return None
+    return int.from_bytes(content, "big") if len(content) == 4 else None

@@ -15,19 +15,20 @@ _MIB = 1 << 20
 class Pace:
     """How bytes are cut into spans, and how much trouble of the store is borne. Bytes and seconds.
 
-    `stall`: a span that gains fewer than `stall_bytes` in `stall_seconds` is broken off; `attempts` in a
-    row without such a gain end the fetch, and so do `retries` altogether, less one for each `stretch`
-    that arrives.
+    `stretch` is what a killed fetch may lose on each connection. `stall`: a part that gains fewer than
+    `stall_bytes` in `stall_seconds` is broken off; `attempts` in a row without such a gain end the fetch,
+    and so do `retries` altogether, less one for each `credit` that arrives.
     """
 
     connections: int = 12
     min_span: int = 4 * _MIB
     max_span: int = 64 * _MIB
-    stretch: int = 8 * _MIB
+    stretch: int = _MIB
     stall_seconds: float = 30.0
     stall_bytes: int = 64 << 10
     attempts: int = 6
     retries: int = 96
+    credit: int = 8 * _MIB
     first_delay: float = 0.5
     longest_delay: float = 16.0
     damaged_attempts: int = 3
@@ -50,17 +51,30 @@ class Span:
 
 @dataclass(eq=False)
 class Part:
-    """A span that a connection is fetching: `position` is the next byte, `end` may come closer."""
+    """A span that a connection is fetching: `position` is the next byte, `end` may come closer.
+
+    `writing`: the bytes before `position` are not all on the disk yet. `accounted`: what it brought has been
+    counted. `abandoned`: nobody waits for its thread any more, and that writes nothing any more.
+    """
 
     arrival: Arrival
     start: int
     end: int
     failures: int
     position: int
+    watched_at: float
+    watched_from: int
+    writing: bool = False
+    accounted: bool = False
+    abandoned: bool = False
 
     @property
     def left(self) -> int:
         return self.end - self.position
+
+    @property
+    def gained(self) -> int:
+        return self.position - self.start
 
 
 @dataclass(eq=False)
@@ -72,7 +86,7 @@ class Job:
     spans: deque[Span]
     arrivals: frozenset[Arrival]
     files_left: int
-    retries_left: int
+    retries_left: float
     parts: set[Part] = field(default_factory=set)
     error: Exception | None = None
     ended: threading.Event = field(default_factory=threading.Event)

@@ -7,15 +7,17 @@
           .manifest.json                     written last; its time is when the snapshot was last used
         .incomplete-3f2a9c0d1e5b-k3x0a1/     a fetch under way, or what a killed one left
           .journal                           which stretches have arrived, with their crc32c
+          .promised                          how many bytes it will take on the disk
         .3f2a9c0d1e5b.lock                   held by the process that fetches the revision
       .evicted-9fj2k1/                       an evicted snapshot on its way out
+      .room.lock                             held while room is made or promised
 
 That a file exists proves nothing; only the manifest does.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,18 +27,24 @@ from inference_service.storage.store import StoredObject
 
 MANIFEST = ".manifest.json"
 JOURNAL = ".journal"
+PROMISE = ".promised"
 INCOMPLETE = ".incomplete-"
 EVICTED = ".evicted-"
+ROOM_LOCK = ".room.lock"
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One verified file: the object that it is a copy of. `crc32c` of all its bytes."""
+    """One verified file: the object that it is a copy of. `crc32c` of all its bytes.
+
+    `modified_ns`: the file's own time; another one means that somebody has written to it since.
+    """
 
     object: str
     generation: str
     size: int
     crc32c: int
+    modified_ns: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Manifest:
         try:
             content = json.loads((snapshot / MANIFEST).read_bytes())
             return cls({name: FileRecord(**record) for name, record in content["files"].items()})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
     def write(self, directory: Path) -> None:
@@ -78,21 +86,32 @@ class Layout:
     def snapshot(self, model: str, revision: str) -> Path:
         return self.root / model / revision
 
-    def snapshots(self) -> Iterator[Path]:
+    def snapshots(self) -> list[Path]:
         """Every directory with a manifest, whole or not."""
-        for manifest in self.root.glob(f"*/*/{MANIFEST}"):
-            if not manifest.parent.name.startswith("."):
-                yield manifest.parent
+        below = [path for model in _visible(self.root) for path in _visible(model)]
+        return [path for path in below if (path / MANIFEST).exists()]
 
-    def leftovers(self) -> Iterator[Path]:
+    def leftovers(self) -> list[Path]:
         """Staging directories of every model, and snapshots that were being evicted."""
-        yield from self.root.glob(f"*/{INCOMPLETE}*")
-        yield from self.root.glob(f"{EVICTED}*")
+        stagings = [staging for model in _visible(self.root) for staging in stagings_of(model)]
+        return [*stagings, *_named(self.root, EVICTED)]
+
+
+def _visible(directory: Path) -> list[Path]:
+    return [path for path in _named(directory, "") if not path.name.startswith(".")]
+
+
+def _named(directory: Path, prefix: str) -> list[Path]:
+    """Entries of the directory by name; none where it is gone. (`glob` fails where others remove.)"""
+    try:
+        return sorted(path for path in directory.iterdir() if path.name.startswith(prefix))
+    except OSError:
+        return []
 
 
 def stagings_of(model: Path) -> list[Path]:
     """What fetches of any revision of a model have left or are writing."""
-    return sorted(model.glob(f"{INCOMPLETE}*"))
+    return _named(model, INCOMPLETE)
 
 
 def stagings(snapshot: Path) -> list[Path]:
@@ -110,14 +129,26 @@ def lock_of(snapshot: Path) -> Path:
 
 
 def is_whole(snapshot: Path, objects: Iterable[StoredObject]) -> bool:
-    """A snapshot of these objects: it has its manifest, and nobody has taken or cut a file since."""
-    objects = list(objects)
+    """A snapshot of these objects: it has its manifest, and nobody has touched a file of it since."""
     manifest = Manifest.read(snapshot)
     if manifest is None or not manifest.covers(objects):
         return False
     with suppress(OSError):
-        return all((snapshot / stored.filename).stat().st_size == stored.size for stored in objects)
+        return all(_untouched(snapshot / name, record) for name, record in manifest.files.items())
     return False
+
+
+def _untouched(path: Path, record: FileRecord) -> bool:
+    status = path.stat()
+    return (status.st_size, status.st_mtime_ns) == (record.size, record.modified_ns)
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is what lies at `path` now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
 
 
 def sync_directory(path: Path) -> None:

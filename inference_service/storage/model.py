@@ -23,6 +23,9 @@ INDEX = ".safetensors.index.json"
 CONFIG = "config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_NAME_CHARACTERS = 200
+MAX_SEGMENT_BYTES = 255
+MAX_SHARDS = 10_000
+_SHOWN_CHARACTERS = 100
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_CHARACTERS - 1}}}")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.safetensors")
 _TOKENIZERS = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"})
@@ -92,7 +95,8 @@ def models_in(objects: list[StoredObject], prefix: str) -> dict[str, Model]:
 
 def _is_safe(segment: str) -> bool:
     """Whether a part of an object's name is a plain name of a file or directory."""
-    return segment not in ("", ".", "..") and "\\" not in segment and segment.isprintable()
+    plain = segment not in ("", ".", "..") and "\\" not in segment and segment.isprintable()
+    return plain and len(segment.encode()) <= MAX_SEGMENT_BYTES
 
 
 def _only(other: Model | None, model: Model) -> Model:
@@ -140,7 +144,9 @@ def _kind(names: set[str]) -> ModelKind | None:
 
 def _why_misnamed(directory: str, astray: str | None) -> str | None:
     if astray is not None:
-        return f"the object name {astray!r} would leave its directory; delete that object."
+        return (
+            f"the object name {astray!r} would leave its directory or is no file's name; delete that object."
+        )
     if not _NAME.fullmatch(canonical_name(directory)):
         return (
             "its name may hold letters, digits, '.', '_' and '-' only, begin with a letter or digit, and "
@@ -158,7 +164,8 @@ def _is_document(name: str) -> bool:
 
 
 def _is_served(name: str) -> bool:
-    return name.endswith(_SERVED_SUFFIXES) and name not in _NOT_SERVED
+    # A name that begins with a dot may be one of the snapshot's own.
+    return name.endswith(_SERVED_SUFFIXES) and name not in _NOT_SERVED and not name.startswith(".")
 
 
 def _why_unservable(kind: ModelKind, names: set[str]) -> str | None:
@@ -183,11 +190,15 @@ def _missing_config(names: set[str]) -> str | None:
 
 def _missing_shard(weights: list[str]) -> str | None:
     """The first shard that the names of the others promise (`model-00001-of-00004.safetensors`)."""
-    for found in filter(None, map(_SHARD.fullmatch, weights)):
-        digits = len(found["number"])
-        for number in range(1, int(found["count"]) + 1):
-            name = f"{found['stem']}-{number:0{digits}}-of-{found['count']}.safetensors"
-            if name not in weights:
+    held = set(weights)
+    found = [shard for shard in map(_SHARD.fullmatch, weights) if shard is not None]
+    series = {(shard["stem"], shard["count"], len(shard["number"])) for shard in found}
+    for stem, count, digits in sorted(series):
+        if int(count) > MAX_SHARDS:
+            return f"{stem}-{'x' * digits}-of-{count}.safetensors (more than {MAX_SHARDS} shards)"
+        for number in range(1, int(count) + 1):
+            name = f"{stem}-{number:0{digits}}-of-{count}.safetensors"
+            if name not in held:
                 return name
     return None
 
@@ -211,7 +222,7 @@ def describe(model: Model, contents: Mapping[str, bytes]) -> Model:
         base = serving.base
         if ADAPTER_CONFIG in contents:
             named = parse_object(ADAPTER_CONFIG, contents[ADAPTER_CONFIG]).get("base_model_name_or_path")
-            base = base or (named if isinstance(named, str) else None)
+            base = base or (_shown(named) if isinstance(named, str) else None)
         missing = [_unlisted_shard(model, name, contents[name]) for name in contents if name.endswith(INDEX)]
         problem = next(filter(None, missing), None)
     except (BadServing, BadDocument) as error:
@@ -247,4 +258,12 @@ def _unlisted_shard(model: Model, name: str, content: bytes) -> str | None:
         raise BadDocument(f"{name} has no weight_map of file names")
     held = {stored.filename for stored in model.objects}
     missing = sorted(set(index.values()) - held)
-    return f"the upload is not complete: {missing[0]} is missing, which {name} names." if missing else None
+    if not missing:
+        return None
+    return f"the upload is not complete: {_shown(missing[0])} is missing, which {name} names."
+
+
+def _shown(name: str) -> str:
+    """A name that came out of a file, fit for a message and a terminal."""
+    plain = name if name.isprintable() else ascii(name)
+    return plain if len(plain) <= _SHOWN_CHARACTERS else f"{plain[:_SHOWN_CHARACTERS]}…"

@@ -1,9 +1,9 @@
 """Moves bytes: spans of objects into files, over a few connections that all fetches share.
 
-A free connection serves the fetch that has the fewest at work, so two fetches share the bandwidth
-evenly. The span that it takes shrinks as the fetch nears its end, and where none is left it takes over
-half of the largest rest of another: all connections finish together, and none waits for a slow one. Every
-file is checked as a whole when its last byte is there.
+A free connection serves the fetch that has the fewest at work, and a fetch that has none is made way for,
+so two fetches share the bandwidth evenly. The span that a connection takes shrinks as the fetch nears its
+end, and where none is left it takes over half of the largest rest of another: all connections finish
+together, and none waits for a slow one. Every file is checked as a whole when its last byte is there.
 """
 
 import random
@@ -27,8 +27,8 @@ class Mover:
     """The connections to one store."""
 
     def __init__(self, store: Store, pace: Pace | None = None) -> None:
+        self.pace = pace or Pace()
         self._store = store
-        self._pace = pace or Pace()
         self._jobs: list[Job] = []
         self._threads = 0
         self._changed = threading.Condition()
@@ -36,21 +36,82 @@ class Mover:
     def move(self, spans: Iterable[Span], progress: Progress, note: Callable[[Stretch], None]) -> Job:
         """Begin a fetch; returns at once. `note` is told of every stretch that has arrived.
 
-        All files of `spans` are verified and durable once the job has ended without an error.
+        All files of `spans` are verified and durable once the job has ended without an error. Until then
+        somebody has to call `watch` every now and then.
         """
         waiting = deque(spans)
         arrivals = frozenset(span.arrival for span in waiting)
-        job = Job(progress, note, waiting, arrivals, len(arrivals), self._pace.retries)
+        job = Job(progress, note, waiting, arrivals, len(arrivals), self.pace.retries)
         if not waiting:
             job.ended.set()
             return job
         with self._changed:
+            self._make_way(job)
             self._jobs.append(job)
-            for _ in range(self._threads, self._pace.connections):
-                self._threads += 1
-                threading.Thread(target=self._work, name="fetch", daemon=True).start()
+            self._hire()
             self._changed.notify_all()
+            nobody = self._threads == 0
+        if nobody:
+            self._end(job, StoreUnavailable("No thread can be started to fetch with."))
         return job
+
+    def watch(self, job: Job) -> None:
+        """Break off every part that has not gained enough lately, whatever its connection hangs in."""
+        now = time.monotonic()
+        with self._changed:
+            due = [part for part in job.parts if now - part.watched_at >= self.pace.stall_seconds]
+            completed = [part.arrival for part in due if self._stalls(part, now) and self._abandon(job, part)]
+            if job in self._jobs:
+                self._hire()
+        for arrival in completed:
+            try:
+                self._complete(job, arrival)
+            except Exception as error:
+                self._end(job, error)
+
+    def _stalls(self, part: Part, now: float) -> bool:
+        gained = part.position - part.watched_from
+        part.watched_at, part.watched_from = now, part.position
+        # A slow disk, or a file that is being verified, is no stall of the store's.
+        return gained < self.pace.stall_bytes and not part.writing and not part.accounted
+
+    def _abandon(self, job: Job, part: Part) -> bool:
+        """Let others fetch the rest of a part; its thread ends when its connection does.
+
+        Whether the part's file is complete without it.
+        """
+        end = _stop_here(part)
+        part.abandoned = True
+        job.parts.discard(part)
+        self._threads -= 1
+        complete = self._account(job, part)
+        if part.position < end:
+            self._again(job, part, end, _stalled(part, self.pace))
+        return complete
+
+    def _hire(self) -> None:
+        """Threads up to the number of connections, or as many as the system gives."""
+        while self._threads < self.pace.connections:
+            thread = threading.Thread(target=self._work, name="fetch", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                return
+            self._threads += 1
+
+    def _make_way(self, newcomer: Job) -> None:
+        """Cut the others' parts short, so that a new fetch gets its share of the connections now."""
+        busy = [part for job in self._jobs for part in job.parts]
+        if len(busy) < self.pace.connections:
+            return
+        share = max(1, self.pace.connections // (len(self._jobs) + 1))
+        wanted = sum(span.bytes for span in newcomer.spans) // self.pace.min_span + 1
+        for _ in range(min(share, wanted)):
+            job = max(self._jobs, key=lambda job: sum(part.left > 0 for part in job.parts))
+            part = max(job.parts, key=lambda part: part.left, default=None)
+            if part is None or part.left <= self.pace.min_span:
+                return
+            job.spans.appendleft(Span(part.arrival, part.position, _stop_here(part)))
 
     def _work(self) -> None:
         while (taken := self._take()) is not None:
@@ -60,14 +121,19 @@ class Mover:
             except Exception as error:
                 self._end(job, error)
             finally:
-                with self._changed:
-                    job.parts.discard(part)
-                    left = not job.parts and job.ended.is_set()
-                    self._changed.notify_all()
-                if left:
-                    # Only the last closes the files: until then another may still write to them.
-                    for arrival in job.arrivals:
-                        arrival.close()
+                self._leave(job, part)
+            if part.abandoned:
+                return
+
+    def _leave(self, job: Job, part: Part) -> None:
+        with self._changed:
+            job.parts.discard(part)
+            last = not job.parts and job.ended.is_set()
+            self._changed.notify_all()
+        if last:
+            # Only the last closes the files: until then another may still write to them.
+            for arrival in job.arrivals:
+                arrival.close()
 
     def _take(self) -> tuple[Job, Part] | None:
         """What to fetch next; waits for it; None once there is no job any more."""
@@ -75,19 +141,18 @@ class Mover:
             while self._jobs:
                 now = time.monotonic()
                 for job in sorted(self._jobs, key=lambda job: len(job.parts)):
-                    part = self._cut(job, now) or self._split(job)
+                    part = self._cut(job, now) or self._split(job, now)
                     if part is not None:
                         job.parts.add(part)
                         return job, part
                 waits = [wait for job in self._jobs if (wait := job.ready_in(now)) is not None]
-                # A part that is too small to be split now is not worth a look every moment.
                 self._changed.wait(min(waits, default=None))
             self._threads -= 1
             return None
 
     def _cut(self, job: Job, now: float) -> Part | None:
         """Guided self-scheduling: one connection's even share of what no connection has yet."""
-        pace = self._pace
+        pace = self.pace
         span = next((span for span in job.spans if span.ready_at <= now), None)
         if span is None:
             return None
@@ -98,76 +163,88 @@ class Mover:
         if span.bytes > size + pace.min_span // 2:
             end = span.start + size
             job.spans.appendleft(replace(span, start=end))
-        return Part(span.arrival, span.start, end, span.failures, span.start)
+        return Part(span.arrival, span.start, end, span.failures, span.start, now, span.start)
 
-    def _split(self, job: Job) -> Part | None:
+    def _split(self, job: Job, now: float) -> Part | None:
         """The second half of the largest part that another connection still has to fetch."""
         largest = max(job.parts, key=lambda part: part.left, default=None)
-        if largest is None or job.spans or largest.left < 2 * self._pace.min_span:
+        if largest is None or job.spans or largest.left < 2 * self.pace.min_span:
             return None
         middle = largest.position + largest.left // 2
-        half = Part(largest.arrival, middle, largest.end, 0, middle)
+        half = Part(largest.arrival, middle, largest.end, 0, middle, now, middle)
         largest.end = middle
         return half
 
     def _fetch(self, job: Job, part: Part) -> None:
         if job.ended.is_set():
             return
-        writer = _Writer(job, part, self._pace, self._claim)
+        writer = _Writer(job, part, self.pace.stretch, self._claim)
         error: StoreUnavailable | None = None
         try:
             with closing(self._store.read(part.arrival.stored, part.start, part.end)) as chunks:
                 for chunk in chunks:
                     writer.write(chunk)
+                    self._wrote(part)
                     if job.ended.is_set() or part.left == 0:
                         break
         except StoreUnavailable as unavailable:
             error = unavailable
         writer.end()
-        if not job.ended.is_set():
-            self._arrived(job, part, error)
+        self._arrived(job, part, error)
 
     def _claim(self, part: Part, count: int) -> int:
         """How many of `count` bytes that came are the part's own; the rest another has taken over."""
         with self._changed:
             count = min(count, part.left)
             part.position += count
+            part.writing = count > 0
             return count
 
-    def _arrived(self, job: Job, part: Part, error: StoreUnavailable | None) -> None:
-        gained = part.position - part.start
+    def _wrote(self, part: Part) -> None:
         with self._changed:
-            part.arrival.missing -= gained
-            complete = part.arrival.missing == 0 and part.left == 0
-            job.retries_left = min(self._pace.retries, job.retries_left + gained // self._pace.stretch)
-        if part.left > 0:
-            self._again(job, part, gained, error or _cut_short(part))
-        elif complete:
+            part.writing = False
+
+    def _arrived(self, job: Job, part: Part, error: StoreUnavailable | None) -> None:
+        with self._changed:
+            if part.abandoned or job.ended.is_set():
+                return
+            complete = self._account(job, part)
+            if part.left > 0:
+                self._again(job, part, _stop_here(part), error or _cut_short(part))
+                return
+        if complete:
             self._complete(job, part.arrival)
 
-    def _again(self, job: Job, part: Part, gained: int, error: StoreUnavailable) -> None:
+    def _account(self, job: Job, part: Part) -> bool:
+        """Count what a part has brought; whether its file is complete now, which is told once."""
+        part.accounted = True
+        part.arrival.missing -= part.gained
+        job.retries_left = min(self.pace.retries, job.retries_left + part.gained / self.pace.credit)
+        complete = part.arrival.missing == 0 and not part.arrival.complete
+        part.arrival.complete |= complete
+        return complete
+
+    def _again(self, job: Job, part: Part, end: int, error: StoreUnavailable) -> None:
         """Put the rest of a part that broke off back, to be fetched after a while; or give up."""
-        pace = self._pace
-        failures = 1 if gained >= pace.stall_bytes else part.failures + 1
+        pace = self.pace
+        failures = 1 if part.gained >= pace.stall_bytes else part.failures + 1
         job.progress.retried()
-        with self._changed:
-            job.retries_left -= 1
-            if failures < pace.attempts and job.retries_left > 0:
-                # Jitter, but never none: connections that failed together come back apart.
-                delay = min(pace.longest_delay, pace.first_delay * 2 ** (failures - 1))
-                ready_at = time.monotonic() + delay * random.uniform(0.5, 1.0)  # noqa: S311
-                job.spans.append(Span(part.arrival, part.position, part.end, ready_at, failures))
-                # No half of it can be taken over any more.
-                job.parts.discard(part)
-                self._changed.notify_all()
-                return
-        self._end(job, error)
+        job.retries_left -= 1
+        if failures >= pace.attempts or job.retries_left <= 0:
+            self._end(job, error)
+            return
+        # Jitter, but never none: connections that failed together come back apart.
+        delay = min(pace.longest_delay, pace.first_delay * 2 ** (failures - 1))
+        ready_at = time.monotonic() + delay * random.uniform(0.5, 1.0)  # noqa: S311
+        job.spans.append(Span(part.arrival, part.position, end, ready_at, failures))
+        self._changed.notify_all()
 
     def _complete(self, job: Job, arrival: Arrival) -> None:
         """Every byte of a file is there: verify it as a whole, make it durable."""
         expected, found = self._store.checksum(arrival.stored), arrival.checksum()
         if found == expected:
             arrival.flush()
+            arrival.close()
             with self._changed:
                 job.files_left -= 1
                 done = job.files_left == 0
@@ -175,7 +252,7 @@ class Mover:
                 self._end(job, None)
             return
         arrival.damaged += 1
-        if arrival.damaged >= self._pace.damaged_attempts:
+        if arrival.damaged >= self.pace.damaged_attempts:
             raise SnapshotCorrupt(
                 f"{arrival.stored.name} arrived damaged {arrival.damaged} times: crc32c {found:08x} "
                 f"over {arrival.stored.size} bytes, the store holds {expected:08x}. Nothing of it was kept; "
@@ -185,7 +262,7 @@ class Mover:
         job.progress.advance(-arrival.stored.size)
         job.progress.retried()
         with self._changed:
-            arrival.missing = arrival.stored.size
+            arrival.missing, arrival.complete = arrival.stored.size, False
             job.spans.append(Span(arrival, 0, arrival.stored.size))
             self._changed.notify_all()
 
@@ -197,34 +274,37 @@ class Mover:
             job.spans.clear()
             self._jobs.remove(job)
             job.ended.set()
+            idle = not job.parts
             self._changed.notify_all()
+        if idle:
+            for arrival in job.arrivals:
+                arrival.close()
 
 
 class _Writer:
-    """Writes one part as it comes, notes its stretches, and wants progress."""
+    """Writes one part as it comes, and notes its stretches."""
 
-    def __init__(self, job: Job, part: Part, pace: Pace, claim: Callable[[Part, int], int]) -> None:
+    def __init__(self, job: Job, part: Part, stretch: int, claim: Callable[[Part, int], int]) -> None:
         self._job = job
         self._part = part
-        self._pace = pace
+        self._stretch = stretch
         self._claim = claim
         self._written = self._noted = part.start
         self._sum = 0
-        self._watched_at = time.monotonic()
-        self._watched_from = part.start
 
     def write(self, chunk: bytes) -> None:
-        """Raises StoreUnavailable where the bytes only drip, OSError where the disk is full."""
+        """Raises OSError where the disk is full."""
         count = self._claim(self._part, len(chunk))
+        if count == 0:
+            return
         if count < len(chunk):
             chunk = chunk[:count]
         self._part.arrival.write(chunk, self._written)
         self._sum = google_crc32c.extend(self._sum, chunk)
         self._written += count
         self._job.progress.advance(count)
-        if self._written - self._noted >= self._pace.stretch:
+        if self._written - self._noted >= self._stretch:
             self.end()
-        self._watch()
 
     def end(self) -> None:
         """Note what has arrived since the last stretch."""
@@ -232,18 +312,18 @@ class _Writer:
             self._job.note(Stretch(self._part.arrival.name, self._noted, self._written, self._sum))
             self._noted, self._sum = self._written, 0
 
-    def _watch(self) -> None:
-        now = time.monotonic()
-        if now - self._watched_at < self._pace.stall_seconds:
-            return
-        gained = self._written - self._watched_from
-        if gained < self._pace.stall_bytes and self._part.left > 0:
-            raise StoreUnavailable(
-                f"{self._part.arrival.stored.name} only drips: {gained} bytes in "
-                f"{self._pace.stall_seconds:g} s.",
-                retry_after=RETRY_AFTER_SECONDS,
-            )
-        self._watched_at, self._watched_from = now, self._written
+
+def _stop_here(part: Part) -> int:
+    """Let a part end where it is; returns where it would have ended."""
+    end, part.end = part.end, part.position
+    return end
+
+
+def _stalled(part: Part, pace: Pace) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"{part.arrival.stored.name}: fewer than {pace.stall_bytes} bytes came in {pace.stall_seconds:g} s.",
+        retry_after=RETRY_AFTER_SECONDS,
+    )
 
 
 def _cut_short(part: Part) -> StoreUnavailable:

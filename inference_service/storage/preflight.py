@@ -5,18 +5,25 @@ so that only the first request for a revision pays the few milliseconds.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from inference_service.config import Settings
 from inference_service.engines import vllm_names
 from inference_service.engines.device import Backend, Device, resolve_dtype, tensor_parallel_size
-from inference_service.errors import DiskFull, ModelNotServable
+from inference_service.errors import DiskFull, ModelNotServable, readable_bytes
 from inference_service.models.serving import Serving
-from inference_service.storage.documents import WEIGHTS, BadDocument, Documents, parse_object
-from inference_service.storage.model import Model
+from inference_service.storage.documents import (
+    WEIGHTS,
+    BadDocument,
+    Reader,
+    SnapshotDocuments,
+    parse_object,
+)
+from inference_service.storage.model import CONFIG, Model
 from inference_service.storage.safetensors import (
     LENGTH_BYTES,
     BadHeader,
@@ -27,6 +34,7 @@ from inference_service.storage.safetensors import (
 from inference_service.storage.store import StoredObject
 
 READS_AT_ONCE = 8
+JUDGES = 4
 # Most headers of a shard fit: one request instead of two.
 FIRST_READ_BYTES = 64 << 10
 _GIB = 1 << 30
@@ -53,36 +61,42 @@ class Weights:
 
 
 class Preflight:
-    """Examines models for one device and backend. `most_bytes`: what the disk can hold of one model."""
+    """Examines models for one device and backend.
+
+    `most_bytes`: what the disk can hold of one model. `kept`: where its snapshot lies, if it is there
+    already; then the bucket is not asked.
+    """
 
     def __init__(
         self,
-        documents: Documents,
+        documents: Reader,
         settings: Settings,
         device: Device,
         backend: Backend,
         most_bytes: Callable[[], int],
+        kept: Callable[[Model], Awaitable[Path | None]] | None = None,
     ) -> None:
         self._documents = documents
         self._settings = settings
         self._device = device
         self._backend = backend
         self._most_bytes = most_bytes
+        self._kept = kept
         # Model -> the revision that was examined, and why it cannot be served, if it cannot.
         self._found: dict[str, tuple[str, str | None]] = {}
-        self._examining: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._threads = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="preflight")
+        self._examining: dict[tuple[str, str], asyncio.Task[str | None]] = {}
+        self._judges = ThreadPoolExecutor(JUDGES, thread_name_prefix="judge")
+        self._readers = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="preflight")
 
     async def examine(self, model: Model) -> None:
         """Returns for a model that can be served; raises ModelNotServable, DiskFull and StoreError."""
         revision, reason = self._found.get(model.name, (None, None))
         if revision != model.revision:
-            await self._once(model)
-            _, reason = self._found[model.name]
+            reason = await self._once(model)
         if reason is not None:
             raise ModelNotServable(model.name, reason)
 
-    async def _once(self, model: Model) -> None:
+    async def _once(self, model: Model) -> str | None:
         """One examination of a revision, however many ask; it outlives a client that leaves."""
         key = (model.name, model.revision)
         examining = self._examining.get(key)
@@ -90,24 +104,27 @@ class Preflight:
             examining = asyncio.create_task(self._examine(model))
             self._examining[key] = examining
             examining.add_done_callback(lambda _: self._examining.pop(key, None))
-        await asyncio.shield(examining)
+        return await asyncio.shield(examining)
 
-    async def _examine(self, model: Model) -> None:
-        self._check_disk(model)
-        # Nothing reads the insides of the fake engine's models.
-        reason = None if self._backend is Backend.FAKE else await self._judge(model)
+    async def _examine(self, model: Model) -> str | None:
+        snapshot = None if self._kept is None else await self._kept(model)
+        reader = self._documents if snapshot is None else SnapshotDocuments(snapshot)
+        loop = asyncio.get_running_loop()
+        reason = await loop.run_in_executor(self._judges, self._judge, model, reader, snapshot is None)
         self._found[model.name] = (model.revision, reason)
+        return reason
 
-    async def _judge(self, model: Model) -> str | None:
+    def _judge(self, model: Model, reader: Reader, fetch: bool) -> str | None:
         """Why the model cannot be served; what is damaged is told and not kept: it may be the wire."""
+        if fetch:
+            self._check_disk(model)
+        if self._backend is Backend.FAKE:  # nothing reads the insides of its models
+            return None
         files = [stored for stored in model.objects if stored.filename.endswith(WEIGHTS)]
-        (config_file,) = (stored for stored in model.objects if stored.filename == "config.json")
-        content, *headers = await asyncio.gather(
-            self._run(self._documents.read, config_file),
-            *(self._run(self._header, stored) for stored in files),
-        )
+        (config_file,) = (stored for stored in model.objects if stored.filename == CONFIG)
+        headers = list(self._readers.map(lambda stored: _header(reader, stored), files))
         try:
-            config = parse_object("config.json", content)
+            config = parse_object(CONFIG, reader.read(config_file))
             weights = Weights({})
             for stored, header in zip(files, headers, strict=True):
                 weights.tensors.update(_parsed(stored, header))
@@ -117,30 +134,16 @@ class Preflight:
             _malformed(config)
             or _runs_code(config)
             or self._unknown_names(config, model.serving)
+            or _too_long(config, model.serving)
             or self._too_large(config, model.serving, weights)
         )
-
-    async def _run(self, read: Callable[[StoredObject], bytes], stored: StoredObject) -> bytes:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, read, stored)
-
-    def _header(self, stored: StoredObject) -> bytes:
-        """The header's JSON; what is no header comes as the reason, for `_parsed` to tell."""
-        first = self._documents.read_range(stored, 0, min(stored.size, FIRST_READ_BYTES))
-        try:
-            length = header_bytes(first, stored.size)
-        except BadHeader:
-            return first[:LENGTH_BYTES]
-        end = LENGTH_BYTES + length
-        if end > len(first):
-            first += self._documents.read_range(stored, len(first), end)
-        return first[:end]
 
     def _check_disk(self, model: Model) -> None:
         most = self._most_bytes()
         if model.bytes > most:
             raise DiskFull(
-                f"The model '{model.name}' needs {_gib(model.bytes)} in LOCAL_MODEL_CACHE, which can hold "
-                f"{_gib(most)} at most (DISK_CACHE_GIB and the size of the file system).",
+                f"The model '{model.name}' needs {readable_bytes(model.bytes)} in LOCAL_MODEL_CACHE, which "
+                f"can hold {readable_bytes(most)} at most (DISK_CACHE_GIB and the size of the file system).",
                 param="model",
             )
 
@@ -171,14 +174,27 @@ class Preflight:
         dtype = serving.dtype or resolve_dtype(settings.dtype, device, stored_dtype)
         gpus = serving.tensor_parallel_size or tensor_parallel_size(settings, device)
         usable = int(device.memory_bytes * settings.gpu_memory_utilization) * gpus
-        needed = weights.bytes_as(dtype)
-        if needed <= usable:
+        needed, cache = weights.bytes_as(dtype), int((serving.kv_cache_gib or 0) * _GIB)
+        if needed + cache <= usable:
             return None
+        wish = f" and its KV cache {readable_bytes(cache)} (serving.json: kv_cache_gib)" if cache else ""
         return (
-            f"its weights take {_gib(needed)} as {dtype}, and the engine may use {_gib(usable)} "
-            f"({gpus} x {_gib(device.memory_bytes)} of {device.name}, "
+            f"its weights take {readable_bytes(needed)} as {dtype}{wish}, and the engine may use "
+            f"{readable_bytes(usable)} ({gpus} x {readable_bytes(device.memory_bytes)} of {device.name}, "
             f"GPU_MEMORY_UTILIZATION={settings.gpu_memory_utilization:g})."
         )
+
+
+def _header(reader: Reader, stored: StoredObject) -> bytes:
+    """The length and the header's JSON; what is no header comes as it is, for `_parsed` to tell."""
+    first = reader.read_range(stored, 0, min(stored.size, FIRST_READ_BYTES))
+    try:
+        end = LENGTH_BYTES + header_bytes(first, stored.size)
+    except BadHeader:
+        return first[:LENGTH_BYTES]
+    if end > len(first):
+        first += reader.read_range(stored, len(first), end)
+    return first[:end]
 
 
 def _parsed(stored: StoredObject, header: bytes) -> dict[str, Tensor]:
@@ -199,6 +215,21 @@ def _malformed(config: dict[str, Any]) -> str | None:
     return None
 
 
+def _too_long(config: dict[str, Any], serving: Serving) -> str | None:
+    """A longer context than the model has positions; where they are stretched the engine knows better."""
+    merged = config | (config.get("text_config") or {})
+    positions, stretched = merged.get("max_position_embeddings"), merged.get("rope_scaling")
+    rope = merged.get("rope_parameters")
+    if stretched or (isinstance(rope, dict) and rope.get("rope_type", "default") != "default"):
+        return None
+    if serving.max_model_len is None or type(positions) is not int or serving.max_model_len <= positions:
+        return None
+    return (
+        f"serving.json: max_model_len: {serving.max_model_len} is more than the {positions} positions of the "
+        "model (config.json: max_position_embeddings)."
+    )
+
+
 def _runs_code(config: dict[str, Any]) -> str | None:
     if not config.get("auto_map"):
         return None
@@ -206,7 +237,3 @@ def _runs_code(config: dict[str, Any]) -> str | None:
         "config.json has an auto_map: it wants Python code from the bucket to be run, which this service "
         "never does. If the engine knows the architecture by itself, remove auto_map."
     )
-
-
-def _gib(count: int) -> str:
-    return f"{count / _GIB:.2f} GiB"

@@ -13,6 +13,8 @@ from typing import Any
 LENGTH_BYTES = 8
 # The library itself takes 100 MB; the header of a thousand experts is a few.
 MAX_HEADER_BYTES = 32 << 20
+MAX_DIMENSIONS = 16
+MAX_NUMBER = 1 << 53
 # Bits of one element.
 _DTYPE_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -76,12 +78,14 @@ def _tensor(entry: Any) -> Tensor:
     dtype, (start, end) = entry["dtype"], entry["data_offsets"]
     tensor = Tensor(dtype, tuple(entry["shape"]), start, end)
     numbers = (*tensor.shape, start, end)
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    if not all(type(number) is int and 0 <= number < MAX_NUMBER for number in numbers):
         raise ValueError("shapes and offsets are whole numbers")
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise ValueError(f"a tensor has more than {MAX_DIMENSIONS} dimensions")
     # A type that is newer than this table is the engine's to judge.
     bits = _DTYPE_BITS.get(dtype)
     if bits is not None and tensor.elements * bits != tensor.bytes * 8:
-        raise ValueError(f"a tensor of shape {list(tensor.shape)} as {dtype} has not {tensor.bytes} bytes")
+        raise ValueError(f"a tensor of {tensor.elements} elements as {dtype} has not {tensor.bytes} bytes")
     return tensor
 
 

@@ -5,6 +5,7 @@ somebody who is thought dead may still write to it: its stretches are copied onc
 right.
 """
 
+import bisect
 import json
 import os
 import shutil
@@ -13,12 +14,13 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 
-from inference_service.storage.layout import INCOMPLETE, JOURNAL, Manifest
+from inference_service.storage.layout import INCOMPLETE, JOURNAL, PROMISE, Manifest
 from inference_service.storage.store import StoredObject
 
 COPY_BYTES = 1 << 20
@@ -38,42 +40,82 @@ class Stretch:
         return self.end - self.start
 
 
+class Coverage:
+    """Which bytes of one file are there: stretches without overlap, in order."""
+
+    def __init__(self) -> None:
+        self._stretches: list[tuple[int, int]] = []
+
+    def fits(self, start: int, end: int) -> bool:
+        """Whether none of these bytes is there yet."""
+        index = bisect.bisect_left(self._stretches, (start, end))
+        before = index == 0 or self._stretches[index - 1][1] <= start
+        return before and (index == len(self._stretches) or end <= self._stretches[index][0])
+
+    def add(self, start: int, end: int) -> None:
+        bisect.insort(self._stretches, (start, end))
+
+    def gaps(self, size: int) -> list[tuple[int, int]]:
+        """What is not there of a file of `size` bytes; one empty gap where that is nothing."""
+        gaps, position = [], 0
+        for start, end in [*self._stretches, (size, size)]:
+            if start > position:
+                gaps.append((position, start))
+            position = end
+        return gaps or [(size, size)]
+
+
 class Arrival:
-    """One file that is being fetched: its descriptor, and how many of its bytes are not there yet."""
+    """One file that is being fetched, and how many of its bytes are not there yet.
+
+    It is open from the first byte until it is verified: a model may have thousands of files.
+    """
 
     def __init__(self, stored: StoredObject, path: Path) -> None:
         self.stored = stored
         self.missing = stored.size
+        self.complete = False
         self.damaged = 0
-        self._file = path.open("w+b", buffering=0)
-        self._file.truncate(stored.size)
+        self._path = path
+        self._opening = threading.Lock()
+        self._file: FileIO | None = None
 
     @property
     def name(self) -> str:
         return self.stored.filename
 
-    def write(self, content: bytes | memoryview, offset: int) -> None:
+    @property
+    def closed(self) -> bool:
+        return self._file is None or self._file.closed
+
+    def write(self, content: bytes, offset: int) -> None:
         """Raises OSError, ENOSPC among others."""
-        rest = memoryview(content)
+        descriptor, rest = self._open(), memoryview(content)
         while rest:
-            written = os.pwrite(self._file.fileno(), rest, offset)
+            written = os.pwrite(descriptor, rest, offset)
             offset += written
             rest = rest[written:]
 
     def flush(self) -> None:
         """Make the content durable."""
-        os.fsync(self._file.fileno())
+        os.fsync(self._open())
 
     def checksum(self) -> int:
         """crc32c of the file as it is on disk."""
-        return checksum(self._file.fileno(), 0, self.stored.size)
-
-    @property
-    def closed(self) -> bool:
-        return self._file.closed
+        return checksum(self._open(), 0, self.stored.size)
 
     def close(self) -> None:
-        self._file.close()
+        """Nobody writes to it any more. Idempotent."""
+        with self._opening, suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+
+    def _open(self) -> int:
+        with self._opening:
+            if self._file is None:
+                self._file = self._path.open("w+b", buffering=0)
+                self._file.truncate(self.stored.size)
+            return self._file.fileno()
 
 
 class Staging:
@@ -90,22 +132,25 @@ class Staging:
     def note(self, stretch: Stretch) -> None:
         """A stretch has arrived: should this process be killed, the next need not fetch it again."""
         line = f"{json.dumps([stretch.file, stretch.start, stretch.end, stretch.crc32c])}\n"
-        # A full disk shows itself where the content is written; a late stretch comes after `close`.
-        with self._writing, suppress(OSError, ValueError):
-            self._journal.write(line.encode())
+        with self._writing:
+            # After `close` a thread that comes late may still call; a full disk shows itself elsewhere.
+            if not self._journal.closed:
+                with suppress(OSError):
+                    self._journal.write(line.encode())
 
-    def salvage(self, leftover: Path, arrivals: dict[str, Arrival]) -> Iterator[Stretch]:
-        """Copy what `leftover` holds and its journal's sums confirm; yields each stretch copied."""
-        taken: dict[str, list[Stretch]] = {}
+    def salvage(
+        self, leftover: Path, arrivals: dict[str, Arrival], covered: dict[str, Coverage]
+    ) -> Iterator[Stretch]:
+        """Copy what `leftover` holds beyond `covered` and its journal's sums confirm; yields what it took."""
         for stretch in journalled(leftover):
             arrival = arrivals.get(stretch.file)
-            earlier = taken.setdefault(stretch.file, [])
-            fits = arrival is not None and 0 <= stretch.start < stretch.end <= arrival.stored.size
-            if arrival is None or not fits or any(_overlap(stretch, other) for other in earlier):
+            if arrival is None or not 0 <= stretch.start < stretch.end <= arrival.stored.size:
                 continue
-            with suppress(OSError):
+            if not covered[stretch.file].fits(stretch.start, stretch.end):
+                continue
+            with suppress(FileNotFoundError):
                 if _copy(leftover / stretch.file, stretch, arrival):
-                    earlier.append(stretch)
+                    covered[stretch.file].add(stretch.start, stretch.end)
                     self.note(stretch)
                     yield stretch
 
@@ -127,11 +172,14 @@ class Staging:
     def seal(self, manifest: Manifest) -> None:
         """The files are verified and durable: write the manifest. Raises OSError."""
         self.close()
-        (self.path / JOURNAL).unlink()
+        for name in (JOURNAL, PROMISE):
+            (self.path / name).unlink(missing_ok=name == PROMISE)
         manifest.write(self.path)
 
     def close(self) -> None:
-        self._journal.close()
+        # Under the lock: the number of a closed descriptor is soon another file's.
+        with self._writing:
+            self._journal.close()
 
     def discard(self) -> None:
         self.close()
@@ -143,7 +191,7 @@ def journalled(leftover: Path) -> list[Stretch]:
     stretches = []
     with suppress(OSError):
         for line in (leftover / JOURNAL).read_bytes().splitlines():
-            with suppress(ValueError, TypeError):
+            with suppress(ValueError, TypeError, RecursionError):
                 stretches.append(_stretch(json.loads(line)))
     return stretches
 
@@ -162,10 +210,6 @@ def _stretch(line: Any) -> Stretch:
     if type(file) is not str or not all(type(number) is int for number in (start, end, crc32c)):
         raise TypeError(line)
     return Stretch(file, start, end, crc32c)
-
-
-def _overlap(one: Stretch, other: Stretch) -> bool:
-    return one.start < other.end and other.start < one.end
 
 
 def _copy(source: Path, stretch: Stretch, arrival: Arrival) -> bool:

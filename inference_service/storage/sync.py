@@ -9,7 +9,8 @@ import asyncio
 import errno
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ from inference_service.storage.layout import (
 from inference_service.storage.model import Model
 from inference_service.storage.mover import Mover
 from inference_service.storage.progress import Progress
-from inference_service.storage.staging import Arrival, Staging
+from inference_service.storage.staging import Arrival, Coverage, Staging
 from inference_service.storage.store import Store, StoredObject
 from inference_service.storage.turns import turn
 
@@ -56,6 +57,7 @@ class Sync:
         self._progress: dict[Path, Progress] = {}
         # Its own: a fetch that takes for ever must not hold a listing or a parse.
         self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="sync")
+        self._lookers = ThreadPoolExecutor(1, thread_name_prefix="look")
 
     async def snapshot(self, model: Model) -> Snapshot:
         """The verified snapshot of `model`, fetched unless it is there; held until `release`.
@@ -68,6 +70,13 @@ class Sync:
             if self._disk.hold(target):
                 return Snapshot(model.name, model.revision, target, model.bytes, model.serving)
         raise CacheError(f"The snapshot of '{model.name}' was removed as often as it was fetched.")
+
+    async def kept(self, model: Model) -> Path | None:
+        """Where the model's snapshot lies, if it is on the disk already."""
+        target = self._layout.snapshot(model.name, model.revision)
+        loop = asyncio.get_running_loop()
+        whole = await loop.run_in_executor(self._lookers, is_whole, target, model.objects)
+        return target if whole else None
 
     def release(self, snapshot: Snapshot) -> None:
         """Nobody uses the snapshot any more that `snapshot` returned: it may be evicted."""
@@ -126,11 +135,12 @@ class Sync:
             reused = staging.reuse(self._siblings(target), model.objects)
             progress.skip(sum(stored.size for stored in reused))
             wanted = [stored for stored in model.objects if stored not in reused]
-            with self._disk.reserved(model.name, staging.path, sum(stored.size for stored in wanted)):
+            count = sum(stored.size for stored in wanted)
+            with self._disk.reserved(model.name, target, staging.path, count):
                 self._fill(wanted, target, staging, progress, resume)
-                records = {stored.filename: self._record(stored) for stored in model.objects}
+                records = {stored.filename: self._record(stored, staging.path) for stored in model.objects}
                 staging.seal(Manifest(records))
-                _put_in_place(staging.path, target, model)
+                self._put_in_place(staging.path, target, model)
         except (StoreUnavailable, KeyboardInterrupt):
             staging.close()  # what has arrived stays for the next attempt
             raise
@@ -151,72 +161,71 @@ class Sync:
     ) -> None:
         """Fetch and verify the files `wanted`, but for what leftovers of this revision have of them."""
         arrivals = {stored.filename: Arrival(stored, staging.path / stored.filename) for stored in wanted}
+        covered = {name: Coverage() for name in arrivals}
         try:
-            covered = _salvage(staging, target, arrivals, progress) if resume else {}
+            if resume:
+                _salvage(staging, target, arrivals, covered, progress)
         except BaseException:
             for arrival in arrivals.values():
                 arrival.close()
             raise
-        spans = [
-            span
-            for arrival in sorted(arrivals.values(), key=lambda arrival: -arrival.stored.size)
-            for span in _missing(arrival, covered.get(arrival.name, []))
-        ]
+        spans = []
+        for arrival in sorted(arrivals.values(), key=lambda arrival: -arrival.stored.size):
+            gaps = covered[arrival.name].gaps(arrival.stored.size)
+            arrival.missing = sum(end - start for start, end in gaps)
+            spans += [Span(arrival, start, end) for start, end in gaps]
         self._await(self._mover.move(spans, progress, staging.note), progress)
 
     def _await(self, job: Job, progress: Progress) -> None:
-        """Log the progress until the job has ended; raises its error."""
-        while not job.ended.wait(LOG_SECONDS):
-            _log(progress, "fetching")
+        """Watch over the job and log its progress until it has ended; raises its error."""
+        poll = min(LOG_SECONDS, self._mover.pace.stall_seconds / 4)
+        logged = time.monotonic()
+        while not job.ended.wait(poll):
+            self._mover.watch(job)
+            if time.monotonic() - logged >= LOG_SECONDS:
+                logged = time.monotonic()
+                _log(progress, "fetching")
         if job.error is not None:
             raise job.error
+
+    def _put_in_place(self, staging: Path, target: Path, model: Model) -> None:
+        sync_directory(staging)
+        try:
+            # Another process may have been faster.
+            if is_whole(target, model.objects):
+                shutil.rmtree(staging, ignore_errors=True)
+            else:
+                self._disk.replace(target, staging)
+        except OSError:
+            if not is_whole(target, model.objects):
+                raise
+            shutil.rmtree(staging, ignore_errors=True)
 
     def _siblings(self, target: Path) -> list[Path]:
         """Other revisions of the model: what did not change need not come again."""
         return [path for path in self._layout.snapshots() if path.parent == target.parent and path != target]
 
-    def _record(self, stored: StoredObject) -> FileRecord:
-        return FileRecord(stored.name, stored.generation, stored.size, self._store.checksum(stored))
+    def _record(self, stored: StoredObject, staging: Path) -> FileRecord:
+        modified_ns = (staging / stored.filename).stat().st_mtime_ns
+        return FileRecord(
+            stored.name, stored.generation, stored.size, self._store.checksum(stored), modified_ns
+        )
 
 
 def _salvage(
-    staging: Staging, target: Path, arrivals: dict[str, Arrival], progress: Progress
-) -> dict[str, list[tuple[int, int]]]:
+    staging: Staging,
+    target: Path,
+    arrivals: dict[str, Arrival],
+    covered: dict[str, Coverage],
+    progress: Progress,
+) -> None:
     """Take over what killed fetches of this revision left."""
-    covered: dict[str, list[tuple[int, int]]] = {}
     for leftover in stagings(target):
         if leftover == staging.path:
             continue
-        for stretch in staging.salvage(leftover, arrivals):
-            covered.setdefault(stretch.file, []).append((stretch.start, stretch.end))
-            arrivals[stretch.file].missing -= stretch.bytes
+        for stretch in staging.salvage(leftover, arrivals, covered):
             progress.skip(stretch.bytes)
         shutil.rmtree(leftover, ignore_errors=True)
-    return covered
-
-
-def _missing(arrival: Arrival, covered: Iterable[tuple[int, int]]) -> list[Span]:
-    """What the covered stretches leave; one empty span where that is nothing."""
-    spans, position = [], 0
-    for start, end in [*sorted(covered), (arrival.stored.size, arrival.stored.size)]:
-        if start > position:
-            spans.append(Span(arrival, position, start))
-        position = end
-    return spans or [Span(arrival, arrival.stored.size, arrival.stored.size)]
-
-
-def _put_in_place(staging: Path, target: Path, model: Model) -> None:
-    sync_directory(staging)
-    # What is not whole is nobody's snapshot; another process may have been faster.
-    if target.exists() and not is_whole(target, model.objects):
-        shutil.rmtree(target)
-    try:
-        staging.rename(target)
-    except OSError:
-        if not is_whole(target, model.objects):
-            raise
-        shutil.rmtree(staging, ignore_errors=True)
-    sync_directory(target.parent)
 
 
 def _log(progress: Progress, message: str) -> None:

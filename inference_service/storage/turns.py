@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from inference_service.storage.layout import lock_of, stagings
+from inference_service.storage.layout import is_at, lock_of, stagings
 
 LOCK_POLL_SECONDS = 0.2
 # Another process that has written nothing for so long is not waited for.
-LOCK_PATIENCE_SECONDS = 60.0
+LOCK_PATIENCE_SECONDS = 120.0
 
 
 @contextmanager
@@ -30,14 +30,15 @@ def turn(target: Path, done: Callable[[], bool]) -> Iterator[bool]:
         yield descriptor is not None and _excludes(lock_of(target))
     finally:
         if descriptor is not None:
-            lock_of(target).unlink(missing_ok=True)
+            with suppress(OSError):
+                lock_of(target).unlink()
             os.close(descriptor)
 
 
 def _lock(target: Path, done: Callable[[], bool]) -> int | None:
     """The lock on the revision; None once it is there, or where there is no lock to be had."""
     path = lock_of(target)
-    waiting_since = time.time()
+    written_at, alive_at = 0.0, time.monotonic()
     while True:
         try:
             descriptor = _try_lock(path)
@@ -45,8 +46,10 @@ def _lock(target: Path, done: Callable[[], bool]) -> int | None:
             return None
         if descriptor is not None:
             return descriptor
-        alive_at = max([waiting_since, *map(_written_at, stagings(target))])
-        if done() or time.time() - alive_at > LOCK_PATIENCE_SECONDS:
+        newest = max(map(_written_at, stagings(target)), default=0.0)
+        if newest != written_at:
+            written_at, alive_at = newest, time.monotonic()
+        if done() or time.monotonic() - alive_at > LOCK_PATIENCE_SECONDS:
             return None
         time.sleep(LOCK_POLL_SECONDS)
 
@@ -57,7 +60,7 @@ def _try_lock(path: Path) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, path):
+            if is_at(descriptor, path):
                 return descriptor
             os.close(descriptor)  # its holder has just removed it
         except BlockingIOError:
@@ -75,13 +78,6 @@ def _excludes(path: Path) -> bool:
         return True
     os.close(second)
     return False
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _written_at(staging: Path) -> float:

@@ -180,7 +180,9 @@ def test_preload_and_pin_in_serving_json(bucket: Bucket, tmp_path: Path) -> None
     with service_over(bucket, tmp_path, MAX_CACHED_MODELS="1", REQUEST_TIMEOUT="3") as service:
         service.wait_ready("m", 60)
         assert service.engine("m")["pinned"]
-        assert service.http.post("/v1/chat/completions", json=CHAT | {"model": "other"}).status_code == 504
+        answer = service.http.post("/v1/chat/completions", json=CHAT | {"model": "other"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_slot")
+        assert "are pinned, by m" in answer.json()["error"]["message"]
         assert [engine["model"] for engine in service.stats()["engines"]] == ["m"]
 
 

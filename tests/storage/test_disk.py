@@ -12,9 +12,10 @@ from inference_service.engines.device import memory_bytes
 from inference_service.errors import DiskFull
 from inference_service.storage.directory import DirectoryStore
 from inference_service.storage.disk import default_quota, open_cache
-from inference_service.storage.layout import MANIFEST
+from inference_service.storage.layout import MANIFEST, PROMISE, ROOM_LOCK
 from inference_service.storage.model import Model, models_in
 from inference_service.storage.store import Bytes, StoredObject
+from inference_service.storage.turns import turn
 from tests.fixtures.caches import open_sync
 
 MIB = 1 << 20
@@ -80,7 +81,7 @@ async def test_a_snapshot_that_an_engine_uses_never_gives_way(source: Path, cach
         put(source, name, MIB)
     sync = open_sync(DirectoryStore(source), cache, quota=3 * MIB // 2)
     held = await sync.snapshot(listed(source, "a"))
-    with pytest.raises(DiskFull, match=r"'b' needs 0\.00 GiB .* models in use \(a\)") as caught:
+    with pytest.raises(DiskFull, match=r"'b' needs 1\.0 MiB .* models that are loaded \(a\)") as caught:
         await sync.snapshot(listed(source, "b"))
     assert caught.value.status == 507
     sync.release(held)
@@ -102,10 +103,61 @@ async def test_another_process_engine_keeps_its_snapshot_too(source: Path, cache
 async def test_two_fetches_do_not_promise_the_same_room(source: Path, cache: Path) -> None:
     put(source, "a", MIB)
     sync = open_sync(DirectoryStore(source), cache, quota=3 * MIB // 2)
-    layout_disk = sync._disk
-    with layout_disk.reserved("other", cache / "other" / ".incomplete-x-1", MIB), pytest.raises(DiskFull):
+    target, staging = cache / "other" / "x", cache / "other" / ".incomplete-x-1"
+    staging.mkdir(parents=True)
+    promised = sync._disk.reserved("other", target, staging, MIB)
+    with turn(target, lambda: False), promised, pytest.raises(DiskFull):
         await sync.snapshot(listed(source, "a"))
     await sync.snapshot(listed(source, "a"))
+
+
+async def test_the_promises_of_another_process_count(source: Path, cache: Path) -> None:
+    put(source, "a", MIB)
+    sync = open_sync(DirectoryStore(source), cache, quota=3 * MIB // 2)
+    target, staging = cache / "other" / "x", cache / "other" / ".incomplete-x-1"
+    staging.mkdir(parents=True)
+    (staging / PROMISE).write_text(str(MIB))
+    with turn(target, lambda: False), pytest.raises(DiskFull):
+        await sync.snapshot(listed(source, "a"))
+    await sync.snapshot(listed(source, "a"))
+    assert not staging.exists(), "once nobody fetches it, its promise is void"
+
+
+async def test_a_model_that_cannot_have_its_room_costs_nobody_theirs(source: Path, cache: Path) -> None:
+    put(source, "a", MIB)
+    put(source, "huge", 100 * MIB)
+    sync = open_sync(DirectoryStore(source), cache, quota=10 * MIB)
+    sync.release(await sync.snapshot(listed(source, "a")))
+    with pytest.raises(DiskFull, match=r"needs 100\.0 MiB"):
+        await sync.snapshot(listed(source, "huge"))
+    assert kept(cache) == ["a"]
+
+
+async def test_what_a_broken_fetch_left_of_the_revision_is_no_obstacle(source: Path, cache: Path) -> None:
+    put(source, "a", 6 * MIB)
+    model = listed(source, "a")
+    leftover = cache / "a" / f".incomplete-{model.revision}-xyz"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(bytes(5 * MIB))
+    (leftover / PROMISE).write_text(str(6 * MIB))
+    await open_sync(DirectoryStore(source), cache, quota=10 * MIB).snapshot(model)
+    assert kept(cache) == ["a"]
+
+
+async def test_what_is_held_and_replaced_is_held_on(source: Path, cache: Path) -> None:
+    """A file of a snapshot in use was cut: the new snapshot in its place is protected as the old was."""
+    put(source, "a", MIB)
+    sync = open_sync(DirectoryStore(source), cache)
+    held = await sync.snapshot(listed(source, "a"))
+    (held.path / "config.json").write_bytes(b"")
+    again = await sync.snapshot(listed(source, "a"))
+    assert (again.path / "config.json").read_bytes() == b"{}"
+    sync.release(held)
+    other = open_sync(DirectoryStore(source), cache, quota=MIB)
+    put(source, "b", MIB // 2)
+    with pytest.raises(DiskFull):
+        await other.snapshot(listed(source, "b"))
+    assert kept(cache) == ["a"]
 
 
 async def test_what_a_killed_fetch_left_gives_way_first(source: Path, cache: Path) -> None:
@@ -123,9 +175,9 @@ async def test_what_a_killed_fetch_left_gives_way_first(source: Path, cache: Pat
 
 async def test_a_model_larger_than_the_disk_is_refused_before_a_byte(source: Path, small_disk: Path) -> None:
     put(source, "big", 80 * MIB)
-    with pytest.raises(DiskFull, match=r"needs 0\.08 GiB .* the file system has 0\.06 GiB left"):
+    with pytest.raises(DiskFull, match=r"needs 80\.0 MiB .* the file system has 64\.0 MiB left"):
         await open_sync(DirectoryStore(source), small_disk).snapshot(listed(source, "big"))
-    assert [path for path in small_disk.rglob("*") if path.is_file()] == []
+    assert [path.name for path in small_disk.rglob("*") if path.is_file()] == [ROOM_LOCK]
 
 
 async def test_models_take_turns_on_a_small_disk(source: Path, small_disk: Path) -> None:

@@ -1,15 +1,19 @@
 """The mover: who gets a connection, and who waits for whom."""
 
+import itertools
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import google_crc32c
 import pytest
 
+from inference_service.errors import StoreUnavailable
 from inference_service.storage.job import Job, Pace, Span
 from inference_service.storage.mover import Mover
 from inference_service.storage.progress import Progress
@@ -122,26 +126,28 @@ def test_threads_end_with_the_last_job(tmp_path: Path) -> None:
 def test_files_are_closed_once_nobody_writes_to_them_any_more(tmp_path: Path) -> None:
     """A connection that hangs while its fetch has failed must not write into another file later."""
     store, gate = StepStore(), threading.Event()
-    store.gates = {"hangs": lambda _: wait_for(gate)}
+    chunks = itertools.count()
+    store.gates = {"hangs": lambda _: wait_for(gate) if next(chunks) else None}
     mover = Mover(store, PACE)
     stored = [StoredObject(name, 8 * KIB, "1", None, datetime.now(UTC)) for name in ("hangs", "fails")]
     arrivals = [Arrival(each, tmp_path / each.name) for each in stored]
-    store.gates["fails"] = fail
+    store.gates["fails"] = lambda _: fail_once(arrivals[0])
     job = mover.move(
         [Span(arrival, 0, 8 * KIB) for arrival in arrivals], Progress("m", "r", 1), lambda stretch: None
     )
     assert job.ended.wait(20)
     assert isinstance(job.error, ZeroDivisionError)
-    assert not any(arrival.closed for arrival in arrivals)
+    assert not arrivals[0].closed
     gate.set()
-    wait_until(lambda: all(arrival.closed for arrival in arrivals))
+    wait_until(lambda: arrivals[0].closed)
 
 
 def wait_for(gate: threading.Event) -> None:
     assert gate.wait(20)
 
 
-def fail(start: int) -> None:
+def fail_once(other: Arrival) -> None:
+    wait_until(lambda: not other.closed)
     raise ZeroDivisionError
 
 
@@ -157,3 +163,71 @@ def test_small_files(tmp_path: Path, size: int) -> None:
         assert job.ended.wait(20)
     assert job.error is None
     assert (tmp_path / "a").read_bytes() == bytes(size)
+
+
+def test_a_connection_that_hangs_is_left_alone(tmp_path: Path) -> None:
+    """Whatever it hangs in: its part is fetched by others, and nobody waits for it."""
+    store, gate, calls = StepStore(), threading.Event(), itertools.count()
+    store.gates = {"a": lambda _: wait_for(gate) if next(calls) == 0 else None}
+    mover = Mover(store, replace(PACE, stall_seconds=0.1))
+    with fetching(mover, tmp_path, "a", 200 * KIB) as job:
+        while not job.ended.wait(0.02):
+            mover.watch(job)
+    assert job.error is None
+    assert job.progress.retries == 1
+    assert (tmp_path / "a").read_bytes() == bytes(200 * KIB)
+    gate.set()
+
+
+def test_connections_that_all_hang_end_the_fetch(tmp_path: Path) -> None:
+    store, gate = StepStore(), threading.Event()
+    store.gates = {"a": lambda _: wait_for(gate)}
+    mover = Mover(store, replace(PACE, stall_seconds=0.02, attempts=3))
+    with fetching(mover, tmp_path, "a", 200 * KIB) as job:
+        while not job.ended.wait(0.01):
+            mover.watch(job)
+    assert isinstance(job.error, StoreUnavailable)
+    assert "fewer than" in job.error.message
+    gate.set()
+
+
+def test_a_small_fetch_does_not_wait_for_a_large_one(tmp_path: Path) -> None:
+    """Every connection is in the middle of a long part: some make way at once."""
+    store, step = StepStore(), threading.Semaphore(0)
+    store.gates = {"large": lambda _: step_through(step)}
+    mover = Mover(store, PACE)
+    with fetching(mover, tmp_path, "large", 4_000 * KIB) as large:
+        wait_until(lambda: len(large.parts) == 4)
+        with fetching(mover, tmp_path, "small", KIB) as small:
+            step.release(8)  # a chunk or two on each: far from the end of a part
+            assert small.ended.wait(10)
+        step.release(20_000)
+        assert large.ended.wait(20)
+    assert (small.error, large.error) == (None, None)
+
+
+def test_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with fetching(Mover(StepStore(), PACE), tmp_path, "a", KIB) as job:
+        assert isinstance(job.error, StoreUnavailable)
+    monkeypatch.undo()
+    with fetching(Mover(StepStore(), PACE), tmp_path, "b", KIB) as job:
+        assert job.ended.wait(10)
+    assert job.error is None
+
+
+def test_a_model_of_thousands_of_files_needs_few_descriptors(tmp_path: Path) -> None:
+    stored = [StoredObject(f"f{number}", 10, "1", None, datetime.now(UTC)) for number in range(2000)]
+    arrivals = [Arrival(each, tmp_path / each.name) for each in stored]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 50, hard))
+    try:
+        spans = [Span(arrival, 0, 10) for arrival in arrivals]
+        job = Mover(StepStore(), PACE).move(spans, Progress("m", "r", 1), lambda stretch: None)
+        assert job.ended.wait(60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert job.error is None

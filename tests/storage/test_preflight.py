@@ -100,8 +100,8 @@ async def test_a_model_that_can_be_served_costs_a_few_kilobytes_once(source: Pat
 async def test_weights_that_do_not_fit_are_refused_with_the_numbers(source: Path) -> None:
     put(source / "models" / "m", elements=2_000_000_000)
     words = await refusal(source, memory=8 * GIB, gpu_memory_utilization=0.5)
-    assert "its weights take 7.45 GiB as bfloat16, and the engine may use 4.00 GiB" in words
-    assert "1 x 8.00 GiB of Test GPU, GPU_MEMORY_UTILIZATION=0.5" in words
+    assert "its weights take 7.5 GiB as bfloat16, and the engine may use 4.0 GiB" in words
+    assert "1 x 8.0 GiB of Test GPU, GPU_MEMORY_UTILIZATION=0.5" in words
 
 
 async def test_the_wish_for_more_gpus_and_the_type_count(source: Path) -> None:
@@ -109,12 +109,12 @@ async def test_the_wish_for_more_gpus_and_the_type_count(source: Path) -> None:
     store = DirectoryStore(source)
     await preflight(store, gpu_memory_utilization=0.5).examine(model_in(store))
     put(source / "models" / "m", elements=2_000_000_000, serving={"dtype": "float32"})
-    assert "14.90 GiB as float32" in await refusal(source)
+    assert "14.9 GiB as float32" in await refusal(source)
 
 
 async def test_a_model_for_which_the_disk_is_too_small(source: Path) -> None:
     store = DirectoryStore(source)
-    with pytest.raises(DiskFull, match=r"needs 0\.00 GiB in LOCAL_MODEL_CACHE, which can hold 0\.00 GiB"):
+    with pytest.raises(DiskFull, match=r"needs 4\.\d KiB in LOCAL_MODEL_CACHE, which can hold 1000 B"):
         await preflight(store, most=lambda: 1000).examine(model_in(store))
 
 
