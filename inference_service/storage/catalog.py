@@ -171,6 +171,7 @@ class Catalog:
             await asyncio.gather(*(read(model) for model in self.listed if not model.described))
         finally:
             self._reading = None
+            self._name_aliases()
 
     async def _read(self, model: Model) -> Model:
         """The model with what its documents say; raises StoreError."""
@@ -189,7 +190,7 @@ class Catalog:
         described = await loop.run_in_executor(self._readers, describe, model, contents_by_name)
         if self._models.get(model.name) is model:
             self._models[model.name] = described
-            if described.serving.aliases:
+            if described.serving.aliases and self._reading is None:
                 self._name_aliases()
         return described
 

@@ -120,10 +120,13 @@ def _joined(chunks: Bytes, most: int) -> bytes:
 
 
 def _retried(read: Callable[[], bytes]) -> bytes:
+    started = time.monotonic()
     for attempt in range(1, ATTEMPTS):
         try:
             return read()
         except (StoreUnavailable, SnapshotCorrupt):
+            if time.monotonic() - started >= READ_SECONDS:
+                raise
             time.sleep(RETRY_SECONDS * attempt * random.uniform(0.5, 1.0))  # noqa: S311
     return read()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 LENGTH_BYTES = 8
 # The library itself takes 100 MB; the header of a thousand experts is a few.
-MAX_HEADER_BYTES = 32 << 20
+MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 16
 MAX_NUMBER = 1 << 53
 # Bits of one element.

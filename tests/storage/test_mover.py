@@ -1,6 +1,7 @@
 """The mover: who gets a connection, and who waits for whom."""
 
 import itertools
+import random
 import resource
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import google_crc32c
 import pytest
 
-from inference_service.errors import StoreUnavailable
+from inference_service.errors import SnapshotCorrupt, StoreUnavailable
 from inference_service.storage.job import Job, Pace, Span
 from inference_service.storage.mover import Mover
 from inference_service.storage.progress import Progress
@@ -231,3 +232,73 @@ def test_a_model_of_thousands_of_files_needs_few_descriptors(tmp_path: Path) -> 
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert job.error is None
+
+
+class TroubledStore:
+    """Random bytes that come in random pieces, break off, hang, come damaged."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        sizes = [self.chance.choice([0, 1, 5, 100, 3000, 20_000]) for _ in range(self.chance.randrange(1, 5))]
+        self.contents = {f"f{number}": self.chance.randbytes(size) for number, size in enumerate(sizes)}
+        self.trouble = self.chance.choice([0, 0.05, 0.2])
+
+    def list(self, prefix: str) -> list[StoredObject]:
+        return [
+            StoredObject(name, len(content), "1", google_crc32c.value(content), datetime.now(UTC))
+            for name, content in self.contents.items()
+        ]
+
+    def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
+        content = self.contents[stored.name][start:end]
+        if self.chance.random() < self.trouble:
+            raise StoreUnavailable("no")
+        if content and self.chance.random() < self.trouble / 4:
+            content = bytes([content[0] ^ 1]) + content[1:]
+        if self.chance.random() < self.trouble:
+            content = content[: len(content) // 2] + (b"more" if self.chance.random() < 0.2 else b"")
+        position = 0
+        while position < len(content):
+            step = self.chance.randrange(1, 400)
+            if self.chance.random() < self.trouble / 20:
+                time.sleep(0.15)
+            yield content[position : position + step]
+            position += step
+
+    def checksum(self, stored: StoredObject) -> int:
+        return int(google_crc32c.value(self.contents[stored.name]))
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_whatever_happens_a_file_is_exact_or_the_fetch_ends_in_an_error(tmp_path: Path, seed: int) -> None:
+    store = TroubledStore(seed)
+    pace = Pace(
+        connections=store.chance.choice([1, 2, 4, 8]),
+        min_span=store.chance.choice([1, 7, 64, 512]),
+        max_span=store.chance.choice([64, 1000, 5000]),
+        stretch=store.chance.choice([16, 500]),
+        stall_seconds=0.05,
+        stall_bytes=store.chance.choice([1, 64]),
+        first_delay=0.0005,
+        longest_delay=0.002,
+        retries=store.chance.choice([5, 96]),
+    )
+    mover, begun = Mover(store, pace), []
+    for number in range(store.chance.randrange(1, 4)):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        arrivals = [Arrival(stored, directory / stored.name) for stored in store.list("")]
+        progress = Progress("m", "r", sum(map(len, store.contents.values())))
+        spans = [Span(arrival, 0, arrival.stored.size) for arrival in arrivals]
+        begun.append((directory, mover.move(spans, progress, lambda stretch: None)))
+    deadline = time.monotonic() + 30
+    while not all(job.ended.wait(0.005) for _, job in begun):
+        assert time.monotonic() < deadline, [(job.spans, job.parts) for _, job in begun]
+        for _, job in begun:
+            mover.watch(job)
+    for directory, job in begun:
+        assert isinstance(job.error, StoreUnavailable | SnapshotCorrupt | None)
+        if job.error is None:
+            assert {path.name: path.read_bytes() for path in directory.iterdir()} == store.contents
+            assert job.progress.done == job.progress.total
+    wait_until(lambda: all(arrival.closed for _, job in begun for arrival in job.arrivals))
