@@ -4,15 +4,18 @@ import fcntl
 import json
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.fixtures.bucket import Bucket
+from tests.fixtures.fault_proxy import Fault, Kind, fault_proxy
 from tests.fixtures.ports import free_port
 
 COMMAND = [sys.executable, "-m", "inference_service"]
@@ -91,7 +94,12 @@ def test_pull_draws_a_bar_on_a_terminal(environment: dict[str, str]) -> None:
         (["models"], {"GCS_BUCKET": "nobody-has-this"}, 1, "gs://nobody-has-this"),
         (["models"], {"GCS_BUCKET": "A"}, 2, "GCS_BUCKET='A' is not allowed"),
         (["pull", "smollm2-135m-instruct"], {"DISK_CACHE_GIB": "0.1"}, 1, "DISK_CACHE_GIB"),
-        (["pull", "smollm2-135m-instruct"], {"LOCAL_MODEL_CACHE": "/proc/no"}, 1, "/proc/no"),
+        (
+            ["pull", "smollm2-135m-instruct"],
+            {"LOCAL_MODEL_CACHE": "/proc/no"},
+            1,
+            "LOCAL_MODEL_CACHE=/proc/no",
+        ),
         (["dance"], {}, 2, "invalid choice"),
     ],
 )
@@ -115,3 +123,59 @@ def test_a_store_that_is_away(environment: dict[str, str]) -> None:
 def test_an_empty_directory(environment: dict[str, str], tmp_path: Path) -> None:
     done = run(environment | {"GCS_BUCKET": f"file://{tmp_path}"}, "models")
     assert "No models below models/" in done.stdout
+
+
+def test_pull_refuses_what_no_machine_may_run(environment: dict[str, str], tmp_path: Path) -> None:
+    model = tmp_path / "bucket" / "models" / "m"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(
+        '{"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModel": "x.Y"}}'
+    )
+    (model / "tokenizer.json").write_text("{}")
+    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    done = run(environment | {"GCS_BUCKET": f"file://{tmp_path / 'bucket'}"}, "pull", "m")
+    assert done.returncode == 1
+    assert "auto_map" in done.stderr
+    assert not (tmp_path / "cache" / "m").exists()
+
+
+def test_ctrl_c_keeps_what_has_arrived(environment: dict[str, str], bucket: Bucket, tmp_path: Path) -> None:
+    with fault_proxy(bucket.url) as proxy:
+        proxy.faults = [Fault(Kind.CAP, after=4 << 20, times=10_000)]
+        pulling = subprocess.Popen(
+            [*COMMAND, "pull", "smollm2-135m-instruct"],
+            env=environment | {"STORAGE_EMULATOR_HOST": proxy.url},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with pulling:
+            deadline = time.monotonic() + 60
+            while proxy.media_bytes < 60 << 20:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            pulling.send_signal(signal.SIGINT)
+            assert pulling.stderr is not None
+            said = pulling.stderr.read()
+        assert pulling.returncode == 130
+        assert "what has arrived is kept" in said
+        assert "100%" not in said
+        proxy.clear()
+        assert (
+            run(
+                environment | {"STORAGE_EMULATOR_HOST": proxy.url}, "pull", "smollm2-135m-instruct"
+            ).returncode
+            == 0
+        )
+        assert proxy.media_bytes < 240 << 20, "it went on where it stopped"
+
+
+def test_a_reader_that_has_seen_enough(environment: dict[str, str]) -> None:
+    command = " ".join(COMMAND)
+    done = subprocess.run(
+        ["bash", "-c", f"{command} models --json | head -c 1"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""

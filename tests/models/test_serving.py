@@ -59,6 +59,7 @@ def test_nothing_is_needed() -> None:
         ('{"max_lora_rank": 7}', "max_lora_rank"),
         ('{"tool_call_parser": "--trust-remote-code x"}', "tool_call_parser"),
         ('{"pinned": "yes"}', "pinned"),
+        ('{"pinned": true, "pinned": false}', "the key 'pinned' is given twice"),
         ("[]", "the file"),
         ("{", "the file"),
         ("", "the file"),

@@ -1,7 +1,7 @@
 """The pool with gated engines: no sleeps, assertions on what it says of itself."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,14 +9,25 @@ from pathlib import Path
 import pytest
 
 from inference_service.engines.base import Reply, Snapshot
-from inference_service.errors import EngineError, EngineStartFailed, Overloaded, ShuttingDown
+from inference_service.errors import (
+    DiskFull,
+    EngineError,
+    EngineStartFailed,
+    NoSlot,
+    Overloaded,
+    ShuttingDown,
+)
 from inference_service.metrics import Metrics
+from inference_service.models.serving import Serving
 from inference_service.pool.pool import Lease, Pool
 from inference_service.storage.model import Model, ModelKind
+from inference_service.storage.store import StoredObject
 
 
-def model(name: str) -> Model:
-    return Model(name, ModelKind.CHECKPOINT, name, "r1", (), datetime.now(UTC))
+def model(name: str, *, pinned: bool = False) -> Model:
+    weights = StoredObject(f"{name}/model.safetensors", 100, "1", 7, datetime.now(UTC))
+    serving = Serving(pinned=pinned)
+    return Model(name, ModelKind.CHECKPOINT, name, "r1", (weights,), datetime.now(UTC), serving=serving)
 
 
 class GatedEngine:
@@ -56,11 +67,16 @@ class Bench:
         self.engines: dict[str, list[GatedEngine]] = {}
         self.metrics = Metrics()
         self.held: list[str] = []
+        self.pinned: set[str] = set()
+        # Model -> whether the disk has room for it now.
+        self.has_room: dict[str, Callable[[], bool]] = {}
         self.pool = Pool(
             self._fetch, self._release, self._make, self.metrics, slots=slots, concurrency=concurrency
         )
 
     async def _fetch(self, model: Model) -> Snapshot:
+        if not self.has_room.get(model.name, lambda: True)():
+            raise DiskFull("no room")
         self.held.append(model.name)
         return Snapshot(model.name, model.revision, Path("/nowhere"), 0)
 
@@ -76,7 +92,7 @@ class Bench:
         return self.engines[name][-1]
 
     def ask(self, name: str) -> "asyncio.Task[Lease]":
-        return asyncio.create_task(self.pool.lease(model(name)))
+        return asyncio.create_task(self.pool.lease(model(name, pinned=name in self.pinned)))
 
     async def settle(self) -> None:
         for _ in range(20):
@@ -329,3 +345,32 @@ async def test_metrics_count_loads_and_evictions(one: Bench) -> None:
     rendered = one.metrics.render().decode()
     assert 'inference_evictions_total{model="a"} 1.0' in rendered
     assert 'inference_loads_total{model="b",status="ok"} 1.0' in rendered
+
+
+async def test_idle_engines_give_up_their_snapshots_where_the_disk_is_full(two: Bench) -> None:
+    (await two.started("a")).release()
+    two.has_room = {"c": lambda: "a" not in two.held}
+    asked = two.ask("c")
+    await two.settle()
+    two.engine("a").may_close.set_result(None)
+    await two.settle()
+    two.engine("c").started.set_result(None)
+    lease = await asked
+    assert two.held == ["c"]
+    lease.release()
+
+
+async def test_a_full_disk_that_no_idle_engine_can_mend_is_told(two: Bench) -> None:
+    busy = await two.started("a")
+    two.has_room = {"c": lambda: False}
+    with pytest.raises(DiskFull):
+        await two.ask("c")
+    assert two.held == ["a"]
+    busy.release()
+
+
+async def test_all_slots_pinned_is_told_at_once(one: Bench) -> None:
+    one.pinned = {"a"}
+    (await one.started("a")).release()
+    with pytest.raises(NoSlot, match="are pinned, by a"):
+        await one.ask("b")

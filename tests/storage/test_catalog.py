@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections import defaultdict
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -325,3 +326,53 @@ async def test_documents_are_read_once() -> None:
     for _ in range(5):
         await catalog.described()
     assert store.documents_read == 1
+
+
+def test_an_object_named_like_a_file_of_the_snapshots_own_is_not_served() -> None:
+    found = models_in([*checkpoint("m"), stored("m/.manifest.json"), stored("m/.journal")], "models/")
+    assert sorted(each.filename for each in found["m"].objects) == sorted(CHECKPOINT)
+
+
+async def test_an_index_with_a_name_that_nobody_can_print() -> None:
+    store = ListedStore(*checkpoint("m"))
+    put(store, "m/model.safetensors.index.json", b'{"weight_map": {"a": "\\ud800\\u001b[31m"}}')
+    with pytest.raises(ModelNotServable) as caught:
+        await Catalog(store, "models/").resolve("m")
+    assert caught.value.message.isprintable()
+    caught.value.message.encode()
+
+
+async def test_an_upload_that_is_finished_is_served_by_the_next_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = ListedStore(*(each for each in checkpoint("m") if "tokenizer" not in each.name))
+    catalog = Catalog(store, "models/")
+    with pytest.raises(ModelNotServable, match=r"tokenizer\.json is missing"):
+        await catalog.resolve("m")
+    store.objects = checkpoint("m")
+    monkeypatch.setattr("inference_service.storage.catalog.MISS_LISTING_SECONDS", 0)
+    assert (await catalog.resolve("m")).name == "m"
+
+
+async def test_an_alias_in_vain_is_told() -> None:
+    store = ListedStore(*checkpoint("a"), *checkpoint("b"))
+    put(store, "a/serving.json", b'{"aliases": ["best", "a"]}')
+    put(store, "b/serving.json", b'{"aliases": ["best", "a"]}')
+    catalog = Catalog(store, "models/")
+    with pytest.raises(ModelNotFound, match="an alias that a and b claim"):
+        await catalog.resolve("best")
+    assert catalog.conflicts == {"best": ("a", "b"), "a": ("a", "b")}
+    assert (await catalog.resolve("a")).name == "a"
+
+
+async def test_an_empty_revision_is_none() -> None:
+    with pytest.raises(ModelNotFound):
+        await Catalog(ListedStore(*checkpoint("m")), "models/").resolve("m@")
+
+
+def test_a_model_of_many_shards_is_listed_quickly() -> None:
+    shards = [f"model-{number:05}-of-09000.safetensors" for number in range(1, 9001)]
+    started = time.monotonic()
+    found = models_in([stored(f"m/{name}") for name in [*shards, *CHECKPOINT[:2]]], "models/")
+    assert found["m"].unservable is None
+    assert time.monotonic() - started < 5

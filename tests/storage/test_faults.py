@@ -78,6 +78,7 @@ PASSING = [
     Fault(Kind.STALL, after=20 * KIB, times=2, seconds=2 * READ_SECONDS, match=SHARD),
     Fault(Kind.DRIP, after=20 * KIB, times=2, seconds=600, match=SHARD),
     Fault(Kind.CAP, after=500 * KIB, times=100),
+    Fault(Kind.DRIP_HEAD, times=2, seconds=20, match=SHARD),
     Fault(Kind.CORRUPT, after=10 * KIB, match=SHARD),
     Fault(Kind.CORRUPT_AFTER_RESUME, after=10 * KIB, match=SHARD),
 ]

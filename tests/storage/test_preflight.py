@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import shutil
 import struct
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 
 from inference_service.config import Settings
 from inference_service.engines.device import Backend, Device, DeviceKind
-from inference_service.errors import DiskFull, ModelNotServable
+from inference_service.errors import DiskFull, ModelNotServable, StoreUnavailable
 from inference_service.storage.directory import DirectoryStore
 from inference_service.storage.documents import Documents
 from inference_service.storage.model import Model, describe, models_in
@@ -190,3 +193,73 @@ async def test_the_fake_engine_serves_anything(source: Path) -> None:
     (source / "models" / "m" / "model-00001-of-00002.safetensors").write_bytes(b"no weights")
     store = DirectoryStore(source)
     await preflight(store, backend=Backend.FAKE).examine(model_in(store))
+
+
+async def test_two_revisions_at_once_get_a_verdict_each(source: Path) -> None:
+    store = DirectoryStore(source)
+    good = model_in(store)
+    await asyncio.sleep(0.01)
+    put(source / "models" / "m", config=CONFIG | {"auto_map": {"AutoModel": "modeling.Mine"}})
+    bad = model_in(store)
+    put(source / "good" / "m")
+    (source / "good/m/config.json").write_text(json.dumps(CONFIG))
+    good = replace(
+        good,
+        objects=tuple(
+            replace(each, name=each.name.replace("models/", "good/"), generation=now.generation)
+            for each, now in zip(good.objects, DirectoryStore(source).list("good/"), strict=True)
+        ),
+    )
+    examined = preflight(store)
+    for _ in range(20):
+        examined._found.clear()
+        answers = await asyncio.gather(examined.examine(bad), examined.examine(good), return_exceptions=True)
+        assert isinstance(answers[0], ModelNotServable)
+        assert answers[1] is None
+
+
+async def test_what_lies_on_the_disk_is_judged_without_the_bucket(source: Path, tmp_path: Path) -> None:
+    store = DirectoryStore(source)
+    model = model_in(store)
+    kept = tmp_path / "kept"
+    shutil.copytree(source / "models" / "m", kept)
+    shutil.rmtree(source / "models" / "m")
+
+    async def where(model: Model) -> Path:
+        return kept
+
+    device = Device(DeviceKind.CUDA, "Test GPU", 1, 8 * GIB)
+    await Preflight(Documents(store), Settings(), device, Backend.VLLM, lambda: 0, where).examine(model)
+    (kept / "config.json").write_text("{}")
+    with pytest.raises(ModelNotServable, match="names no architecture"):
+        await Preflight(Documents(store), Settings(), device, Backend.VLLM, lambda: 0, where).examine(model)
+
+
+async def test_a_context_longer_than_the_model_has_positions(source: Path) -> None:
+    config = CONFIG | {"max_position_embeddings": 8192}
+    put(source / "models" / "m", config=config, serving={"max_model_len": 10_000})
+    assert "max_model_len: 10000 is more than the 8192 positions" in await refusal(source)
+    stretched = config | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}
+    put(source / "models" / "m", config=stretched, serving={"max_model_len": 10_000})
+    store = DirectoryStore(source)
+    await preflight(store).examine(model_in(store))
+
+
+async def test_a_kv_cache_that_does_not_fit_beside_the_weights(source: Path) -> None:
+    put(source / "models" / "m", serving={"kv_cache_gib": 1000})
+    assert "its KV cache 1000.0 GiB (serving.json: kv_cache_gib)" in await refusal(source)
+
+
+async def test_a_document_that_hangs_is_not_waited_for(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_service.storage.documents.READ_SECONDS", 0.1)
+    gate = threading.Event()
+
+    class Hanging(DirectoryStore):
+        def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
+            gate.wait(20)
+            yield b""
+
+    model = model_in(DirectoryStore(source))
+    with pytest.raises(StoreUnavailable, match="did not come within"):
+        await preflight(Hanging(source)).examine(model)
+    gate.set()

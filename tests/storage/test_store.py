@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.errors import BucketNotFound, StoreError
+from inference_service.errors import BucketNotFound, ObjectReplaced, StoreError
 from inference_service.storage.directory import DirectoryStore
 from inference_service.storage.gcs import GcsStore
 from inference_service.storage.model import models_in
@@ -98,3 +98,25 @@ def test_a_link_to_a_models_directory_is_followed(tmp_path: Path) -> None:
 def test_a_directory_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(BucketNotFound, match="GCS_BUCKET"):
         DirectoryStore(tmp_path / "no").list("models/")
+
+
+def test_links_that_lead_in_circles(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "config.json").write_text("{}")
+    for name, other in (("a", "b"), ("b", "a")):
+        for number in (1, 2):
+            (tmp_path / "models" / name / f"to{number}").symlink_to(tmp_path / "models" / other)
+    names = [found.name for found in DirectoryStore(tmp_path).list("models/")]
+    assert {"models/a/config.json", "models/b/config.json"} <= set(names)
+    assert len(names) < 20
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "config.json").write_text("{}")
+    (found,) = DirectoryStore(tmp_path).list("models/")
+    (tmp_path / "models" / "config.json").unlink()
+    os.mkfifo(tmp_path / "models" / "config.json")
+    with pytest.raises(ObjectReplaced):
+        b"".join(DirectoryStore(tmp_path).read(found))

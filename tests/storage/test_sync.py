@@ -2,7 +2,9 @@
 
 import asyncio
 import fcntl
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import google_crc32c
 import pytest
 
 from inference_service.errors import CacheError, SnapshotCorrupt, StoreError, StoreUnavailable
 from inference_service.storage.directory import DirectoryStore
 from inference_service.storage.layout import MANIFEST, ROOM_LOCK
 from inference_service.storage.model import Model, models_in
+from inference_service.storage.staging import Coverage, Staging, Stretch
 from inference_service.storage.store import Bytes, StoredObject
 from tests.fixtures.caches import open_sync
 
@@ -214,3 +218,70 @@ class CountingStore(DirectoryStore):
 class OtherSums(DirectoryStore):
     def checksum(self, stored: StoredObject) -> int:
         return 1
+
+
+async def test_two_leftovers_with_the_same_stretches_count_once(source: Path, cache: Path) -> None:
+    """What a fetch leaves that was killed while it took over what another had left."""
+    store = DirectoryStore(source)
+    model = listed(store)
+    weights = CONTENTS["model.safetensors"]
+    line = json.dumps(["model.safetensors", 0, 200_000, google_crc32c.value(weights[:200_000])])
+    for number in (1, 2):
+        leftover = cache / "m" / f".incomplete-{model.revision}-{number}"
+        leftover.mkdir(parents=True)
+        (leftover / "model.safetensors").write_bytes(weights)
+        (leftover / ".journal").write_text(f"{line}\n")
+    async with asyncio.timeout(20):
+        snapshot = await open_sync(store, cache).snapshot(model)
+    assert {name: (snapshot.path / name).read_bytes() for name in CONTENTS} == CONTENTS
+
+
+def test_coverage_knows_what_is_there_and_what_is_not() -> None:
+    coverage = Coverage()
+    for start, end in ((10, 20), (40, 50), (20, 30)):
+        assert coverage.fits(start, end)
+        coverage.add(start, end)
+    for start, end in ((0, 11), (15, 16), (29, 41), (49, 60), (10, 20), (0, 100)):
+        assert not coverage.fits(start, end)
+    assert coverage.fits(30, 40)
+    assert coverage.gaps(60) == [(0, 10), (30, 40), (50, 60)]
+    assert Coverage().gaps(0) == [(0, 0)]
+
+
+def test_a_late_stretch_is_written_nowhere(cache: Path, tmp_path: Path) -> None:
+    """Its descriptor's number is soon another file's."""
+    staging = Staging(cache / "m" / "r")
+    staging.close()
+    with (tmp_path / "another").open("w+b") as another:
+        for _ in range(10):
+            staging.note(Stretch("late", 0, 1, 1))
+        assert another.read() == b""
+
+
+@pytest.mark.parametrize("name", [".journal", MANIFEST])
+async def test_garbage_of_great_depth_is_no_obstacle(source: Path, cache: Path, name: str) -> None:
+    store = DirectoryStore(source)
+    model = listed(store)
+    for directory in (cache / "m" / f".incomplete-{model.revision}-x", cache / "m" / "another"):
+        directory.mkdir(parents=True)
+        (directory / name).write_text("[" * 100_000)
+    snapshot = await open_sync(store, cache).snapshot(model)
+    assert {each: (snapshot.path / each).read_bytes() for each in CONTENTS} == CONTENTS
+
+
+async def test_a_snapshot_that_somebody_wrote_to_is_fetched_again(source: Path, cache: Path) -> None:
+    store = DirectoryStore(source)
+    snapshot = await open_sync(store, cache).snapshot(listed(store))
+    weights = snapshot.path / "model.safetensors"
+    weights.write_bytes(bytes(len(CONTENTS["model.safetensors"])))
+    again = await open_sync(store, cache).snapshot(listed(store))
+    assert (again.path / "model.safetensors").read_bytes() == CONTENTS["model.safetensors"]
+
+
+async def test_a_cache_that_is_removed_meanwhile_is_made_anew(source: Path, cache: Path) -> None:
+    store = DirectoryStore(source)
+    sync = open_sync(store, cache)
+    sync.release(await sync.snapshot(listed(store)))
+    shutil.rmtree(cache)
+    snapshot = await sync.snapshot(listed(store))
+    assert {name: (snapshot.path / name).read_bytes() for name in CONTENTS} == CONTENTS
