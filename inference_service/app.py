@@ -20,6 +20,7 @@ from inference_service.engines.launcher import Launcher
 from inference_service.errors import InvalidRequest, ServiceError, error_envelope
 from inference_service.metrics import Metrics
 from inference_service.pool.pool import Pool
+from inference_service.pool.scheduler import Policy
 from inference_service.storage.catalog import Catalog
 from inference_service.storage.disk import open_cache
 from inference_service.storage.documents import Documents
@@ -46,8 +47,13 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
         registry.release,
         factory.make,
         metrics,
-        slots=settings.max_cached_models,
-        concurrency=settings.concurrency,
+        policy=Policy(
+            slots=settings.max_cached_models,
+            concurrency=settings.concurrency,
+            fairness_wait=settings.fairness_wait,
+            min_residency=settings.min_residency,
+            idle_ttl=settings.model_idle_ttl,
+        ),
     )
     metrics.watch_engines(pool.count_by_state)
     service = Service(settings, device, backend, registry, pool, metrics)

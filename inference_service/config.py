@@ -75,6 +75,18 @@ class Settings(BaseSettings):
         description="Requests that run at once (1 with LOCAL_DEV unless set); four times as many "
         "may wait, the rest get 429",
     )
+    fairness_wait: float = Field(
+        10,
+        ge=0,
+        le=86_400,
+        description="Seconds that a request for another model waits before a busy engine gives way",
+    )
+    min_residency: float = Field(
+        5, ge=0, le=86_400, description="Seconds that an engine serves at least before it gives way"
+    )
+    model_idle_ttl: float | None = Field(
+        None, gt=0, description="Seconds without a request after which an engine is torn down; unset: never"
+    )
     request_timeout: float = Field(300, gt=0, le=86_400, description="Seconds that a whole request may take")
     default_max_tokens: int = Field(
         512, ge=1, le=10_000_000, description="Generated tokens where the request is silent"

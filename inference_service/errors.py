@@ -45,6 +45,12 @@ class ServiceError(Exception):
         self.param = param
         self.retry_after = retry_after
 
+    def again(self, message: str, *, retry_after: int) -> "ServiceError":
+        """The same error once more, to another request."""
+        error = ServiceError.__new__(type(self))
+        ServiceError.__init__(error, message, param=self.param, retry_after=retry_after)
+        return error
+
     def envelope(self) -> dict[str, Any]:
         """OpenAI's error body."""
         return error_envelope(self.message, self.type, self.param, self.code)

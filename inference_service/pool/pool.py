@@ -25,13 +25,19 @@ from inference_service.errors import (
     ShuttingDown,
 )
 from inference_service.metrics import Metrics
+from inference_service.pool.circuit import Circuits
 from inference_service.pool.scheduler import (
+    CancelLoad,
+    Drain,
     EngineView,
     Evict,
     Grant,
     Load,
+    Policy,
     WaiterView,
     decide,
+    next_look,
+    victims,
 )
 from inference_service.storage.model import Model
 
@@ -40,6 +46,9 @@ logger = logging.getLogger(__name__)
 # So many times the running requests may wait; the next one is refused.
 QUEUED_PER_RUNNING = 4
 OVERLOADED_RETRY_SECONDS = 2
+# So long a load goes on although nobody waits for it at the moment.
+LINGER_SECONDS = 5.0
+TICK_SECONDS = 0.005
 # A load that hangs must not hold its slot for ever.
 LOAD_SECONDS = 1_800
 
@@ -73,7 +82,9 @@ class _Slot:
     snapshot: Snapshot | None = None
     engine: Engine | None = None
     leases: set[Lease] = field(default_factory=set)
-    last_used: int = 0
+    last_used: float = 0.0
+    ready_at: float = 0.0
+    awaited_until: float = 0.0
     load_seconds: float | None = None
     # What runs for this slot: its load, then the watch over its process, then its teardown.
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -89,7 +100,7 @@ class _Waiter:
 
 
 class Pool:
-    """At most `slots` engines and `concurrency` leases at once."""
+    """At most `policy.slots` engines and `policy.concurrency` leases at once."""
 
     def __init__(
         self,
@@ -98,19 +109,20 @@ class Pool:
         make_engine: Callable[[Snapshot], Engine],
         metrics: Metrics,
         *,
-        slots: int,
-        concurrency: int,
+        policy: Policy,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fetch = fetch
         self._release_snapshot = release
         self._make_engine = make_engine
         self._metrics = metrics
-        self._slot_count = slots
-        self._concurrency = concurrency
+        self._policy = policy
+        self._clock = clock
+        self._timer: asyncio.TimerHandle | None = None
+        self._circuits = Circuits()
         self._slots: dict[str, _Slot] = {}
         self._waiters: dict[int, _Waiter] = {}
         self._numbers = itertools.count(1)
-        self._uses = itertools.count(1)
         self._closing = False
 
     async def lease(self, model: Model) -> Lease:
@@ -119,9 +131,9 @@ class Pool:
         Raises Overloaded and ShuttingDown at once, and what the load raised (StoreError,
         EngineStartFailed) to everyone who waited for it.
         """
-        self._admit(model.name)
+        self._admit(model)
         future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(next(self._numbers), model, time.monotonic(), future)
+        waiter = _Waiter(next(self._numbers), model, self._clock(), future)
         self._waiters[waiter.number] = waiter
         self._step()
         try:
@@ -163,6 +175,8 @@ class Pool:
     async def close(self) -> None:
         """Tear every engine down, busy or not; returns when no process is left."""
         self.stop_admission()
+        if self._timer is not None:
+            self._timer.cancel()
         slots = list(self._slots.values())
         for slot in slots:
             if slot.state is not EngineState.STOPPING:
@@ -176,13 +190,15 @@ class Pool:
 
     async def stats(self) -> dict[str, Any]:
         """Slots, states, leases and waiters, for the operator."""
-        now = time.monotonic()
+        now = self._clock()
         slots = list(self._slots.values())
         return {
-            "slots": {"total": self._slot_count, "used": len(slots)},
+            "slots": {"total": self._policy.slots, "used": len(slots)},
             "engines": await asyncio.gather(*(_describe(slot) for slot in slots)),
             "leases": sum(len(slot.leases) for slot in slots),
-            "max_concurrent_requests": self._concurrency,
+            "max_concurrent_requests": self._policy.concurrency,
+            "circuits": self._circuits.describe(now),
+            "victims": victims(self._views(), self._policy, now),
             "waiters": [
                 {"model": waiter.model.name, "age_seconds": round(now - waiter.since, 3)}
                 for waiter in self._waiters.values()
@@ -194,28 +210,32 @@ class Pool:
         waiting = " ".join(waiter.model.name for waiter in self._waiters.values())
         return f"<Pool {engines or 'empty'} | waiting: {waiting or 'nobody'}>"
 
-    def _admit(self, name: str) -> None:
+    def _admit(self, model: Model) -> None:
         if self._closing:
             raise _shutting_down()
+        name = model.name
         self._refuse_where_all_is_pinned(name)
+        refusal = self._circuits.refusal(name, model.revision, self._clock())
+        if refusal is not None and name not in self._slots:
+            raise refusal
         running = sum(len(slot.leases) for slot in self._slots.values())
         slot = self._slots.get(name)
-        if slot is not None and slot.state is EngineState.READY and running < self._concurrency:
+        if slot is not None and slot.state is EngineState.READY and running < self._policy.concurrency:
             return  # it runs at once, however many wait for other models
         under_way = len(self._waiters) + running
-        if under_way >= (1 + QUEUED_PER_RUNNING) * self._concurrency:
+        if under_way >= (1 + QUEUED_PER_RUNNING) * self._policy.concurrency:
             raise Overloaded(
                 f"{under_way} requests run or wait already, the most that this service takes "
-                f"(MAX_CONCURRENT_REQUESTS={self._concurrency}, and {QUEUED_PER_RUNNING} times as "
+                f"(MAX_CONCURRENT_REQUESTS={self._policy.concurrency}, and {QUEUED_PER_RUNNING} times as "
                 "many waiting). Try again later.",
                 retry_after=OVERLOADED_RETRY_SECONDS,
             )
 
     def _refuse_where_all_is_pinned(self, name: str) -> None:
         pinned = [key for key, slot in self._slots.items() if slot.model.serving.pinned]
-        if name not in self._slots and len(pinned) >= self._slot_count:
+        if name not in self._slots and len(pinned) >= self._policy.slots:
             raise NoSlot(
-                f"There is no room for the model '{name}': all {self._slot_count} engines "
+                f"There is no room for the model '{name}': all {self._policy.slots} engines "
                 f"(MAX_CACHED_MODELS) are pinned, by {', '.join(pinned)}. Unpin one in its serving.json "
                 "and unload it.",
                 param="model",
@@ -225,12 +245,8 @@ class Pool:
         """Ask the scheduler and carry out its actions; the only place where state moves on."""
         if self._closing:
             return
-        engines = [
-            EngineView(key, slot.state, len(slot.leases), slot.last_used, slot.model.serving.pinned)
-            for key, slot in self._slots.items()
-        ]
-        waiters = [WaiterView(waiter.number, waiter.model.name) for waiter in self._waiters.values()]
-        for action in decide(engines, waiters, slots=self._slot_count, concurrency=self._concurrency):
+        now, waiters = self._clock(), self._waiting()
+        for action in decide(self._views(), waiters, self._policy, now):
             match action:
                 case Grant(number, key):
                     self._grant(self._waiters.pop(number), self._slots[key])
@@ -238,26 +254,70 @@ class Pool:
                     self._load(key)
                 case Evict(key):
                     self._evict(self._slots[key])
+                case Drain(key):
+                    self._drain(self._slots[key])
+                case CancelLoad(key):
+                    logger.info("nobody waits for the load any more", extra={"model": key})
+                    self._tear_down(self._slots[key])
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Come back when time alone may have changed what is to be done."""
+        if self._timer is not None:
+            self._timer.cancel()
+        now = self._clock()
+        at = next_look(self._views(), self._waiting(), self._policy, now)
+        loop = asyncio.get_running_loop()
+        self._timer = None if at is None else loop.call_later(at - now + TICK_SECONDS, self._step)
+
+    def _views(self) -> list[EngineView]:
+        return [
+            EngineView(
+                key,
+                slot.state,
+                len(slot.leases),
+                slot.last_used,
+                pinned=slot.model.serving.pinned,
+                ready_at=slot.ready_at,
+                load_seconds=slot.load_seconds or 0.0,
+                awaited_until=slot.awaited_until,
+            )
+            for key, slot in self._slots.items()
+        ]
+
+    def _waiting(self) -> list[WaiterView]:
+        return [WaiterView(each.number, each.model.name, each.since) for each in self._waiters.values()]
+
+    def _drain(self, slot: _Slot) -> None:
+        """It has kept others waiting for long enough: its requests finish, and then it gives way."""
+        logger.info("draining for a model that waits", extra={"model": slot.model.name})
+        self._metrics.evictions.labels(slot.model.name).inc()
+        slot.state = EngineState.DRAINING
+        self._tear_down_if_idle(slot)
 
     def _grant(self, waiter: _Waiter, slot: _Slot) -> None:
         if waiter.lease.done():  # cancelled, and its task has not run since
             return
         lease = Lease(self, slot)
         slot.leases.add(lease)
-        slot.last_used = next(self._uses)
+        slot.last_used = self._clock()
         waiter.lease.set_result(lease)
 
     def _released(self, lease: Lease, slot: _Slot) -> None:
         if lease not in slot.leases:
             return
         slot.leases.discard(lease)
-        slot.last_used = next(self._uses)
+        slot.last_used = self._clock()
         self._tear_down_if_idle(slot)
         self._step()
 
     def _abandon(self, waiter: _Waiter) -> None:
         """The waiter's request is gone, perhaps in the moment in which its lease was granted."""
         self._waiters.pop(waiter.number, None)
+        slot = self._slots.get(waiter.model.name)
+        if slot is not None and slot.state is EngineState.STARTING:
+            # A client that was told to come again, or tries again by itself, shall find the load there.
+            slot.awaited_until = self._clock() + LINGER_SECONDS
         lease = waiter.lease
         if lease.done() and not lease.cancelled() and lease.exception() is None:
             lease.result().release()
@@ -274,7 +334,7 @@ class Pool:
 
     def _load(self, key: str) -> None:
         model = next(w.model for w in self._waiters.values() if w.model.name == key)
-        slot = _Slot(model, last_used=next(self._uses))
+        slot = _Slot(model, last_used=self._clock())
         self._slots[key] = slot
         self._run(slot, self._start(slot))
 
@@ -296,6 +356,8 @@ class Pool:
             return
         slot.load_seconds = round(time.monotonic() - started, 3)
         slot.state = EngineState.READY
+        slot.ready_at = slot.last_used = self._clock()
+        self._circuits.succeeded(name)
         self._metrics.loads.labels(name, "ok").inc()
         self._metrics.load_seconds.labels(name).observe(slot.load_seconds)
         logger.info("loaded", extra={"model": name, "seconds": slot.load_seconds})
@@ -336,7 +398,10 @@ class Pool:
         expected = isinstance(error, ServiceError)
         logger.error("load failed: %s", error, extra={"model": name}, exc_info=not expected)
         slot.state = EngineState.FAILED
-        self._fail_waiters(slot, error if isinstance(error, ServiceError) else _unexplained(name, error))
+        told = error if isinstance(error, ServiceError) else _unexplained(name, error)
+        if isinstance(told, EngineStartFailed):  # a bucket or a disk may be well again a moment later
+            self._circuits.failed(name, slot.model.revision, told, self._clock())
+        self._fail_waiters(slot, told)
         self._tear_down(slot)
 
     async def _watch(self, slot: _Slot, engine: Engine) -> None:

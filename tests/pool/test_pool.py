@@ -1,6 +1,7 @@
 """The pool with gated engines: no sleeps, assertions on what it says of itself."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from inference_service.errors import (
 from inference_service.metrics import Metrics
 from inference_service.models.serving import Serving
 from inference_service.pool.pool import Lease, Pool
+from inference_service.pool.scheduler import Policy
 from inference_service.storage.model import Model, ModelKind
 from inference_service.storage.store import StoredObject
 
@@ -63,16 +65,27 @@ class GatedEngine:
 class Bench:
     """A pool, its engines by model, and a way to let everything that can happen happen."""
 
-    def __init__(self, slots: int, concurrency: int) -> None:
+    def __init__(self, policy: Policy, clock: Callable[[], float] | None = None) -> None:
         self.engines: dict[str, list[GatedEngine]] = {}
         self.metrics = Metrics()
+        self.now = 0.0
         self.held: list[str] = []
         self.pinned: set[str] = set()
         # Model -> whether the disk has room for it now.
         self.has_room: dict[str, Callable[[], bool]] = {}
         self.pool = Pool(
-            self._fetch, self._release, self._make, self.metrics, slots=slots, concurrency=concurrency
+            self._fetch,
+            self._release,
+            self._make,
+            self.metrics,
+            policy=policy,
+            clock=clock or self._clock,
         )
+
+    def _clock(self) -> float:
+        """Every look at it is two seconds later: no two events are equally old."""
+        self.now += 2
+        return self.now
 
     async def _fetch(self, model: Model) -> Snapshot:
         if not self.has_room.get(model.name, lambda: True)():
@@ -118,8 +131,10 @@ async def two() -> AsyncIterator[Bench]:
         yield bench
 
 
-async def _bench(slots: int) -> AsyncIterator[Bench]:
-    bench = Bench(slots, concurrency=3)
+async def _bench(
+    slots: int, policy: Policy | None = None, clock: Callable[[], float] | None = None
+) -> AsyncIterator[Bench]:
+    bench = Bench(policy or Policy(slots, 3, fairness_wait=1000, min_residency=0), clock)
     yield bench
     closing = asyncio.create_task(bench.pool.close())
     await bench.settle()
@@ -374,3 +389,66 @@ async def test_all_slots_pinned_is_told_at_once(one: Bench) -> None:
     (await one.started("a")).release()
     with pytest.raises(NoSlot, match="are pinned, by a"):
         await one.ask("b")
+
+
+async def test_steady_requests_for_one_model_do_not_starve_another() -> None:
+    """One slot, and always another request for `a`: `b` comes in the end, and then `a` again."""
+    async for bench in _bench(1, Policy(1, 2, fairness_wait=20, min_residency=0)):
+        held = [await bench.started("a"), await bench.ask("a")]
+        waiting = bench.ask("b")
+        await bench.settle()
+        for _ in range(20):
+            following = bench.ask("a")
+            held.pop(0).release()
+            await bench.settle()
+            if not following.done():
+                break
+            held.append(following.result())
+        assert not following.done(), "a does not admit any more"
+        held.pop().release()
+        await bench.settle()
+        bench.engine("a").may_close.set_result(None)
+        await bench.settle()
+        bench.engine("b").started.set_result(None)
+        lease = await waiting
+        assert lease.model == "b"
+        lease.release()
+        following.cancel()
+        await bench.settle()
+
+
+async def test_a_load_that_nobody_waits_for_any_more_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_service.pool.pool.LINGER_SECONDS", 0)
+    async for bench in _bench(1):
+        asked = bench.ask("a")
+        await bench.settle()
+        asked.cancel()
+        await bench.settle()
+        bench.engine("a").may_close.set_result(None)
+        await bench.settle()
+        assert bench.engine("a").closed
+        assert bench.held == []
+        assert repr(bench.pool) == "<Pool empty | waiting: nobody>"
+
+
+async def test_a_load_goes_on_for_a_client_that_comes_back_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_service.pool.pool.LINGER_SECONDS", 1000)
+    async for bench in _bench(1):
+        asked = bench.ask("a")
+        await bench.settle()
+        asked.cancel()
+        await bench.settle()
+        again = bench.ask("a")
+        bench.engine("a").started.set_result(None)
+        (await again).release()
+        assert len(bench.engines["a"]) == 1
+
+
+async def test_an_idle_engine_is_torn_down_after_a_while() -> None:
+    async for bench in _bench(1, Policy(1, 3, idle_ttl=0.05), time.monotonic):
+        (await bench.started("a")).release()
+        bench.engine("a").may_close.set_result(None)
+        async with asyncio.timeout(10):
+            while bench.held:  # noqa: ASYNC110  (it is the pool's own timer that is waited for)
+                await asyncio.sleep(0.01)
+        assert bench.engine("a").closed

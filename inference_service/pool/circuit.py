@@ -1,0 +1,61 @@
+"""Circuits: a model whose load has failed is not loaded again at once, and not for ever.
+
+One per model and revision. Pure: the caller brings the time.
+"""
+
+import math
+from dataclasses import dataclass
+
+from inference_service.errors import ServiceError
+
+FIRST_PAUSE_SECONDS = 5.0
+LONGEST_PAUSE_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class _Failures:
+    revision: str
+    count: int
+    error: ServiceError
+    until: float
+
+
+class Circuits:
+    """The loads that failed lately, by model."""
+
+    def __init__(self) -> None:
+        self._failures: dict[str, _Failures] = {}
+
+    def failed(self, model: str, revision: str, error: ServiceError, now: float) -> None:
+        """A load has failed: the pause doubles with each failure of the same revision in a row."""
+        before = self._failures.get(model)
+        count = before.count + 1 if before is not None and before.revision == revision else 1
+        pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (count - 1))
+        self._failures[model] = _Failures(revision, count, error, now + pause)
+
+    def succeeded(self, model: str) -> None:
+        self._failures.pop(model, None)
+
+    def refusal(self, model: str, revision: str, now: float) -> ServiceError | None:
+        """The error of the last load, while no other is to be tried; another revision is tried at once."""
+        failures = self._failures.get(model)
+        if failures is None or failures.revision != revision or now >= failures.until:
+            return None
+        wait = math.ceil(failures.until - now)
+        times = "once" if failures.count == 1 else f"{failures.count} times in a row"
+        error = failures.error
+        message = f"{error.message} It failed {times}; it is tried again in {wait} s, or with a new upload."
+        return error.again(message, retry_after=wait)
+
+    def describe(self, now: float) -> dict[str, dict[str, object]]:
+        """Open circuits by model, for the operator."""
+        return {
+            model: {
+                "revision": failures.revision,
+                "failures": failures.count,
+                "retry_in_seconds": round(failures.until - now, 1),
+                "reason": failures.error.message,
+            }
+            for model, failures in self._failures.items()
+            if failures.until > now
+        }

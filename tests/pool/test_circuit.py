@@ -1,0 +1,56 @@
+"""Circuits: how long a model whose load failed is left alone."""
+
+from inference_service.errors import EngineStartFailed
+from inference_service.pool.circuit import LONGEST_PAUSE_SECONDS, Circuits
+
+ERROR = EngineStartFailed("out of memory.", param="model")
+
+
+def test_a_failed_load_is_not_tried_again_at_once() -> None:
+    circuits = Circuits()
+    circuits.failed("m", "r1", ERROR, 100)
+    refusal = circuits.refusal("m", "r1", 102)
+    assert isinstance(refusal, EngineStartFailed)
+    assert refusal.message.startswith("out of memory. It failed once; it is tried again in 3 s")
+    assert (refusal.retry_after, refusal.param) == (3, "model")
+    assert circuits.refusal("m", "r1", 105) is None
+    assert circuits.refusal("other", "r1", 102) is None
+
+
+def test_the_pause_doubles_and_is_bounded() -> None:
+    circuits, pauses = Circuits(), []
+    for _ in range(10):
+        circuits.failed("m", "r1", ERROR, 0)
+        refusal = circuits.refusal("m", "r1", 0)
+        assert refusal is not None
+        pauses.append(refusal.retry_after)
+    assert pauses[:4] == [5, 10, 20, 40]
+    assert pauses[-1] == LONGEST_PAUSE_SECONDS
+
+
+def test_another_revision_is_tried_at_once_and_counts_anew() -> None:
+    circuits = Circuits()
+    for _ in range(3):
+        circuits.failed("m", "r1", ERROR, 0)
+    assert circuits.refusal("m", "r2", 0) is None
+    circuits.failed("m", "r2", ERROR, 0)
+    refusal = circuits.refusal("m", "r2", 0)
+    assert refusal is not None
+    assert refusal.retry_after == 5
+
+
+def test_success_forgets() -> None:
+    circuits = Circuits()
+    circuits.failed("m", "r1", ERROR, 0)
+    circuits.succeeded("m")
+    assert circuits.refusal("m", "r1", 0) is None
+    assert circuits.describe(0) == {}
+
+
+def test_the_operator_sees_open_circuits() -> None:
+    circuits = Circuits()
+    circuits.failed("m", "r1", ERROR, 0)
+    assert circuits.describe(1) == {
+        "m": {"revision": "r1", "failures": 1, "retry_in_seconds": 4, "reason": "out of memory."}
+    }
+    assert circuits.describe(6) == {}
