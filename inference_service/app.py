@@ -19,7 +19,7 @@ from inference_service.engines.factory import EngineFactory
 from inference_service.engines.launcher import Launcher
 from inference_service.errors import InvalidRequest, ServiceError, error_envelope
 from inference_service.metrics import Metrics
-from inference_service.pool.pool import Pool
+from inference_service.pool.pool import Limits, Pool
 from inference_service.pool.scheduler import Policy
 from inference_service.storage.catalog import Catalog
 from inference_service.storage.disk import open_cache
@@ -54,6 +54,7 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
             min_residency=settings.min_residency,
             idle_ttl=settings.model_idle_ttl,
         ),
+        limits=Limits(settings.queued, settings.queue_timeout, settings.load_timeout),
     )
     metrics.watch_engines(pool.count_by_state)
     service = Service(settings, device, backend, registry, pool, metrics)

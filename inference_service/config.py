@@ -17,6 +17,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
+QUEUED_PER_RUNNING = 4
+
+
 class EngineChoice(StrEnum):
     AUTO = "auto"
     VLLM = "vllm"
@@ -72,9 +75,21 @@ class Settings(BaseSettings):
         50,
         ge=1,
         le=100_000,
-        description="Requests that run at once (1 with LOCAL_DEV unless set); four times as many "
-        "may wait, the rest get 429",
+        description="Requests that run at once (1 with LOCAL_DEV unless set)",
     )
+    max_queued_requests: int | None = Field(
+        None,
+        ge=0,
+        le=1_000_000,
+        description="Requests that may wait besides, the rest get 429; unset: four times those that run",
+    )
+    queue_timeout: float = Field(
+        120,
+        gt=0,
+        le=86_400,
+        description="Seconds that a request waits for its model at most; then 503, and the load goes on",
+    )
+    load_timeout: float = Field(600, gt=0, le=86_400, description="Seconds that a load may take")
     fairness_wait: float = Field(
         10,
         ge=0,
@@ -170,6 +185,13 @@ class Settings(BaseSettings):
         if self.local_dev and "max_concurrent_requests" not in self.model_fields_set:
             return 1
         return self.max_concurrent_requests
+
+    @property
+    def queued(self) -> int:
+        """MAX_QUEUED_REQUESTS, or what follows from the requests that run."""
+        if self.max_queued_requests is None:
+            return QUEUED_PER_RUNNING * self.concurrency
+        return self.max_queued_requests
 
 
 class BadSettings(Exception):

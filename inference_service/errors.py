@@ -9,6 +9,7 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     ├── ModelNotFound           404
     ├── ModelNotServable        422   the model is there and cannot be served; says why
     ├── Overloaded              429   too many requests wait already
+    ├── QueueTimedOut           503   it waited for QUEUE_TIMEOUT; its load goes on
     ├── NoSlot                  503   every engine is pinned to another model
     ├── StoreError                    the bucket cannot be read; says why
     │   ├── StoreUnavailable    503   it does not answer, answers 429 or 5xx, or stalls: try again
@@ -117,6 +118,11 @@ class Overloaded(ServiceError):
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+
+
+class QueueTimedOut(ServiceError):
+    status = 503
+    code = "model_loading"
 
 
 class NoSlot(ServiceError):

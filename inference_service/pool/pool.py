@@ -21,11 +21,13 @@ from inference_service.errors import (
     EngineStartFailed,
     NoSlot,
     Overloaded,
+    QueueTimedOut,
     ServiceError,
     ShuttingDown,
 )
 from inference_service.metrics import Metrics
 from inference_service.pool.circuit import Circuits
+from inference_service.pool.estimates import Estimates
 from inference_service.pool.scheduler import (
     CancelLoad,
     Drain,
@@ -43,14 +45,18 @@ from inference_service.storage.model import Model
 
 logger = logging.getLogger(__name__)
 
-# So many times the running requests may wait; the next one is refused.
-QUEUED_PER_RUNNING = 4
-OVERLOADED_RETRY_SECONDS = 2
 # So long a load goes on although nobody waits for it at the moment.
 LINGER_SECONDS = 5.0
 TICK_SECONDS = 0.005
-# A load that hangs must not hold its slot for ever.
-LOAD_SECONDS = 1_800
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request bears: how many may wait before it, how long it waits, how long a load may take (s)."""
+
+    queued: int
+    queue_timeout: float
+    load_timeout: float
 
 
 class Lease:
@@ -110,6 +116,7 @@ class Pool:
         metrics: Metrics,
         *,
         policy: Policy,
+        limits: Limits,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fetch = fetch
@@ -117,9 +124,11 @@ class Pool:
         self._make_engine = make_engine
         self._metrics = metrics
         self._policy = policy
+        self._limits = limits
         self._clock = clock
         self._timer: asyncio.TimerHandle | None = None
         self._circuits = Circuits()
+        self._estimates = Estimates()
         self._slots: dict[str, _Slot] = {}
         self._waiters: dict[int, _Waiter] = {}
         self._numbers = itertools.count(1)
@@ -137,9 +146,12 @@ class Pool:
         self._waiters[waiter.number] = waiter
         self._step()
         try:
-            return await future
+            async with asyncio.timeout(self._limits.queue_timeout):
+                return await future
+        except TimeoutError as error:
+            raise self._waited_too_long(waiter) from error
         except asyncio.CancelledError:
-            self._abandon(waiter)
+            self._abandon(waiter, LINGER_SECONDS)
             raise
 
     def holds(self, name: str) -> bool:
@@ -222,13 +234,14 @@ class Pool:
         slot = self._slots.get(name)
         if slot is not None and slot.state is EngineState.READY and running < self._policy.concurrency:
             return  # it runs at once, however many wait for other models
-        under_way = len(self._waiters) + running
-        if under_way >= (1 + QUEUED_PER_RUNNING) * self._policy.concurrency:
+        waiting, now = len(self._waiters), self._clock()
+        if waiting >= self._limits.queued:
+            retry_after = self._estimates.retry_after_queue(waiting, now)
             raise Overloaded(
-                f"{under_way} requests run or wait already, the most that this service takes "
-                f"(MAX_CONCURRENT_REQUESTS={self._policy.concurrency}, and {QUEUED_PER_RUNNING} times as "
-                "many waiting). Try again later.",
-                retry_after=OVERLOADED_RETRY_SECONDS,
+                f"{waiting} requests wait already, the most that this service takes (MAX_QUEUED_REQUESTS="
+                f"{self._limits.queued}), and {running} run (MAX_CONCURRENT_REQUESTS="
+                f"{self._policy.concurrency}). Try again in {retry_after} s.",
+                retry_after=retry_after,
             )
 
     def _refuse_where_all_is_pinned(self, name: str) -> None:
@@ -308,16 +321,32 @@ class Pool:
             return
         slot.leases.discard(lease)
         slot.last_used = self._clock()
+        self._estimates.ended(slot.last_used)
         self._tear_down_if_idle(slot)
         self._step()
 
-    def _abandon(self, waiter: _Waiter) -> None:
+    def _waited_too_long(self, waiter: _Waiter) -> QueueTimedOut:
+        """The client is told to come again, and its load goes on until then."""
+        name, now = waiter.model.name, self._clock()
+        slot = self._slots.get(name)
+        loading = slot is not None and slot.state is EngineState.STARTING
+        since = slot.last_used if slot is not None and loading else now
+        retry_after = self._estimates.retry_after_load(name, since, now)
+        self._abandon(waiter, retry_after + LINGER_SECONDS)
+        state = "is being loaded" if loading else "waits for an engine"
+        return QueueTimedOut(
+            f"The model '{name}' {state}, for longer than QUEUE_TIMEOUT "
+            f"({self._limits.queue_timeout:g} s). Try again in {retry_after} s.",
+            retry_after=retry_after,
+        )
+
+    def _abandon(self, waiter: _Waiter, linger: float) -> None:
         """The waiter's request is gone, perhaps in the moment in which its lease was granted."""
         self._waiters.pop(waiter.number, None)
         slot = self._slots.get(waiter.model.name)
         if slot is not None and slot.state is EngineState.STARTING:
             # A client that was told to come again, or tries again by itself, shall find the load there.
-            slot.awaited_until = self._clock() + LINGER_SECONDS
+            slot.awaited_until = max(slot.awaited_until, self._clock() + linger)
         lease = waiter.lease
         if lease.done() and not lease.cancelled() and lease.exception() is None:
             lease.result().release()
@@ -342,12 +371,13 @@ class Pool:
         name, started = slot.model.name, time.monotonic()
         logger.info("loading", extra={"model": name, "revision": slot.model.revision})
         try:
-            async with asyncio.timeout(LOAD_SECONDS):
+            async with asyncio.timeout(self._limits.load_timeout):
                 slot.snapshot = await self._fetch_with_room(slot)
                 slot.engine = self._make_engine(slot.snapshot)
                 await slot.engine.start()
         except TimeoutError:
-            self._load_failed(slot, EngineStartFailed(f"'{name}' did not load within {LOAD_SECONDS} s."))
+            seconds = f"{self._limits.load_timeout:g} s (LOAD_TIMEOUT)"
+            self._load_failed(slot, EngineStartFailed(f"'{name}' did not load within {seconds}."))
             return
         except Exception as error:
             self._load_failed(slot, error)
@@ -355,6 +385,7 @@ class Pool:
         if slot.state is not EngineState.STARTING:  # unloaded in the very moment it was ready
             return
         slot.load_seconds = round(time.monotonic() - started, 3)
+        self._estimates.loaded(name, slot.load_seconds)
         slot.state = EngineState.READY
         slot.ready_at = slot.last_used = self._clock()
         self._circuits.succeeded(name)

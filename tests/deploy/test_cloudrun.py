@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from inference_service.config import Settings
-from inference_service.pool.pool import QUEUED_PER_RUNNING
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +51,7 @@ def test_the_service_and_not_the_platform_decides_who_waits(
 ) -> None:
     settings = settings_of(container)
     spec = service["spec"]["template"]["spec"]
-    assert spec["containerConcurrency"] >= settings.concurrency * (1 + QUEUED_PER_RUNNING)
+    assert spec["containerConcurrency"] >= settings.concurrency + settings.queued
     assert settings.request_timeout < spec["timeoutSeconds"], "our 504 comes first"
     assert settings.drain_timeout < 9, "the platform kills 10 s after SIGTERM"
 

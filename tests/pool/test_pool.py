@@ -16,11 +16,12 @@ from inference_service.errors import (
     EngineStartFailed,
     NoSlot,
     Overloaded,
+    QueueTimedOut,
     ShuttingDown,
 )
 from inference_service.metrics import Metrics
 from inference_service.models.serving import Serving
-from inference_service.pool.pool import Lease, Pool
+from inference_service.pool.pool import Lease, Limits, Pool
 from inference_service.pool.scheduler import Policy
 from inference_service.storage.model import Model, ModelKind
 from inference_service.storage.store import StoredObject
@@ -65,7 +66,9 @@ class GatedEngine:
 class Bench:
     """A pool, its engines by model, and a way to let everything that can happen happen."""
 
-    def __init__(self, policy: Policy, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self, policy: Policy, clock: Callable[[], float] | None = None, queue_timeout: float = 1000
+    ) -> None:
         self.engines: dict[str, list[GatedEngine]] = {}
         self.metrics = Metrics()
         self.now = 0.0
@@ -79,6 +82,7 @@ class Bench:
             self._make,
             self.metrics,
             policy=policy,
+            limits=Limits(queued=12, queue_timeout=queue_timeout, load_timeout=1800),
             clock=clock or self._clock,
         )
 
@@ -132,9 +136,13 @@ async def two() -> AsyncIterator[Bench]:
 
 
 async def _bench(
-    slots: int, policy: Policy | None = None, clock: Callable[[], float] | None = None
+    slots: int,
+    policy: Policy | None = None,
+    clock: Callable[[], float] | None = None,
+    queue_timeout: float = 1000,
 ) -> AsyncIterator[Bench]:
-    bench = Bench(policy or Policy(slots, 3, fairness_wait=1000, min_residency=0), clock)
+    policy = policy or Policy(slots, 3, fairness_wait=1000, min_residency=0)
+    bench = Bench(policy, clock, queue_timeout)
     yield bench
     closing = asyncio.create_task(bench.pool.close())
     await bench.settle()
@@ -452,3 +460,15 @@ async def test_an_idle_engine_is_torn_down_after_a_while() -> None:
             while bench.held:  # noqa: ASYNC110  (it is the pool's own timer that is waited for)
                 await asyncio.sleep(0.01)
         assert bench.engine("a").closed
+
+
+async def test_who_waits_too_long_is_told_when_to_come_again_and_the_load_goes_on() -> None:
+    async for bench in _bench(1, queue_timeout=0.05):
+        with pytest.raises(QueueTimedOut, match="is being loaded, for longer than QUEUE_TIMEOUT") as caught:
+            await bench.ask("a")
+        assert caught.value.retry_after is not None
+        assert 1 <= caught.value.retry_after <= 120
+        again = bench.ask("a")
+        bench.engine("a").started.set_result(None)
+        (await again).release()
+        assert len(bench.engines["a"]) == 1

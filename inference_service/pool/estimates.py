@@ -1,0 +1,46 @@
+"""What the past says about the wait: how fast requests are served, and how long a model takes to load.
+
+Pure: the caller brings the time. For Retry-After, which is never over MAX_RETRY_SECONDS: OpenAI's client
+does not wait for longer.
+"""
+
+import math
+from collections import deque
+
+MAX_RETRY_SECONDS = 120
+UNKNOWN_LOAD_SECONDS = 15.0
+_KEPT = 64
+
+
+class Estimates:
+    """The last requests that ended, and each model's last load."""
+
+    def __init__(self) -> None:
+        self._ended: deque[float] = deque(maxlen=_KEPT)
+        self._loads: dict[str, float] = {}
+
+    def ended(self, now: float) -> None:
+        """A request has given its lease back."""
+        self._ended.append(now)
+
+    def loaded(self, model: str, seconds: float) -> None:
+        self._loads[model] = seconds
+
+    def load_seconds(self, model: str) -> float | None:
+        """What the model's last load took; None where it was never loaded."""
+        return self._loads.get(model)
+
+    def retry_after_queue(self, ahead: int, now: float) -> int:
+        """Seconds until about so many requests have been served, at the rate of the last ones."""
+        if len(self._ended) < 2:
+            return _bounded(ahead)
+        seconds = max(1e-3, now - self._ended[0])
+        return _bounded(ahead * seconds / len(self._ended))
+
+    def retry_after_load(self, model: str, since: float, now: float) -> int:
+        """Seconds until a load that began at `since` should be done."""
+        return _bounded(self._loads.get(model, UNKNOWN_LOAD_SECONDS) - (now - since))
+
+
+def _bounded(seconds: float) -> int:
+    return min(MAX_RETRY_SECONDS, max(1, math.ceil(seconds)))
