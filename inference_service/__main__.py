@@ -54,6 +54,8 @@ def main() -> None:
 
 def _command(given: argparse.Namespace) -> None:
     """Exit code 1 and one line for an error, 2 for a setting that cannot be."""
+    # A shell starts what runs in its background with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         settings = load_settings()
     except BadSettings as error:

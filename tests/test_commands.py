@@ -147,6 +147,7 @@ def test_ctrl_c_keeps_what_has_arrived(environment: dict[str, str], bucket: Buck
             env=environment | {"STORAGE_EMULATOR_HOST": proxy.url},
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         )
         with pulling:
             deadline = time.monotonic() + 60
