@@ -165,8 +165,11 @@ class CacheError(ServiceError):
 
 
 class DiskFull(CacheError):
+    """`missing`: bytes that would have to be given up; None where nothing that is held would help."""
+
     status = 507
     code = "disk_full"
+    missing: int | None = None
 
     def headers(self) -> dict[str, str]:
         # The client library retries every 5xx by itself; the disk is as full a second later.

@@ -17,7 +17,7 @@ async def unload(name: str, service: ServiceDep) -> Unloaded:
     """Tear the model's engine down once its running requests have ended; answers when it is gone."""
     name = canonical_name(name)
     if not service.pool.holds(name):
-        await service.find(name)  # a name that nobody knows is a 404
+        name = (await service.find(name)).name  # an alias, a revision; nobody's name is a 404
     return Unloaded(model=name, unloaded=await service.pool.unload(name))
 
 

@@ -10,7 +10,7 @@ from fastapi import Depends, Request
 
 from inference_service.config import Settings
 from inference_service.engines.device import Backend, Device
-from inference_service.errors import ModelNotServable, RequestTimedOut, ServiceError, ShuttingDown
+from inference_service.errors import RequestTimedOut, ServiceError, ShuttingDown
 from inference_service.metrics import Metrics
 from inference_service.pool.pool import Pool
 from inference_service.storage.catalog import Catalog
@@ -71,16 +71,9 @@ class Service:
 
     async def _resolve(self, name: str) -> Model:
         model = await self.registry.catalog.find(name)
-        loaded = self.pool.loaded_revision(model.name)
-        if loaded is None:
-            await self.registry.examine(model)
-        elif model.exact and loaded != model.revision:
-            raise ModelNotServable(
-                model.name,
-                f"its revision {loaded} is loaded and not {model.revision}. POST /admin/unload/{model.name}, "
-                "and the next request loads the newer one.",
-            )
         # What is loaded is served, also while a new revision of it is being uploaded.
+        if self.pool.loaded_revision(model.name) is None:
+            await self.registry.examine(model)
         return model
 
     @property

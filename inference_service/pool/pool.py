@@ -19,6 +19,7 @@ from inference_service.errors import (
     EngineDied,
     EngineError,
     EngineStartFailed,
+    ModelNotServable,
     NoSlot,
     Overloaded,
     QueueTimedOut,
@@ -69,6 +70,10 @@ class Lease:
     @property
     def model(self) -> str:
         return self._slot.model.name
+
+    @property
+    def revision(self) -> str:
+        return (self._slot.snapshot or self._slot.model).revision
 
     @property
     def engine(self) -> Engine:
@@ -147,7 +152,7 @@ class Pool:
         self._step()
         try:
             async with asyncio.timeout(self._limits.queue_timeout):
-                return await future
+                return _of_the_revision(await future, model)
         except TimeoutError as error:
             raise self._waited_too_long(waiter) from error
         except asyncio.CancelledError:
@@ -226,7 +231,9 @@ class Pool:
         if self._closing:
             raise _shutting_down()
         name = model.name
-        self._refuse_where_all_is_pinned(name)
+        no_slot = self._no_slot_for(name)
+        if no_slot is not None:
+            raise no_slot
         refusal = self._circuits.refusal(name, model.revision, self._clock())
         if refusal is not None and name not in self._slots:
             raise refusal
@@ -244,15 +251,17 @@ class Pool:
                 retry_after=retry_after,
             )
 
-    def _refuse_where_all_is_pinned(self, name: str) -> None:
+    def _no_slot_for(self, name: str) -> NoSlot | None:
+        """The error for a model without an engine while every engine is pinned to another."""
         pinned = [key for key, slot in self._slots.items() if slot.model.serving.pinned]
-        if name not in self._slots and len(pinned) >= self._policy.slots:
-            raise NoSlot(
-                f"There is no room for the model '{name}': all {self._policy.slots} engines "
-                f"(MAX_CACHED_MODELS) are pinned, by {', '.join(pinned)}. Unpin one in its serving.json "
-                "and unload it.",
-                param="model",
-            )
+        if name in self._slots or len(pinned) < self._policy.slots:
+            return None
+        return NoSlot(
+            f"There is no room for the model '{name}': all {self._policy.slots} engines "
+            f"(MAX_CACHED_MODELS) are pinned, by {', '.join(pinned)}. Unpin one in its serving.json "
+            "and unload it.",
+            param="model",
+        )
 
     def _step(self) -> None:
         """Ask the scheduler and carry out its actions; the only place where state moves on."""
@@ -272,6 +281,10 @@ class Pool:
                 case CancelLoad(key):
                     logger.info("nobody waits for the load any more", extra={"model": key})
                     self._tear_down(self._slots[key])
+        for waiter in list(self._waiters.values()):
+            no_slot = self._no_slot_for(waiter.model.name)
+            if no_slot is not None:
+                self._fail(waiter, no_slot)
         self._look_again()
 
     def _look_again(self) -> None:
@@ -400,19 +413,24 @@ class Pool:
         while True:
             try:
                 return await self._fetch(slot.model)
-            except DiskFull:
+            except DiskFull as error:
                 idle = self._idle_unpinned()
-                if sum(other.model.bytes for other in idle) < slot.model.bytes:
+                held = sum(other.snapshot.bytes for other in idle if other.snapshot is not None)
+                if error.missing is None or held < error.missing or not idle:
                     raise
                 self._evict(idle[0])
                 await idle[0].gone.wait()
 
     def _idle_unpinned(self) -> list[_Slot]:
         """Slots that could be torn down at once, the least recently used first."""
+        wanted = {waiter.model.name for waiter in self._waiters.values()}
         idle = [
             slot
             for slot in self._slots.values()
-            if slot.state is EngineState.READY and not slot.leases and not slot.model.serving.pinned
+            if slot.state is EngineState.READY
+            and not slot.leases
+            and not slot.model.serving.pinned
+            and slot.model.name not in wanted
         ]
         return sorted(idle, key=lambda slot: slot.last_used)
 
@@ -475,6 +493,18 @@ class Pool:
         task: asyncio.Task[None] = asyncio.create_task(work)
         slot.tasks.add(task)
         task.add_done_callback(slot.tasks.discard)
+
+
+def _of_the_revision(lease: Lease, model: Model) -> Lease:
+    """The lease, unless the client named a revision and the engine is of another."""
+    if not model.exact or lease.revision == model.revision:
+        return lease
+    lease.release()
+    raise ModelNotServable(
+        model.name,
+        f"its revision {lease.revision} is loaded and not {model.revision}. POST /admin/unload/{model.name}, "
+        "and the next request loads the newer one.",
+    )
 
 
 async def _describe(slot: _Slot) -> dict[str, Any]:

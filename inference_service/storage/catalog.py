@@ -167,8 +167,14 @@ class Catalog:
                 except StoreError as error:
                     logger.warning("not read: %s", error, extra={"model": model.name})
 
+        tried: set[tuple[str, str]] = set()
         try:
-            await asyncio.gather(*(read(model) for model in self.listed if not model.described))
+            # A listing that comes meanwhile brings models of its own.
+            while unread := [
+                each for each in self.listed if not each.described and (each.name, each.revision) not in tried
+            ]:
+                tried |= {(each.name, each.revision) for each in unread}
+                await asyncio.gather(*(read(model) for model in unread))
         finally:
             self._reading = None
             self._name_aliases()
@@ -188,8 +194,9 @@ class Catalog:
         names = [stored.filename for stored in model.documents]
         contents_by_name = dict(zip(names, contents, strict=True))
         described = await loop.run_in_executor(self._readers, describe, model, contents_by_name)
-        if self._models.get(model.name) is model:
-            self._models[model.name] = described
+        current = self._models.get(model.name)  # perhaps of a newer listing
+        if current is not None:
+            self._models[model.name] = described_as(current, described)
             if described.serving.aliases and self._reading is None:
                 self._name_aliases()
         return described

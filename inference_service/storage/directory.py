@@ -18,6 +18,7 @@ from inference_service.storage.store import Bytes, StoredObject, replaced
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
+MAX_DEPTH = 16
 
 
 class DirectoryStore:
@@ -72,7 +73,7 @@ class DirectoryStore:
         except (FileNotFoundError, NotADirectoryError):
             return
         here = (status.st_dev, status.st_ino)
-        if here in above:
+        if here in above or len(above) >= MAX_DEPTH:
             return
         for path in entries:
             try:
@@ -97,9 +98,9 @@ class DirectoryStore:
     def _below(self, directory: Path, above: frozenset[tuple[int, int]]) -> Iterator[StoredObject]:
         try:
             yield from list(self._walk(directory, above))
-        except PermissionError as error:
+        except OSError as error:
             # One directory that cannot be read must not take all other models down.
-            logger.warning("%s cannot be read: permission denied; it is left out", error.filename)
+            logger.warning("%s cannot be read and is left out: %s", error.filename, error.strerror)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

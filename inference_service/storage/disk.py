@@ -61,8 +61,9 @@ class Disk:
         The caller has the turn to fetch `target`. The promise goes with the file that holds it.
         """
         with self._room, _exclusive(self._layout.root / ROOM_LOCK):
-            self._make_room(model, target, count)
-            (staging / PROMISE).write_text(str(count))
+            self._make_room(model, target, staging, count)
+            # What lies there already (links to files of another revision) is no part of it.
+            (staging / PROMISE).write_text(f"{count} {allocated_bytes(staging)}")
         try:
             yield
         finally:
@@ -99,15 +100,20 @@ class Disk:
         """Remove what nobody fetches any more of these staging directories."""
         with self._room:
             for leftover in leftovers:
-                _evict(leftover, self._layout.root)
+                gone = _evict(leftover, self._layout.root)
+                if gone is not None:
+                    shutil.rmtree(gone, ignore_errors=True)
 
     def replace(self, target: Path, staging: Path) -> None:
         """Put a sealed staging directory in the place of its snapshot, whatever lies there."""
         with self._room:
+            old = None
             if target.exists():
                 # Renamed, not emptied: an engine that uses it finds the same files at the same paths.
-                _remove(target, self._layout.root)
+                old = _rename_away(target, self._layout.root)
             staging.rename(target)
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
         sync_directory(target.parent)
 
     def used(self) -> int:
@@ -130,11 +136,7 @@ class Disk:
     def _outstanding(self, mine: Path | None) -> int:
         """Bytes that were promised and have not come; what a dead fetch of `mine` was promised is void."""
         void = [] if mine is None else stagings(mine)
-        return sum(
-            max(0, _promise(leftover) - allocated_bytes(leftover, linked=False))
-            for leftover in self._layout.leftovers()
-            if leftover not in void
-        )
+        return sum(_outstanding(leftover) for leftover in self._layout.leftovers() if leftover not in void)
 
     def _free(self, mine: Path) -> int:
         """Bytes that neither the quota nor the file system withholds and nobody was promised."""
@@ -142,25 +144,34 @@ class Disk:
         on_disk = status.f_bavail * status.f_frsize - self._outstanding(mine)
         return min(self.quota - self._used(mine), on_disk)
 
-    def _make_room(self, model: str, mine: Path, count: int) -> None:
-        victims = self._victims(mine)
+    def _make_room(self, model: str, mine: Path, staging: Path, count: int) -> None:
+        victims = [victim for victim in self._victims(mine) if victim != staging]
+        void = stagings(mine)
+        freed = sum(
+            allocated_bytes(victim) + (0 if victim in void else _outstanding(victim)) for victim in victims
+        )
         # Looked at before anything goes: a model that cannot have its room must not cost others theirs.
-        if count > self._free(mine) + sum(map(_weight, victims)):
-            raise self._full(model, mine, count)
+        if count > self._free(mine) + freed:
+            raise self._full(model, mine, count, freed)
         for victim in victims:
             if count <= self._free(mine):
                 return
             if self._let_go(victim, mine):
                 logger.info("evicted from the disk", extra={"snapshot": str(victim)})
         if count > self._free(mine):
-            raise self._full(model, mine, count)
+            raise self._full(model, mine, count, 0)
 
     def _victims(self, mine: Path) -> list[Path]:
-        """What nobody needs, least needed first: leftovers, then snapshots by their last use."""
+        """What nobody needs, least needed first: leftovers, then snapshots by their last use.
+
+        What is left of the revision itself comes last: it saves fetching it again.
+        """
         with self._use:
             held = set(self._held)
         snapshots = sorted(self._layout.snapshots(), key=_last_used)
-        candidates = [*self._layout.leftovers(), *(path for path in snapshots if path not in held)]
+        own = stagings(mine)
+        others = [path for path in self._layout.leftovers() if path not in own]
+        candidates = [*others, *(path for path in snapshots if path not in held), *own]
         return [path for path in candidates if _is_free(path, mine)]
 
     def _let_go(self, victim: Path, mine: Path) -> bool:
@@ -170,27 +181,36 @@ class Disk:
                 return False
             self._leaving.add(victim)
         try:
-            return _evict(victim, self._layout.root, mine)
+            gone = _evict(victim, self._layout.root, mine)
         finally:
             with self._use:
                 self._leaving.discard(victim)
+        if gone is not None:
+            shutil.rmtree(gone, ignore_errors=True)
+        return gone is not None
 
-    def _full(self, model: str, mine: Path, count: int) -> DiskFull:
+    def _full(self, model: str, mine: Path, count: int, freed: int) -> DiskFull:
         status = os.statvfs(self._layout.root)
         with self._use:
             held = ", ".join(sorted({path.parent.name for path in self._held}))
         free, used, left = (
             readable_bytes(max(0, number))
-            for number in (self._free(mine), self._used(mine), status.f_bavail * status.f_frsize)
+            for number in (
+                self._free(mine) + freed,
+                self._used(mine) - freed,
+                status.f_bavail * status.f_frsize,
+            )
         )
         using = f"by models that are loaded ({held}) and " if held else ""
         advice = " Unload one (POST /admin/unload), or raise the quota." if held else ""
-        return DiskFull(
+        error = DiskFull(
             f"The model '{model}' needs {readable_bytes(count)} in LOCAL_MODEL_CACHE ({self._layout.root}), "
             f"and {free} can be had: the quota is {readable_bytes(self.quota)} (DISK_CACHE_GIB), {used} "
             f"of it is taken {using}by fetches under way, and the file system has {left} left.{advice}",
             param="model",
         )
+        error.missing = count - self._free(mine) - freed
+        return error
 
 
 def open_cache(settings: Settings) -> tuple[Layout, Disk]:
@@ -255,10 +275,10 @@ def _is_free(victim: Path, mine: Path) -> bool:
         return ours
 
 
-def _evict(victim: Path, root: Path, mine: Path | None = None) -> bool:
-    """Remove a snapshot or a leftover; False where a process needs it."""
+def _evict(victim: Path, root: Path, mine: Path | None = None) -> Path | None:
+    """Take a snapshot or a leftover out of its place; where to, or None where a process needs it."""
     with _exclusive_lock(_lock_for(victim, mine)) as ours:
-        return ours and _remove(victim, root)
+        return _rename_away(victim, root) if ours else None
 
 
 def _lock_for(victim: Path, mine: Path | None) -> Path | None:
@@ -271,15 +291,14 @@ def _lock_for(victim: Path, mine: Path | None) -> Path | None:
     return None if target == mine else lock_of(target)
 
 
-def _remove(victim: Path, root: Path) -> bool:
-    # Renamed first: no moment in which a half-removed directory still has its manifest.
+def _rename_away(victim: Path, root: Path) -> Path | None:
+    """No moment in which a half-removed directory still has its manifest."""
     gone = victim if victim.name.startswith(EVICTED) else root / f"{EVICTED}{os.urandom(6).hex()}"
     try:
         victim.rename(gone)
     except OSError:
-        return False
-    shutil.rmtree(gone, ignore_errors=True)
-    return True
+        return None
+    return gone
 
 
 @contextmanager
@@ -320,16 +339,13 @@ def _try_exclusive(descriptor: int) -> bool:
     return True
 
 
-def _weight(victim: Path) -> int:
-    """What its removal gives back, promises that nobody will claim included."""
-    return max(allocated_bytes(victim), _promise(victim))
-
-
-def _promise(staging: Path) -> int:
+def _outstanding(staging: Path) -> int:
+    """Bytes that a fetch was promised and that have not come."""
     try:
-        return int((staging / PROMISE).read_text())
+        count, before = map(int, (staging / PROMISE).read_text().split())
     except (OSError, ValueError):
         return 0
+    return max(0, count - max(0, allocated_bytes(staging) - before))
 
 
 def _last_used(snapshot: Path) -> float:

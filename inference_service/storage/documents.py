@@ -20,7 +20,9 @@ from inference_service.storage.store import RETRY_AFTER_SECONDS, Bytes, Store, S
 
 _MIB = 1 << 20
 # A file that a tokenizer needs may be large; anything else of more than 16 MiB is no configuration.
-_LARGE = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"})
+_LARGE = frozenset(
+    {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tekken.json"}
+)
 MAX_TOKENIZER_BYTES = 256 * _MIB
 MAX_JSON_BYTES = 16 * _MIB
 MAX_SERVING_BYTES = 256 << 10

@@ -160,17 +160,17 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def allocated_bytes(directory: Path, *, linked: bool = True) -> int:
+def allocated_bytes(directory: Path) -> int:
     """What the files below take on the disk, each once however many names it has.
 
-    Without `linked`: only files with a single name. A file that vanishes meanwhile counts nothing.
+    A file that vanishes meanwhile counts nothing.
     """
     total, seen = 0, set()
     for parent, _, names in os.walk(directory):
         for name in names:
             with suppress(OSError):
                 status = Path(parent, name).lstat()
-                if status.st_nlink > 1 and (not linked or status.st_ino in seen):
+                if status.st_nlink > 1 and status.st_ino in seen:
                     continue
                 seen.add(status.st_ino)
                 total += status.st_blocks * 512

@@ -171,7 +171,7 @@ def _is_served(name: str) -> bool:
 def _why_unservable(kind: ModelKind, names: set[str]) -> str | None:
     if kind is ModelKind.ADAPTER:
         return "it is a LoRA adapter, and this version serves checkpoints only."
-    weights = sorted(name for name in names if name.endswith(".safetensors"))
+    weights = sorted(name for name in names if name.endswith(WEIGHTS) and _is_served(name))
     if weights:
         missing = _missing_config(names) or _missing_shard(weights) or _missing_tokenizer(names)
         return f"the upload is not complete: {missing} is missing." if missing else None

@@ -14,7 +14,7 @@ from typing import Any
 from inference_service.config import Settings
 from inference_service.engines import vllm_names
 from inference_service.engines.device import Backend, Device, resolve_dtype, tensor_parallel_size
-from inference_service.errors import DiskFull, ModelNotServable, readable_bytes
+from inference_service.errors import CacheError, DiskFull, ModelNotServable, readable_bytes
 from inference_service.models.serving import Serving
 from inference_service.storage.documents import (
     WEIGHTS,
@@ -108,11 +108,18 @@ class Preflight:
 
     async def _examine(self, model: Model) -> str | None:
         snapshot = None if self._kept is None else await self._kept(model)
-        reader = self._documents if snapshot is None else SnapshotDocuments(snapshot)
         loop = asyncio.get_running_loop()
-        reason = await loop.run_in_executor(self._judges, self._judge, model, reader, snapshot is None)
+        reason = await loop.run_in_executor(self._judges, self._judge_where_it_lies, model, snapshot)
         self._found[model.name] = (model.revision, reason)
         return reason
+
+    def _judge_where_it_lies(self, model: Model, snapshot: Path | None) -> str | None:
+        if snapshot is not None:
+            try:
+                return self._judge(model, SnapshotDocuments(snapshot), fetch=False)
+            except CacheError:
+                pass  # it has just been evicted
+        return self._judge(model, self._documents, fetch=True)
 
     def _judge(self, model: Model, reader: Reader, fetch: bool) -> str | None:
         """Why the model cannot be served; what is damaged is told and not kept: it may be the wire."""

@@ -54,6 +54,8 @@ class Registry:
         Where the bucket's objects are replaced meanwhile the whole new revision is fetched, never a mix;
         but a client that named the revision gets no other.
         """
+        # It may have been let through because another revision was loaded, which is gone.
+        await self.examine(model)
         for attempt in range(1, REPLACED_ATTEMPTS + 1):
             try:
                 return await self.sync.snapshot(model)

@@ -148,11 +148,10 @@ class Staging:
                 continue
             if not covered[stretch.file].fits(stretch.start, stretch.end):
                 continue
-            with suppress(FileNotFoundError):
-                if _copy(leftover / stretch.file, stretch, arrival):
-                    covered[stretch.file].add(stretch.start, stretch.end)
-                    self.note(stretch)
-                    yield stretch
+            if _copy(leftover / stretch.file, stretch, arrival):
+                covered[stretch.file].add(stretch.start, stretch.end)
+                self.note(stretch)
+                yield stretch
 
     def reuse(self, snapshots: Iterable[Path], objects: Iterable[StoredObject]) -> list[StoredObject]:
         """Link files that another snapshot has of the same object and generation, their sums checked."""
@@ -213,16 +212,27 @@ def _stretch(line: Any) -> Stretch:
 
 
 def _copy(source: Path, stretch: Stretch, arrival: Arrival) -> bool:
-    """Copy the stretch; False where its bytes are not those that were journalled."""
-    total = 0
-    with source.open("rb", buffering=0) as file:
-        file.seek(stretch.start)
-        offset = stretch.start
-        while offset < stretch.end and (chunk := file.read(min(COPY_BYTES, stretch.end - offset))):
+    """Copy the stretch; False where it cannot be read, or its bytes are not those that were journalled.
+
+    Raises OSError where they cannot be written.
+    """
+    total, offset = 0, stretch.start
+    try:
+        file = source.open("rb", buffering=0)
+    except OSError:
+        return False
+    with file:
+        while offset < stretch.end:
+            try:
+                chunk = os.pread(file.fileno(), min(COPY_BYTES, stretch.end - offset), offset)
+            except OSError:
+                return False
+            if not chunk:
+                return False
             total = google_crc32c.extend(total, chunk)
             arrival.write(chunk, offset)
             offset += len(chunk)
-    return offset == stretch.end and total == stretch.crc32c
+    return total == stretch.crc32c
 
 
 def _holds(path: Path, stored: StoredObject, crc32c: int) -> bool:

@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 3.0
 FETCHES_AT_ONCE = 16
-_HOLD_ATTEMPTS = 3
+_HOLD_ATTEMPTS = 5
+HOLD_AGAIN_SECONDS = 0.05
 _TAKEN_ATTEMPTS = 5
 
 
@@ -69,6 +70,7 @@ class Sync:
             await asyncio.shield(self._fetching(model, target))
             if self._disk.hold(target):
                 return Snapshot(model.name, model.revision, target, model.bytes, model.serving)
+            await asyncio.sleep(HOLD_AGAIN_SECONDS)  # somebody looked whether it may go
         raise CacheError(f"The snapshot of '{model.name}' was removed as often as it was fetched.")
 
     async def kept(self, model: Model) -> Path | None:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from inference_service.errors import (
     DiskFull,
     EngineError,
     EngineStartFailed,
+    ModelNotServable,
     NoSlot,
     Overloaded,
     QueueTimedOut,
@@ -93,9 +95,11 @@ class Bench:
 
     async def _fetch(self, model: Model) -> Snapshot:
         if not self.has_room.get(model.name, lambda: True)():
-            raise DiskFull("no room")
+            error = DiskFull("no room")
+            error.missing = 100
+            raise error
         self.held.append(model.name)
-        return Snapshot(model.name, model.revision, Path("/nowhere"), 0)
+        return Snapshot(model.name, model.revision, Path("/nowhere"), model.bytes)
 
     def _release(self, snapshot: Snapshot) -> None:
         self.held.remove(snapshot.model)
@@ -472,3 +476,20 @@ async def test_who_waits_too_long_is_told_when_to_come_again_and_the_load_goes_o
         bench.engine("a").started.set_result(None)
         (await again).release()
         assert len(bench.engines["a"]) == 1
+
+
+async def test_a_pinned_model_that_takes_the_last_slot_leaves_nobody_waiting(one: Bench) -> None:
+    one.pinned = {"p"}
+    pinned, other = one.ask("p"), one.ask("b")
+    await one.settle()
+    with pytest.raises(NoSlot, match="pinned, by p"):
+        await other
+    one.engine("p").started.set_result(None)
+    (await pinned).release()
+
+
+async def test_an_engine_of_another_revision_is_not_passed_off(one: Bench) -> None:
+    (await one.started("a")).release()
+    with pytest.raises(ModelNotServable, match="its revision r1 is loaded and not r2"):
+        await one.pool.lease(replace(model("a"), revision="r2", exact=True))
+    assert repr(one.pool) == "<Pool a:ready(0) | waiting: nobody>"

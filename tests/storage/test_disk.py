@@ -116,7 +116,7 @@ async def test_the_promises_of_another_process_count(source: Path, cache: Path) 
     sync = open_sync(DirectoryStore(source), cache, quota=3 * MIB // 2)
     target, staging = cache / "other" / "x", cache / "other" / ".incomplete-x-1"
     staging.mkdir(parents=True)
-    (staging / PROMISE).write_text(str(MIB))
+    (staging / PROMISE).write_text(f"{MIB} 0")
     with turn(target, lambda: False), pytest.raises(DiskFull):
         await sync.snapshot(listed(source, "a"))
     await sync.snapshot(listed(source, "a"))
@@ -139,9 +139,24 @@ async def test_what_a_broken_fetch_left_of_the_revision_is_no_obstacle(source: P
     leftover = cache / "a" / f".incomplete-{model.revision}-xyz"
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(bytes(5 * MIB))
-    (leftover / PROMISE).write_text(str(6 * MIB))
+    (leftover / PROMISE).write_text(f"{6 * MIB} 0")
     await open_sync(DirectoryStore(source), cache, quota=10 * MIB).snapshot(model)
     assert kept(cache) == ["a"]
+
+
+async def test_a_new_revision_under_pressure_still_takes_only_what_changed(source: Path, cache: Path) -> None:
+    """Its own staging directory is no victim, nor is what is linked in it counted twice."""
+    put(source, "a", 4 * MIB)
+    put(source, "old", MIB)
+    store = Counting(source)
+    sync = open_sync(store, cache, quota=11 * MIB // 2)
+    for name in ("old", "a"):
+        sync.release(await sync.snapshot(listed(source, name)))
+    (source / "models" / "a" / "tokenizer.json").write_bytes(bytes(MIB))
+    store.bytes_read = 0
+    await sync.snapshot(listed(source, "a"))
+    assert store.bytes_read == MIB
+    assert kept(cache) == ["a", "a"], "the other one gave way"
 
 
 async def test_what_is_held_and_replaced_is_held_on(source: Path, cache: Path) -> None:
@@ -232,3 +247,15 @@ class Filling(DirectoryStore):
         if not self._other.exists():
             self._other.write_bytes(bytes(40 * MIB))
         yield from super().read(stored, start, end)
+
+
+class Counting(DirectoryStore):
+    bytes_read = 0
+
+    def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
+        for chunk in super().read(stored, start, end):
+            self.bytes_read += len(chunk)
+            yield chunk
+
+    def checksum(self, stored: StoredObject) -> int:
+        return DirectoryStore(self.root).checksum(stored)
