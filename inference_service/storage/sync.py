@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 3.0
 FETCHES_AT_ONCE = 16
+LEAVE_SECONDS = 1.0
 _HOLD_ATTEMPTS = 5
 HOLD_AGAIN_SECONDS = 0.05
 _TAKEN_ATTEMPTS = 5
@@ -188,6 +189,11 @@ class Sync:
                 logged = time.monotonic()
                 _log(progress, "fetching")
         if job.error is not None:
+            # Connections that are in the middle of a piece still have its file open: the disk gets its room
+            # back when they have left.
+            patience = time.monotonic() + LEAVE_SECONDS
+            while job.parts and time.monotonic() < patience:
+                time.sleep(0.01)
             raise job.error
 
     def _put_in_place(self, staging: Path, target: Path, model: Model) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -242,10 +243,14 @@ class Filling(DirectoryStore):
     def __init__(self, root: Path, other: Path) -> None:
         super().__init__(root)
         self._other = other
+        self._writing = threading.Lock()
+        self._written = False
 
     def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
-        if not self._other.exists():
-            self._other.write_bytes(bytes(40 * MIB))
+        with self._writing:
+            if not self._written:
+                self._written = True
+                self._other.write_bytes(bytes(40 * MIB))
         yield from super().read(stored, start, end)
 
 
