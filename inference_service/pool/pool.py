@@ -253,7 +253,10 @@ class Pool:
 
     def _no_slot_for(self, name: str) -> NoSlot | None:
         """The error for a model without an engine while every engine is pinned to another."""
-        pinned = [key for key, slot in self._slots.items() if slot.model.serving.pinned]
+        serving = (EngineState.STARTING, EngineState.READY)
+        pinned = [
+            key for key, slot in self._slots.items() if slot.model.serving.pinned and slot.state in serving
+        ]
         if name in self._slots or len(pinned) < self._policy.slots:
             return None
         return NoSlot(

@@ -493,3 +493,17 @@ async def test_an_engine_of_another_revision_is_not_passed_off(one: Bench) -> No
     with pytest.raises(ModelNotServable, match="its revision r1 is loaded and not r2"):
         await one.pool.lease(replace(model("a"), revision="r2", exact=True))
     assert repr(one.pool) == "<Pool a:ready(0) | waiting: nobody>"
+
+
+async def test_a_pinned_engine_that_is_being_unloaded_is_waited_for(one: Bench) -> None:
+    one.pinned = {"p"}
+    (await one.started("p")).release()
+    unloading = asyncio.create_task(one.pool.unload("p"))
+    await one.settle()
+    waiting = one.ask("b")
+    await one.settle()
+    one.engine("p").may_close.set_result(None)
+    await unloading
+    await one.settle()
+    one.engine("b").started.set_result(None)
+    (await waiting).release()

@@ -17,7 +17,7 @@ from inference_service.storage.layout import MANIFEST, PROMISE, ROOM_LOCK
 from inference_service.storage.model import Model, models_in
 from inference_service.storage.store import Bytes, StoredObject
 from inference_service.storage.turns import turn
-from tests.fixtures.caches import open_sync
+from tests.fixtures.caches import CountingStore, open_sync
 
 MIB = 1 << 20
 DISK_MIB = 64
@@ -149,7 +149,7 @@ async def test_a_new_revision_under_pressure_still_takes_only_what_changed(sourc
     """Its own staging directory is no victim, nor is what is linked in it counted twice."""
     put(source, "a", 4 * MIB)
     put(source, "old", MIB)
-    store = Counting(source)
+    store = CountingStore(source)
     sync = open_sync(store, cache, quota=11 * MIB // 2)
     for name in ("old", "a"):
         sync.release(await sync.snapshot(listed(source, name)))
@@ -252,15 +252,3 @@ class Filling(DirectoryStore):
                 self._written = True
                 self._other.write_bytes(bytes(40 * MIB))
         yield from super().read(stored, start, end)
-
-
-class Counting(DirectoryStore):
-    bytes_read = 0
-
-    def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
-        for chunk in super().read(stored, start, end):
-            self.bytes_read += len(chunk)
-            yield chunk
-
-    def checksum(self, stored: StoredObject) -> int:
-        return DirectoryStore(self.root).checksum(stored)

@@ -20,8 +20,8 @@ from inference_service.storage.directory import DirectoryStore
 from inference_service.storage.layout import MANIFEST, ROOM_LOCK
 from inference_service.storage.model import Model, models_in
 from inference_service.storage.staging import Coverage, Staging, Stretch
-from inference_service.storage.store import Bytes, StoredObject
-from tests.fixtures.caches import open_sync
+from inference_service.storage.store import StoredObject
+from tests.fixtures.caches import CountingStore, open_sync
 
 CONTENTS = {"config.json": b"{}", "model.safetensors": os.urandom(300_000), "empty.json": b""}
 
@@ -162,7 +162,7 @@ KILLED = """
 import asyncio, sys, time
 from pathlib import Path
 from inference_service.storage.store import DirectoryStore
-from tests.fixtures.caches import open_sync
+from tests.fixtures.caches import CountingStore, open_sync
 from tests.storage.test_sync import listed
 
 class Slow(DirectoryStore):
@@ -201,18 +201,6 @@ async def test_what_a_killed_fetch_left_goes_and_what_another_writes_stays(sourc
         store = DirectoryStore(source)
         await open_sync(store, cache).snapshot(listed(store))
         assert (dead.exists(), alive.exists()) == (False, True)
-
-
-class CountingStore(DirectoryStore):
-    bytes_read = 0
-
-    def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
-        for chunk in super().read(stored, start, end):
-            self.bytes_read += len(chunk)
-            yield chunk
-
-    def checksum(self, stored: StoredObject) -> int:
-        return DirectoryStore(self.root).checksum(stored)
 
 
 class OtherSums(DirectoryStore):
