@@ -88,7 +88,7 @@ class Job:
     files_left: int
     retries_left: float
     parts: set[Part] = field(default_factory=set)
-    error: Exception | None = None
+    error: BaseException | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
     def ready_in(self, now: float) -> float | None:

@@ -22,6 +22,8 @@ from inference_service.storage.progress import Progress
 from inference_service.storage.staging import Arrival, Stretch
 from inference_service.storage.store import RETRY_AFTER_SECONDS, Store
 
+LEAVE_SECONDS = 1.0
+
 
 class Mover:
     """The connections to one store."""
@@ -69,6 +71,23 @@ class Mover:
             except Exception as error:
                 self._end(job, error)
 
+    def stop(self, job: Job, error: BaseException) -> None:
+        """End a job, unless it has ended; once this returns no connection begins to write to its files.
+
+        Blocks for LEAVE_SECONDS where connections hang. Those are left alone, and others take their places.
+        """
+        self._end(job, error)
+        with self._changed:
+            self._changed.wait_for(lambda: not job.parts, LEAVE_SECONDS)
+            # What writes or verifies is no matter of the store's: the file is closed only after it.
+            for part in [part for part in job.parts if not part.writing and not part.accounted]:
+                _stop_here(part)
+                self._let_go(job, part)
+            idle = not job.parts
+        if idle:
+            for arrival in job.arrivals:
+                arrival.close()
+
     def _stalls(self, part: Part, now: float) -> bool:
         gained = part.position - part.watched_from
         part.watched_at, part.watched_from = now, part.position
@@ -81,13 +100,17 @@ class Mover:
         Whether the part's file is complete without it.
         """
         end = _stop_here(part)
-        part.abandoned = True
-        job.parts.discard(part)
-        self._threads -= 1
+        self._let_go(job, part)
         complete = self._account(job, part)
         if part.position < end:
             self._again(job, part, end, _stalled(part, self.pace))
         return complete
+
+    def _let_go(self, job: Job, part: Part) -> None:
+        """Count a part's thread no longer: another may be started in its place."""
+        part.abandoned = True
+        job.parts.discard(part)
+        self._threads -= 1
 
     def _hire(self) -> None:
         """Threads up to the number of connections, or as many as the system gives."""
@@ -266,7 +289,7 @@ class Mover:
             job.spans.append(Span(arrival, 0, arrival.stored.size))
             self._changed.notify_all()
 
-    def _end(self, job: Job, error: Exception | None) -> None:
+    def _end(self, job: Job, error: BaseException | None) -> None:
         with self._changed:
             if job.ended.is_set():
                 return

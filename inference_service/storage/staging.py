@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -21,6 +21,7 @@ from typing import Any
 import google_crc32c
 
 from inference_service.storage.layout import INCOMPLETE, JOURNAL, PROMISE, Manifest
+from inference_service.storage.order import Order
 from inference_service.storage.store import StoredObject
 
 COPY_BYTES = 1 << 20
@@ -128,21 +129,24 @@ class Staging:
         self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=snapshot.parent))
         self._journal = (self.path / JOURNAL).open("ab", buffering=0)
         self._writing = threading.Lock()
+        # Whether it holds bytes that lie nowhere else: not so while what they were copied from is there.
+        self._only_copy = False
 
     def note(self, stretch: Stretch) -> None:
         """A stretch has arrived: should this process be killed, the next need not fetch it again."""
-        line = f"{json.dumps([stretch.file, stretch.start, stretch.end, stretch.crc32c])}\n"
-        with self._writing:
-            # After `close` a thread that comes late may still call; a full disk shows itself elsewhere.
-            if not self._journal.closed:
-                with suppress(OSError):
-                    self._journal.write(line.encode())
+        self._only_copy = True
+        self._enter(stretch)
 
     def salvage(
-        self, leftover: Path, arrivals: dict[str, Arrival], covered: dict[str, Coverage]
+        self, leftover: Path, arrivals: dict[str, Arrival], covered: dict[str, Coverage], order: Order
     ) -> Iterator[Stretch]:
-        """Copy what `leftover` holds beyond `covered` and its journal's sums confirm; yields what it took."""
+        """Copy what `leftover` holds beyond `covered` and its journal's sums confirm; yields what it took.
+
+        In the end nothing is left of the leftover. Raises Withdrawn before that, and OSError.
+        """
+        took = False
         for stretch in journalled(leftover):
+            order.check()
             arrival = arrivals.get(stretch.file)
             if arrival is None or not 0 <= stretch.start < stretch.end <= arrival.stored.size:
                 continue
@@ -150,11 +154,19 @@ class Staging:
                 continue
             if _copy(leftover / stretch.file, stretch, arrival):
                 covered[stretch.file].add(stretch.start, stretch.end)
-                self.note(stretch)
+                self._enter(stretch)
+                took = True
                 yield stretch
+        self._only_copy |= took
+        shutil.rmtree(leftover, ignore_errors=True)
 
-    def reuse(self, snapshots: Iterable[Path], objects: Iterable[StoredObject]) -> list[StoredObject]:
-        """Link files that another snapshot has of the same object and generation, their sums checked."""
+    def reuse(
+        self, snapshots: Iterable[Path], objects: Iterable[StoredObject], order: Order
+    ) -> list[StoredObject]:
+        """Link files that another snapshot has of the same object and generation, their sums checked.
+
+        Raises Withdrawn.
+        """
         wanted = {(stored.name, stored.generation): stored for stored in objects}
         for snapshot in snapshots:
             manifest = Manifest.read(snapshot)
@@ -163,7 +175,7 @@ class Staging:
                 if stored is None or stored.filename != name:
                     continue
                 with suppress(OSError):
-                    if _holds(snapshot / name, stored, record.crc32c):
+                    if _holds(snapshot / name, stored, record.crc32c, order):
                         os.link(snapshot / name, self.path / name)
                         del wanted[stored.name, stored.generation]
         return [stored for stored in objects if (stored.name, stored.generation) not in wanted]
@@ -175,10 +187,27 @@ class Staging:
             (self.path / name).unlink(missing_ok=name == PROMISE)
         manifest.write(self.path)
 
+    def leave(self) -> None:
+        """The fetch has broken off: what has arrived stays for the next attempt.
+
+        However often fetches break off while they copy what another left, there is one leftover and not many.
+        """
+        self.close()
+        if not self._only_copy:
+            self.discard()
+
     def close(self) -> None:
         # Under the lock: the number of a closed descriptor is soon another file's.
         with self._writing:
             self._journal.close()
+
+    def _enter(self, stretch: Stretch) -> None:
+        line = f"{json.dumps([stretch.file, stretch.start, stretch.end, stretch.crc32c])}\n"
+        with self._writing:
+            # After `close` a thread that comes late may still call; a full disk shows itself elsewhere.
+            if not self._journal.closed:
+                with suppress(OSError):
+                    self._journal.write(line.encode())
 
     def discard(self) -> None:
         self.close()
@@ -195,10 +224,12 @@ def journalled(leftover: Path) -> list[Stretch]:
     return stretches
 
 
-def checksum(descriptor: int, start: int, end: int) -> int:
-    """crc32c of the bytes `start` to `end` of a file; raises OSError."""
+def checksum(descriptor: int, start: int, end: int, look: Callable[[], None] | None = None) -> int:
+    """crc32c of the bytes `start` to `end` of a file; raises OSError, and what `look` raises on the way."""
     total = 0
     while start < end and (chunk := os.pread(descriptor, min(COPY_BYTES, end - start), start)):
+        if look is not None:
+            look()
         total = google_crc32c.extend(total, chunk)
         start += len(chunk)
     return total
@@ -235,7 +266,9 @@ def _copy(source: Path, stretch: Stretch, arrival: Arrival) -> bool:
     return total == stretch.crc32c
 
 
-def _holds(path: Path, stored: StoredObject, crc32c: int) -> bool:
+def _holds(path: Path, stored: StoredObject, crc32c: int, order: Order) -> bool:
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        return size == stored.size and checksum(file.fileno(), 0, size) == crc32c
+        if size != stored.size:
+            return False
+        return checksum(file.fileno(), 0, size, order.check) == crc32c

@@ -2,7 +2,8 @@
 
 One fetch per revision, however many ask, in this process and among those that share the directory. A
 lock keeps the others from fetching the same; without it the result is as right, for every fetch writes
-to a directory of its own and only a rename makes a snapshot of it.
+to a directory of its own and only a rename makes a snapshot of it. A fetch ends early with the last that
+waits for it, and what has arrived stays for the next.
 """
 
 import asyncio
@@ -10,9 +11,10 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from inference_service.storage.layout import (
 )
 from inference_service.storage.model import Model
 from inference_service.storage.mover import Mover
+from inference_service.storage.order import Order, Withdrawn
 from inference_service.storage.progress import Progress
 from inference_service.storage.staging import Arrival, Coverage, Staging
 from inference_service.storage.store import Store, StoredObject
@@ -41,10 +44,24 @@ logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 3.0
 FETCHES_AT_ONCE = 16
-LEAVE_SECONDS = 1.0
+LOOK_SECONDS = 0.2
 _HOLD_ATTEMPTS = 5
 HOLD_AGAIN_SECONDS = 0.05
 _TAKEN_ATTEMPTS = 5
+
+
+@dataclass(eq=False)
+class _UnderWay:
+    """A fetch in the threads, and how many tasks wait for it. The event loop's alone."""
+
+    order: Order
+    work: Future[None]
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    waiting: int = 0
+
+    def withdraw(self) -> None:
+        self.order.withdraw()
+        self.work.cancel()  # what no thread has begun shall never begin
 
 
 class Sync:
@@ -55,7 +72,7 @@ class Sync:
         self._layout = layout
         self._disk = disk
         self._mover = Mover(store, pace)
-        self._under_way: dict[Path, asyncio.Future[None]] = {}
+        self._under_way: dict[Path, _UnderWay] = {}
         self._progress: dict[Path, Progress] = {}
         # Its own: a fetch that takes for ever must not hold a listing or a parse.
         self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="sync")
@@ -64,11 +81,12 @@ class Sync:
     async def snapshot(self, model: Model) -> Snapshot:
         """The verified snapshot of `model`, fetched unless it is there; held until `release`.
 
-        Raises StoreError, CacheError and DiskFull; nothing half-written counts as a snapshot then.
+        Raises StoreError, CacheError and DiskFull; nothing half-written counts as a snapshot then. Cancelled,
+        it ends the fetch unless others wait for that too.
         """
         target = self._layout.snapshot(model.name, model.revision)
         for _ in range(_HOLD_ATTEMPTS):
-            await asyncio.shield(self._fetching(model, target))
+            await self._fetched_with_room(model, target)
             if self._disk.hold(target):
                 return Snapshot(model.name, model.revision, target, model.bytes, model.serving)
             await asyncio.sleep(HOLD_AGAIN_SECONDS)  # somebody looked whether it may go
@@ -96,20 +114,55 @@ class Sync:
             "disk": {"quota_bytes": self._disk.quota, "used_bytes": self._disk.used()},
         }
 
-    def _fetching(self, model: Model, target: Path) -> asyncio.Future[None]:
-        fetching = self._under_way.get(target)
-        if fetching is None:
-            loop = asyncio.get_running_loop()
-            fetching = loop.run_in_executor(self._threads, self.ensure, model)
-            self._under_way[target] = fetching
-            fetching.add_done_callback(lambda _: self._under_way.pop(target, None))
-        return fetching
+    async def _fetched_with_room(self, model: Model, target: Path) -> None:
+        """As `_fetched`; a fetch that is being stopped has its room on the disk a moment longer."""
+        while True:
+            stopping = [fetch for fetch in self._under_way.values() if fetch.order.withdrawn]
+            try:
+                return await self._fetched(model, target)
+            except DiskFull:
+                if not stopping:
+                    raise
+                for fetch in stopping:
+                    await fetch.ended.wait()
 
-    def ensure(self, model: Model) -> None:
-        """Blocks until the snapshot is there; raises as `snapshot` does."""
+    async def _fetched(self, model: Model, target: Path) -> None:
+        """Wait for the fetch, a new one unless others wait for one; ends it if nobody else does."""
+        fetch = await self._joined(model, target)
+        fetch.waiting += 1
+        try:
+            await fetch.ended.wait()
+        finally:
+            fetch.waiting -= 1
+            if fetch.waiting == 0:
+                fetch.withdraw()
+        fetch.work.result()
+
+    async def _joined(self, model: Model, target: Path) -> _UnderWay:
+        # One that is being stopped still writes; what it leaves is for the next to take over.
+        while (fetch := self._under_way.get(target)) is not None and fetch.order.withdrawn:
+            await fetch.ended.wait()
+        return fetch or self._begin(model, target)
+
+    def _begin(self, model: Model, target: Path) -> _UnderWay:
+        loop, order = asyncio.get_running_loop(), Order()
+        fetch = _UnderWay(order, self._threads.submit(self.ensure, model, order))
+        self._under_way[target] = fetch
+
+        def over() -> None:
+            del self._under_way[target]
+            fetch.ended.set()
+
+        fetch.work.add_done_callback(lambda _: _call_in(loop, over))
+        return fetch
+
+    def ensure(self, model: Model, order: Order | None = None) -> None:
+        """Blocks until the snapshot is there; raises as `snapshot` does, and Withdrawn once `order` is."""
         target = self._layout.snapshot(model.name, model.revision)
+        order = order or Order()
 
         def whole() -> bool:
+            order.check()
             return is_whole(target, model.objects)
 
         with _disk_errors(model.name, self._layout.root):
@@ -117,35 +170,40 @@ class Sync:
                 return
             with turn(target, whole) as alone:
                 if not whole():
-                    self._fetch_anyway(model, target, alone)
+                    self._fetch_anyway(model, target, order, alone)
 
-    def _fetch_anyway(self, model: Model, target: Path, alone: bool) -> None:
+    def _fetch_anyway(self, model: Model, target: Path, order: Order, alone: bool) -> None:
         for attempt in range(_TAKEN_ATTEMPTS):
             try:
-                return self._fetch(model, target, resume=alone and attempt == 0)
+                return self._fetch(model, target, order, resume=alone and attempt == 0)
             except FileNotFoundError:
                 # Where a lock does not reach (another machine), this staging directory may have been
                 # taken for a dead one's. From now on leave everybody else's alone.
                 logger.warning("the staging directory was removed", extra={"model": model.name})
-        return self._fetch(model, target, resume=False)
+        return self._fetch(model, target, order, resume=False)
 
-    def _fetch(self, model: Model, target: Path, *, resume: bool) -> None:
+    def _fetch(self, model: Model, target: Path, order: Order, *, resume: bool) -> None:
         self._disk.clear(left for left in stagings_of(target.parent) if revision_of(left) != target.name)
         staging = Staging(target)
         progress = Progress(model.name, model.revision, model.bytes)
         self._progress[target] = progress
         try:
-            reused = staging.reuse(self._siblings(target), model.objects)
+            reused = staging.reuse(self._siblings(target), model.objects, order)
             progress.skip(sum(stored.size for stored in reused))
             wanted = [stored for stored in model.objects if stored not in reused]
             count = sum(stored.size for stored in wanted)
             with self._disk.reserved(model.name, target, staging.path, count):
-                self._fill(wanted, target, staging, progress, resume)
+                leftovers = stagings(target) if resume else []
+                self._fill(wanted, leftovers, staging, progress, order)
                 records = {stored.filename: self._record(stored, staging.path) for stored in model.objects}
                 staging.seal(Manifest(records))
                 self._put_in_place(staging.path, target, model)
+        except Withdrawn:
+            staging.leave()
+            _log(progress, "nobody waits for it any more")
+            raise
         except (StoreUnavailable, KeyboardInterrupt):
-            staging.close()  # what has arrived stays for the next attempt
+            staging.leave()
             raise
         except BaseException:
             staging.discard()
@@ -157,17 +215,20 @@ class Sync:
     def _fill(
         self,
         wanted: list[StoredObject],
-        target: Path,
+        leftovers: list[Path],
         staging: Staging,
         progress: Progress,
-        resume: bool,
+        order: Order,
     ) -> None:
-        """Fetch and verify the files `wanted`, but for what leftovers of this revision have of them."""
+        """Fetch and verify the files `wanted`, but for what `leftovers` of this revision have of them."""
         arrivals = {stored.filename: Arrival(stored, staging.path / stored.filename) for stored in wanted}
         covered = {name: Coverage() for name in arrivals}
         try:
-            if resume:
-                _salvage(staging, target, arrivals, covered, progress)
+            for leftover in leftovers:
+                if leftover != staging.path:
+                    for stretch in staging.salvage(leftover, arrivals, covered, order):
+                        progress.skip(stretch.bytes)
+            order.check()
         except BaseException:
             for arrival in arrivals.values():
                 arrival.close()
@@ -177,24 +238,30 @@ class Sync:
             gaps = covered[arrival.name].gaps(arrival.stored.size)
             arrival.missing = sum(end - start for start, end in gaps)
             spans += [Span(arrival, start, end) for start, end in gaps]
-        self._await(self._mover.move(spans, progress, staging.note), progress)
+        self._await(self._mover.move(spans, progress, staging.note), progress, order)
 
-    def _await(self, job: Job, progress: Progress) -> None:
-        """Watch over the job and log its progress until it has ended; raises its error."""
-        poll = min(LOG_SECONDS, self._mover.pace.stall_seconds / 4)
+    def _await(self, job: Job, progress: Progress, order: Order) -> None:
+        """Watch over the job until it has ended; raises its error, and Withdrawn once nobody wants it."""
+        try:
+            self._watch(job, progress, order)
+        except BaseException as error:  # Withdrawn, or Ctrl-C
+            self._mover.stop(job, error)
+            raise
+        if job.error is not None:
+            # Connections that are in the middle of a piece still have its file open: the disk gets its room
+            # back when they have left.
+            self._mover.stop(job, job.error)
+            raise job.error
+
+    def _watch(self, job: Job, progress: Progress, order: Order) -> None:
+        poll = min(LOOK_SECONDS, self._mover.pace.stall_seconds / 4)
         logged = time.monotonic()
         while not job.ended.wait(poll):
+            order.check()
             self._mover.watch(job)
             if time.monotonic() - logged >= LOG_SECONDS:
                 logged = time.monotonic()
                 _log(progress, "fetching")
-        if job.error is not None:
-            # Connections that are in the middle of a piece still have its file open: the disk gets its room
-            # back when they have left.
-            patience = time.monotonic() + LEAVE_SECONDS
-            while job.parts and time.monotonic() < patience:
-                time.sleep(0.01)
-            raise job.error
 
     def _put_in_place(self, staging: Path, target: Path, model: Model) -> None:
         sync_directory(staging)
@@ -220,20 +287,9 @@ class Sync:
         )
 
 
-def _salvage(
-    staging: Staging,
-    target: Path,
-    arrivals: dict[str, Arrival],
-    covered: dict[str, Coverage],
-    progress: Progress,
-) -> None:
-    """Take over what killed fetches of this revision left."""
-    for leftover in stagings(target):
-        if leftover == staging.path:
-            continue
-        for stretch in staging.salvage(leftover, arrivals, covered):
-            progress.skip(stretch.bytes)
-        shutil.rmtree(leftover, ignore_errors=True)
+def _call_in(loop: asyncio.AbstractEventLoop, told: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+        loop.call_soon_threadsafe(told)
 
 
 def _log(progress: Progress, message: str) -> None:

@@ -20,7 +20,7 @@ LOCK_PATIENCE_SECONDS = 120.0
 
 @contextmanager
 def turn(target: Path, done: Callable[[], bool]) -> Iterator[bool]:
-    """Wait while another process fetches this revision, as long as it gets on.
+    """Wait while another process fetches this revision, as long as it gets on, or until `done` raises.
 
     Yields whether nobody else fetches it now: what lies there of it, a killed process has left.
     """

@@ -207,6 +207,58 @@ def test_a_small_fetch_does_not_wait_for_a_large_one(tmp_path: Path) -> None:
     assert (small.error, large.error) == (None, None)
 
 
+def test_a_job_that_is_stopped_leaves_its_connections_to_others(tmp_path: Path) -> None:
+    """Whatever they hang in; and nothing is written any more when that comes to its end."""
+    store, gate = StepStore(), threading.Event()
+    store.gates = {"a": lambda _: wait_for(gate)}
+    mover = Mover(store, PACE)
+    with fetching(mover, tmp_path, "a", 200 * KIB) as job:
+        wait_until(lambda: len(job.parts) == 4)
+        mover.stop(job, StoreUnavailable("enough"))
+    assert job.ended.is_set()
+    assert isinstance(job.error, StoreUnavailable)
+    with fetching(mover, tmp_path, "b", 200 * KIB) as other:
+        assert other.ended.wait(10)
+    gate.set()
+    wait_until(lambda: not any(thread.name == "fetch" for thread in threading.enumerate()))
+    assert job.progress.done == 0
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_file_that_is_being_verified_is_not_closed_by_who_stops_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference_service.storage.mover.LEAVE_SECONDS", 0.05)
+    verifying, gate = threading.Event(), threading.Event()
+    sums: list[int] = []
+
+    def checksum(arrival: Arrival) -> int:
+        verifying.set()
+        wait_for(gate)
+        sums.append(original(arrival))
+        return sums[-1]
+
+    original = Arrival.checksum
+    monkeypatch.setattr(Arrival, "checksum", checksum)
+    mover = Mover(StepStore(), PACE)
+    with fetching(mover, tmp_path, "a", 4 * KIB) as job:
+        wait_for(verifying)
+        mover.stop(job, StoreUnavailable("enough"))
+    (arrival,) = job.arrivals
+    assert not arrival.closed
+    gate.set()
+    wait_until(lambda: arrival.closed)
+    assert sums == [google_crc32c.value(bytes(4 * KIB))]
+
+
+def test_a_job_that_has_ended_well_is_not_stopped(tmp_path: Path) -> None:
+    mover = Mover(StepStore(), PACE)
+    with fetching(mover, tmp_path, "a", 4 * KIB) as job:
+        assert job.ended.wait(10)
+        mover.stop(job, StoreUnavailable("enough"))
+    assert job.error is None
+
+
 def test_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

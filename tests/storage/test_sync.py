@@ -148,16 +148,6 @@ async def test_a_cache_that_cannot_be_written_is_named(source: Path, tmp_path: P
         await open_sync(store, tmp_path / "file").snapshot(listed(store))
 
 
-async def test_a_client_that_leaves_does_not_end_the_fetch(source: Path, cache: Path) -> None:
-    store = DirectoryStore(source)
-    sync = open_sync(store, cache)
-    impatient = asyncio.create_task(sync.snapshot(listed(store)))
-    await asyncio.sleep(0)
-    impatient.cancel()
-    snapshot = await sync.snapshot(listed(store))
-    assert (snapshot.path / MANIFEST).is_file()
-
-
 KILLED = """
 import asyncio, sys, time
 from pathlib import Path
