@@ -1,4 +1,4 @@
-# The only commands: make run | test | check | model | bench-serve | bench-sync | lock. Each does its own set-up.
+# The only commands: make run | test | check | model | bench-serve | bench-sync | bench-front | lock. Each does its own set-up.
 SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
@@ -22,7 +22,7 @@ else
 export UV_TORCH_BACKEND := cpu
 endif
 
-.PHONY: run model test test-gpu check format lock bench-serve bench-sync clean
+.PHONY: run model test test-gpu check format lock bench-serve bench-sync bench-front clean
 
 # The demo's bucket, unless one is set in the environment or in .env.
 run: model
@@ -55,6 +55,9 @@ bench-serve: model
 
 bench-sync: $(INSTALLED)
 	$(BIN)/python -m benchmarks.sync $(if $(QUICK),--quick)
+
+bench-front: $(INSTALLED)
+	$(BIN)/python -m benchmarks.front $(if $(QUICK),--quick)
 
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile --python $(BIN)/python pyproject.toml --extra cpu --extra transformers --extra dev \

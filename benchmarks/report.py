@@ -1,6 +1,7 @@
 """How every benchmark prints: a table, and as the last line one JSON object."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +9,11 @@ from typing import Any
 
 def median(values: Sequence[float]) -> float:
     return round(statistics.median(values), 4)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` of the values do not exceed (nearest rank)."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def spread(values: Sequence[float]) -> str:

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from inference_service.config import Settings
 from inference_service.engines.base import Snapshot
 from inference_service.engines.device import choose_backend, find_device
@@ -36,6 +38,15 @@ class Server:
     name: str
     url: str
     process: subprocess.Popen[bytes]
+
+    @property
+    def address(self) -> str:
+        return self.url.removeprefix("http://")
+
+    def processes(self) -> list[psutil.Process]:
+        """The server's process and those below it."""
+        leader = psutil.Process(self.process.pid)
+        return [leader, *leader.children(recursive=True)]
 
     def wait_until_up(self, path: str, log: Path) -> None:
         deadline = time.monotonic() + START_SECONDS
@@ -66,7 +77,7 @@ def this_service(model: Path, settings: Settings) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as room:
         environment["LOCAL_MODEL_CACHE"] = f"{room}/cache"
         command = [sys.executable, "-m", "inference_service"]
-        with _running("this service", command, environment, port, Path(room), "/ready") as server:
+        with running("this service", command, environment, port, Path(room), "/ready") as server:
             yield server
 
 
@@ -92,7 +103,7 @@ def vllm_server(name: str, model: Path, settings: Settings | None) -> Iterator[S
         environment = launcher_environment(choose_backend(settings.engine, device), device)
     with (
         tempfile.TemporaryDirectory() as room,
-        _running(name, command, environment, port, Path(room), "/health") as server,
+        running(name, command, environment, port, Path(room), "/health") as server,
     ):
         yield server
 
@@ -105,14 +116,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def _running(
+def running(
     name: str, command: list[str], environment: dict[str, str], port: int, room: Path, path: str
 ) -> Iterator[Server]:
+    """`command` until the end of the block; it is up once GET `path` is answered. `room` takes its log."""
     log = room / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             env=os.environ | environment,
+            cwd=room,  # where no .env is
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
