@@ -1,15 +1,22 @@
 """A host without a model: deterministic words at a chosen rate, the same HTTP, no torch.
 
 For load tests of the service and for people who build clients; never the default. `arguments` of its
-HostSpec: tokens per second of one stream.
+HostSpec: tokens per second of one stream. What else it does, and how it fails, the model's config.json
+says in its key `fake` (see Script).
 """
 
 import asyncio
 import itertools
+import json
+import os
+import signal
 import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -22,33 +29,89 @@ from inference_service.engines.base import HostSpec
 _WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog")
 
 
+@dataclass(frozen=True)
+class Script:
+    """How one fake model behaves. Tokens are counted per stream.
+
+    Its start takes `start_seconds`, waits for the file `gate`, holds `memory_mib`, or ends with the error
+    `fail_start`. Then the process is killed after so many tokens (`die_after`), blocks for ever
+    (`hang_after`), or answers but brings no further token (`stall_after`).
+    """
+
+    start_seconds: float = 0.0
+    gate: str | None = None
+    memory_mib: int = 0
+    fail_start: str | None = None
+    die_after: int | None = None
+    hang_after: int | None = None
+    stall_after: int | None = None
+    ignore_sigterm: bool = False
+
+    @classmethod
+    def of(cls, directory: Path) -> "Script":
+        """Raises TypeError for a key that it does not know."""
+        file = directory / "config.json"
+        return cls(**json.loads(file.read_text()).get("fake", {})) if file.exists() else cls()
+
+    def start(self) -> bytearray:
+        """Take the time and the memory that a start takes; raises RuntimeError where it is to fail."""
+        time.sleep(self.start_seconds)
+        while self.gate is not None and not Path(self.gate).exists():
+            time.sleep(0.01)
+        if self.fail_start is not None:
+            raise RuntimeError(self.fail_start)
+        return bytearray(os.urandom(1 << 20) * self.memory_mib)
+
+    async def after(self, tokens: int) -> None:
+        """What befalls a stream that has brought so many tokens."""
+        if tokens == self.die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if tokens == self.hang_after:
+            time.sleep(1e6)  # noqa: ASYNC251  (nothing else in this process is to run either)
+        if tokens == self.stall_after:
+            await asyncio.Event().wait()
+
+
 def run(spec: HostSpec, listener: socket.socket) -> None:
     """Serve until SIGTERM."""
-    config = uvicorn.Config(build_app(spec), log_level="warning", access_log=False)
-    uvicorn.Server(config).run(sockets=[listener])
+    script = Script.of(Path(spec.directory))
+    held = script.start()
+    config = uvicorn.Config(
+        build_app(spec, script), log_level="warning", access_log=False, timeout_graceful_shutdown=1
+    )
+    server = _Stubborn(config) if script.ignore_sigterm else uvicorn.Server(config)
+    server.run(sockets=[listener])
+    del held
 
 
-def build_app(spec: HostSpec) -> FastAPI:
-    fake = _Fake(spec)
+class _Stubborn(uvicorn.Server):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Go on as if nothing had been said."""
+
+
+def build_app(spec: HostSpec, script: Script) -> FastAPI:
+    fake = _Fake(spec, script)
     app = FastAPI()
     app.add_api_route("/health", fake.health)
-    app.add_api_route("/control/running", fake.running)
+    app.add_api_route("/control/pulse", fake.pulse)
     app.add_api_route("/v1/chat/completions", fake.chat, methods=["POST"])
     app.add_api_route("/v1/completions", fake.completion, methods=["POST"])
     return app
 
 
 class _Fake:
-    def __init__(self, spec: HostSpec) -> None:
+    def __init__(self, spec: HostSpec, script: Script) -> None:
         self._spec = spec
+        self._script = script
         self._token_seconds = 1 / float(spec.arguments[0])
         self._running = 0
+        self._steps = 0
 
     async def health(self) -> dict[str, str]:
         return {"status": "ok"}
 
-    async def running(self) -> dict[str, int]:
-        return {"running": self._running}
+    async def pulse(self) -> dict[str, int]:
+        return {"running": self._running, "steps": self._steps}
 
     async def chat(self, request: Request) -> Response:
         body = await request.json()
@@ -105,7 +168,9 @@ class _Fake:
             for number, word in enumerate(_words(count), start=1):
                 due = started + number * self._token_seconds
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
+                self._steps += 1
                 yield word
+                await self._script.after(number)
         finally:
             self._running -= 1
 

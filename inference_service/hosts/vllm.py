@@ -16,14 +16,14 @@ from typing import Any
 import uvicorn
 import uvloop
 import vllm.v1.engine.utils as engine_utils
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.launchers.launcher import NoSignalServer, watchdog_loop
+from vllm.entrypoints.launchers.launcher import NoSignalServer
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -33,6 +33,8 @@ from inference_service.engines.base import HostSpec
 
 # Less than the service waits before it kills the group.
 ENGINE_SHUTDOWN_SECONDS = 3.0
+# vLLM's own watchdog looks every five seconds: too late for those who wait for the engine.
+LOOK_SECONDS = 0.2
 
 control = APIRouter(prefix="/control")
 
@@ -57,25 +59,31 @@ async def _serve(args: Namespace, spec: HostSpec, listener: socket.socket) -> No
             timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
             timeout_graceful_shutdown=1,
         )
-        await _until_terminated(NoSignalServer(config), engine, listener)
+        server = NoSignalServer(config)
+        app.state.server = server  # vLLM's error handlers end it when the engine is dead
+        await _until_terminated(server, engine, listener)
 
 
 async def _until_terminated(server: uvicorn.Server, engine: EngineClient, listener: socket.socket) -> None:
-    """Serve until SIGTERM, or until vLLM's own watchdog sees that the engine has died."""
+    """Serve until SIGTERM, or until the engine has died."""
     loop = asyncio.get_running_loop()
     terminated = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, terminated.set)
     serving = loop.create_task(server.serve(sockets=[listener]))
-    watching = loop.create_task(watchdog_loop(server, engine))
     waiting = loop.create_task(terminated.wait())
-    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    watching.cancel()
+    dying = loop.create_task(_death(engine))
+    await asyncio.wait({serving, waiting, dying}, return_when=asyncio.FIRST_COMPLETED)
     if terminated.is_set():
         # Otherwise it takes the engine core's orderly end for its death and logs an error.
         engine.output_handler.cancel()
         await asyncio.to_thread(engine.shutdown, timeout=ENGINE_SHUTDOWN_SECONDS)
-        server.should_exit = True
-        await serving
+    server.should_exit = True
+    await serving
+
+
+async def _death(engine: EngineClient) -> None:
+    while not engine.errored:  # noqa: ASYNC110  (vLLM has no event for it)
+        await asyncio.sleep(LOOK_SECONDS)
 
 
 async def _build(args: Namespace, spec: HostSpec, engine: EngineClient) -> FastAPI:
@@ -84,6 +92,7 @@ async def _build(args: Namespace, spec: HostSpec, engine: EngineClient) -> FastA
     app.include_router(control)
     await init_app_state(engine, app.state, args, tasks)
     _apply_default_max_tokens(app.state, spec.default_max_tokens)
+    _count_steps(engine, app.state)
     # Sixty lines that list vLLM's routes at every start.
     logging.getLogger("vllm.entrypoints.launchers.launcher").setLevel(logging.WARNING)
     return app
@@ -124,8 +133,26 @@ def _fork_engine_core() -> None:
         engine_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
-@control.get("/running")
-async def running(request: Request) -> dict[str, int]:
-    """Requests that are neither finished nor aborted."""
-    engine = request.app.state.engine_client
-    return {"running": engine.output_processor.get_num_unfinished_requests()}
+def _count_steps(engine: Any, state: Any) -> None:
+    """Count what the engine core sends, once a step, also while a long prompt yields no token yet."""
+    state.steps = 0
+    processor = engine.output_processor
+    updating = processor.update_scheduler_stats
+
+    def update_scheduler_stats(stats: Any) -> None:
+        state.steps += 1
+        updating(stats)
+
+    processor.update_scheduler_stats = update_scheduler_stats
+
+
+@control.get("/pulse")
+async def pulse(request: Request) -> dict[str, int]:
+    """Requests that are neither finished nor aborted, and the steps of the engine core so far."""
+    state = request.app.state
+    if state.engine_client.errored:
+        raise HTTPException(503, "the engine core is dead")
+    return {
+        "running": state.engine_client.output_processor.get_num_unfinished_requests(),
+        "steps": state.steps,
+    }
