@@ -1,5 +1,6 @@
 """The servers that are measured, as processes: this service, and vLLM's own."""
 
+import json
 import os
 import re
 import signal
@@ -18,9 +19,13 @@ from pathlib import Path
 import psutil
 
 from inference_service.config import Settings
-from inference_service.engines.base import Snapshot
-from inference_service.engines.device import choose_backend, find_device
+from inference_service.engines.base import Footprint, Snapshot
+from inference_service.engines.device import Backend, Device, choose_backend, find_device
 from inference_service.engines.factory import launcher_environment, vllm_arguments
+from inference_service.models.serving import Serving
+from inference_service.pool.budget import Budget
+from inference_service.storage.safetensors import LENGTH_BYTES, header_bytes, parse_header
+from inference_service.storage.shape import Weights, shape_of
 
 START_SECONDS = 300.0
 SHARE_OF_MEMORY = 0.4
@@ -99,13 +104,26 @@ def vllm_server(name: str, model: Path, settings: Settings | None) -> Iterator[S
     else:
         device = find_device()
         snapshot = Snapshot(model.name, "", model, 0)
-        command += vllm_arguments(settings, device, snapshot)
+        command += vllm_arguments(settings, device, snapshot, _footprint(settings, device, model))
         environment = launcher_environment(choose_backend(settings.engine, device), device)
     with (
         tempfile.TemporaryDirectory() as room,
         running(name, command, environment, port, Path(room), "/health") as server,
     ):
         yield server
+
+
+def _footprint(settings: Settings, device: Device, model: Path) -> Footprint:
+    """What this service would give an engine of the checkpoint."""
+    weights = Weights({})
+    for file in model.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            size = file.stat().st_size
+            length = header_bytes(opened.read(LENGTH_BYTES), size)
+            weights.tensors.update(parse_header(opened.read(length), size))
+    config = json.loads((model / "config.json").read_text())
+    budget = Budget(device, Backend.VLLM, settings.gpu_memory_utilization, settings.max_cached_models)
+    return budget.footprint(shape_of(config, Serving(), weights, settings, device))
 
 
 def free_port() -> int:

@@ -1,8 +1,10 @@
 """Wiring: the parts of the service, its lifespan, and how errors are rendered."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,8 +19,11 @@ from inference_service.config import Settings
 from inference_service.engines.device import Backend, Device
 from inference_service.engines.factory import EngineFactory
 from inference_service.engines.launcher import Launcher
+from inference_service.engines.memory import free_bytes
 from inference_service.errors import InvalidRequest, ServiceError, error_envelope
 from inference_service.metrics import Metrics
+from inference_service.pool.budget import Budget
+from inference_service.pool.loading import Parts
 from inference_service.pool.pool import Limits, Pool
 from inference_service.pool.scheduler import Policy
 from inference_service.storage.catalog import Catalog
@@ -42,19 +47,19 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     sync = Sync(store, layout, disk)
     preflight = Preflight(documents, settings, device, backend, disk.most, sync.kept)
     registry = Registry(catalog, preflight, sync)
+    budget = Budget(device, backend, settings.gpu_memory_utilization, settings.max_cached_models)
     pool = Pool(
-        registry.fetch,
-        registry.release,
-        factory.make,
-        metrics,
-        policy=Policy(
-            slots=settings.max_cached_models,
-            concurrency=settings.concurrency,
-            fairness_wait=settings.fairness_wait,
-            min_residency=settings.min_residency,
-            idle_ttl=settings.model_idle_ttl,
+        Parts(
+            registry.fetch,
+            registry.release,
+            factory.make,
+            partial(asyncio.to_thread, free_bytes, device),
+            registry.fetching,
         ),
-        limits=Limits(settings.queued, settings.queue_timeout, settings.load_timeout),
+        lambda model: budget.footprint(registry.shape(model)),
+        metrics,
+        policy=_policy(settings, budget),
+        limits=Limits(settings.queue_timeout, settings.load_timeout, settings.engine_stall_timeout),
     )
     metrics.watch_engines(pool.count_by_state)
     service = Service(settings, device, backend, registry, pool, metrics)
@@ -70,6 +75,18 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     app.add_middleware(Access)
     _render_errors(app)
     return app
+
+
+def _policy(settings: Settings, budget: Budget) -> Policy:
+    return Policy(
+        slots=settings.max_cached_models,
+        concurrency=settings.concurrency,
+        queued=settings.queued,
+        fairness_wait=settings.fairness_wait,
+        min_residency=settings.min_residency,
+        idle_ttl=settings.model_idle_ttl,
+        memory=budget.total,
+    )
 
 
 def _lifespan(

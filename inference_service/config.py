@@ -90,6 +90,19 @@ class Settings(BaseSettings):
         description="Seconds that a request waits for its model at most; then 503, and the load goes on",
     )
     load_timeout: float = Field(600, gt=0, le=86_400, description="Seconds that a load may take")
+    cold_start_grace: float = Field(
+        15,
+        ge=0,
+        le=86_400,
+        description="Seconds after which a stream that waits for its model opens and tells its progress in "
+        "comments; a failure before is an HTTP status, after it an error event",
+    )
+    engine_stall_timeout: float = Field(
+        60,
+        gt=0,
+        le=86_400,
+        description="Seconds that an engine may have work and make no progress before it is replaced",
+    )
     fairness_wait: float = Field(
         10,
         ge=0,

@@ -10,7 +10,7 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     ├── ModelNotServable        422   the model is there and cannot be served; says why
     ├── Overloaded              429   too many requests wait already
     ├── QueueTimedOut           503   it waited for QUEUE_TIMEOUT; its load goes on
-    ├── NoSlot                  503   every engine is pinned to another model
+    ├── NoRoom                  503   it does not fit beside the pinned engines; says the numbers
     ├── StoreError                    the bucket cannot be read; says why
     │   ├── StoreUnavailable    503   it does not answer, answers 429 or 5xx, or stalls: try again
     │   ├── ObjectReplaced      503   an object changed between the listing and its fetch
@@ -21,7 +21,9 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     │   └── DiskFull            507   it has no room for the model; says how much is missing
     ├── EngineError             502   the engine answered with an error of its own
     │   ├── EngineStartFailed   503   the engine could not be started; says the engine's reason
-    │   └── EngineDied          503   the engine's process went away under the request
+    │   ├── OutOfMemory         503   the device has no memory for it; says how much is missing
+    │   ├── EngineUnloaded      503   the operator has unloaded it under the request
+    │   └── EngineDied          503   the engine's process went away, or hangs, under the request
     ├── RequestTimedOut         504
     ├── ClientLeft              499   for metrics and the log: nobody reads it
     └── ShuttingDown            503
@@ -125,9 +127,9 @@ class QueueTimedOut(ServiceError):
     code = "model_loading"
 
 
-class NoSlot(ServiceError):
+class NoRoom(ServiceError):
     status = 503
-    code = "no_slot"
+    code = "no_room"
 
     def headers(self) -> dict[str, str]:
         return {**super().headers(), "x-should-retry": "false"}
@@ -189,6 +191,16 @@ class EngineStartFailed(EngineError):
         # The client library retries a 503 twice by itself; a load that failed for a reason of the
         # model's would only fail again.
         return {**super().headers(), "x-should-retry": "false"}
+
+
+class OutOfMemory(EngineError):
+    status = 503
+    code = "out_of_memory"
+
+
+class EngineUnloaded(EngineError):
+    status = 503
+    code = "engine_unloaded"
 
 
 class EngineDied(EngineError):

@@ -52,8 +52,9 @@ class Metrics:
             "inference_load_seconds", "Fetch and start of an engine", _LOAD_BUCKETS
         )
         self.evictions = self._counter(
-            "inference_evictions_total", "Engines torn down to make room for another"
+            "inference_evictions_total", "Engines torn down in good order: for another, idle or unloaded"
         )
+        self.deaths = self._counter("inference_engine_deaths_total", "Engines that died or hung")
 
     def watch_engines(self, count_by_state: Callable[[], dict[str, int]]) -> None:
         """Publish the number of engines in each state, read at every scrape."""

@@ -7,6 +7,7 @@ import pytest
 
 from tests.fixtures.bucket import Bucket, gcs_server, new_bucket
 from tests.fixtures.checkpoints import Checkpoints, checkpoints
+from tests.fixtures.fakes import Fakes
 from tests.fixtures.service_process import ServiceProcess, running_service
 
 
@@ -52,3 +53,8 @@ def fake_service(tmp_path: Path, words_directory: Path) -> Iterator[ServiceProce
         tmp_path, GCS_BUCKET=f"file://{words_directory}", ENGINE="fake", FAKE_TOKENS_PER_SECOND="50"
     ) as service:
         yield service
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> Fakes:
+    return Fakes(tmp_path)

@@ -3,27 +3,58 @@
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response, status
 
-from inference_service.api.service import ServiceDep
-from inference_service.models.responses import Unloaded
-from inference_service.storage.model import canonical_name
+from inference_service.api.service import Service, ServiceDep
+from inference_service.models.responses import Placement, Unloaded
+from inference_service.storage.model import Model, canonical_name
 
 router = APIRouter(prefix="/admin")
 
 
+@router.post("/load/{name:path}")
+async def load(name: str, service: ServiceDep, response: Response, wait: bool = True) -> Placement:
+    """Load the model; answers once it is ready, or with 202 at once where `wait` is false."""
+    model = await service.resolve(name)
+    if wait:
+        await service.load(model)
+    else:
+        service.load_soon(model)
+        response.status_code = status.HTTP_202_ACCEPTED
+    return _placement(service, model)
+
+
 @router.post("/unload/{name:path}")
-async def unload(name: str, service: ServiceDep) -> Unloaded:
-    """Tear the model's engine down once its running requests have ended; answers when it is gone."""
+async def unload(name: str, service: ServiceDep, force: bool = False) -> Unloaded:
+    """Tear the model's engine down; answers when it is gone.
+
+    Its running requests end first; where `force` is true they end now, with an error.
+    """
     name = canonical_name(name)
     if not service.pool.holds(name):
         name = (await service.find(name)).name  # an alias, a revision; nobody's name is a 404
-    return Unloaded(model=name, unloaded=await service.pool.unload(name))
+    return Unloaded(model=name, unloaded=await service.pool.unload(name, force=force))
+
+
+@router.post("/pin/{name:path}")
+async def pin(name: str, service: ServiceDep) -> Placement:
+    """Never tear the model's engine down for another model; does not load it."""
+    model = await service.find(name)
+    service.pool.pin(model, pinned=True)
+    return _placement(service, model)
+
+
+@router.post("/unpin/{name:path}")
+async def unpin(name: str, service: ServiceDep) -> Placement:
+    """Let the model's engine give way to others again, whatever its serving.json says."""
+    model = await service.find(name)
+    service.pool.pin(model, pinned=False)
+    return _placement(service, model)
 
 
 @router.get("/stats")
 async def stats(service: ServiceDep) -> dict[str, Any]:
-    """Slots, engines, leases and waiters; fetches and the disk; the models that cannot be served."""
+    """Slots, budget, engines, leases and waiters; fetches and the disk; what cannot be served."""
     models = service.catalog.listed
     unservable = {model.name: model.unservable for model in models if model.unservable}
     return {
@@ -33,3 +64,12 @@ async def stats(service: ServiceDep) -> dict[str, Any]:
         "unservable": unservable,
         "alias_conflicts": service.catalog.conflicts,
     }
+
+
+def _placement(service: Service, model: Model) -> Placement:
+    return Placement(
+        model=model.name,
+        revision=service.pool.loaded_revision(model.name) or model.revision,
+        state=service.pool.state(model.name).value,
+        pinned=service.pool.pinned(model),
+    )

@@ -14,15 +14,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from inference_service.api.service import Service
-from inference_service.api.sse import StreamReader, error_event, host_error
+from inference_service.api.sse import StreamReader, error_event, host_error, progress_comment
 from inference_service.engines.base import Reply
 from inference_service.errors import ClientLeft, EngineError, RequestTimedOut, ServiceError, ShuttingDown
 from inference_service.models.requests import GenerationBody
-from inference_service.pool.pool import Lease
+from inference_service.pool.slot import Lease
 from inference_service.storage.model import Model
 
 # A client that does not read would hold its error, and this task, for ever.
 LAST_WORD_SECONDS = 2.0
+# Proxies cut a connection that is silent, most of them after a minute.
+COMMENT_SECONDS = 3.0
+_STREAM_HEADERS = [
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold the events back
+]
 
 
 class Relay(Response):
@@ -45,6 +51,8 @@ class Relay(Response):
         self._lease: Lease | None = None
         self._reply: Reply | None = None
         self._status: int | None = None
+        self._grace: asyncio.TimerHandle | None = None
+        self._comments: asyncio.Task[None] | None = None
         self.ended: asyncio.Future[None] = loop.create_future()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,11 +61,13 @@ class Relay(Response):
         error: ServiceError | None = None
         try:
             error = await self._run_within_limit(send)
+            await self._end_comments()
             self._close()
             if error is not None and not self._client_left:
                 await self._last_word(error, scope, receive, send)
         finally:
             watcher.cancel()
+            self._stop_comments()
             self._close()
             self._service.relays.discard(self)
             self._record(error)
@@ -75,11 +85,20 @@ class Relay(Response):
                 await self._run(send)
         except TimeoutError:
             return self._cause or RequestTimedOut(self._service.settings.request_timeout)
+        except EngineError as error:
+            await self._suspect()
+            return error
         except ServiceError as error:
             return error
         return None
 
+    async def _suspect(self) -> None:
+        if self._lease is not None and not self._client_left:
+            await self._service.pool.suspect(self._lease)
+
     async def _run(self, send: Send) -> None:
+        if self._body.stream:
+            self._comment_after_grace(send)
         self._lease = await self._service.pool.lease(self._model)
         self._reply = await self._lease.engine.forward(
             self._path, self._body.forwarded(self._lease.model), self._engine_request_id
@@ -93,11 +112,14 @@ class Relay(Response):
 
     async def _stream(self, reply: Reply, send: Send) -> None:
         reader = StreamReader(keep_usage=self._body.wants_usage)
+        first = True
         async for chunk in reply.chunks():
             if events := reader.feed(chunk):
-                if self._status is None:
+                if first:
+                    first = False
+                    await self._end_comments()
                     self._first_byte()
-                    await self._start(send, reply, [(b"cache-control", b"no-cache")])
+                    await self._open(send)
                 await send({"type": "http.response.body", "body": events, "more_body": True})
             if reader.error is not None:
                 raise reader.error
@@ -112,14 +134,51 @@ class Relay(Response):
         # The engine has done its part; a client that reads slowly does not hold it.
         self._close()
         self._count_tokens(from_json(content).get("usage"))
-        await self._start(send, reply, [(b"content-length", str(len(content)).encode())])
+        headers = [
+            (b"content-type", reply.content_type.encode("latin-1")),
+            (b"content-length", str(len(content)).encode()),
+        ]
+        self._status = reply.status
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": content, "more_body": False})
 
-    async def _start(self, send: Send, reply: Reply, headers: list[tuple[bytes, bytes]]) -> None:
-        self._status = reply.status
-        content_type = (b"content-type", reply.content_type.encode("latin-1"))
-        start = {"status": reply.status, "headers": [content_type, *headers]}
-        await send({"type": "http.response.start", **start})
+    async def _open(self, send: Send) -> None:
+        """Open the stream, unless a comment has."""
+        if self._status is not None:
+            return
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), *_STREAM_HEADERS]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        # Only now: a comment that is cancelled while it waits to be sent has opened nothing.
+        self._status = 200
+
+    def _comment_after_grace(self, send: Send) -> None:
+        """From COLD_START_GRACE to the first token the client is told how far its model is."""
+
+        def begin() -> None:
+            self._comments = asyncio.create_task(self._comment(send))
+
+        waited = time.monotonic() - self._arrived
+        left = max(0.0, self._service.settings.cold_start_grace - waited)
+        self._grace = asyncio.get_running_loop().call_later(left, begin)
+
+    async def _comment(self, send: Send) -> None:
+        while True:
+            await self._open(send)
+            comment = progress_comment(self._model.name, self._service.pool.progress(self._model))
+            await send({"type": "http.response.body", "body": comment, "more_body": True})
+            await asyncio.sleep(COMMENT_SECONDS)
+
+    async def _end_comments(self) -> None:
+        """No comment is on its way to the client when this returns."""
+        self._stop_comments()
+        if self._comments is not None:
+            await asyncio.wait({self._comments})
+
+    def _stop_comments(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+        if self._comments is not None:
+            self._comments.cancel()
 
     async def _last_word(self, error: ServiceError, scope: Scope, receive: Receive, send: Send) -> None:
         """A real status before the first byte; an error event, and no [DONE], after it."""

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
@@ -18,6 +19,9 @@ from inference_service.storage.model import Model
 from inference_service.storage.registry import Registry
 
 logger = logging.getLogger(__name__)
+
+# For the error events of what ends with the shutdown; who does not read his is not waited for.
+LAST_EVENTS_SECONDS = 0.2
 
 
 class UnderWay(Protocol):
@@ -43,6 +47,7 @@ class Service:
     relays: set[UnderWay] = field(default_factory=set)
     stopping: bool = False
     _asking: set[asyncio.Task[Any] | None] = field(default_factory=set)
+    _loading: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def resolve(self, name: str) -> Model:
         """The bucket's model for `name`, servable or loaded already."""
@@ -96,9 +101,19 @@ class Service:
 
     async def _preload(self, name: str) -> None:
         try:
-            (await self.pool.lease(await self.registry.resolve(name))).release()
+            await self.load(await self.registry.resolve(name))
         except ServiceError as error:
             logger.error("preload failed: %s", error, extra={"model": name})
+
+    def load_soon(self, model: Model) -> None:
+        """Load the model while nobody waits for it; what its load raises is in the log."""
+        loading = asyncio.create_task(self._preload(model.name))
+        self._loading.add(loading)
+        loading.add_done_callback(self._loading.discard)
+
+    async def load(self, model: Model) -> None:
+        """Returns once the model's engine is ready; raises what its load raised."""
+        (await self.pool.lease(model)).release()
 
     async def drain(self) -> None:
         """Stop admission and let running requests finish, until DRAIN_TIMEOUT ends the rest."""
@@ -110,11 +125,14 @@ class Service:
                 task.cancel()
         for relay in self.relays:
             relay.end_by(deadline)
-        while self.relays:
-            await asyncio.wait({relay.ended for relay in self.relays})
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline + LAST_EVENTS_SECONDS):
+                while self.relays:
+                    await asyncio.wait({relay.ended for relay in self.relays})
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
+    # Not a plain function: FastAPI would run it in a thread, for a fifth of a millisecond a request.
     service: Service = request.app.state.service
     return service
 

@@ -14,6 +14,7 @@ from inference_service.errors import (
     InvalidRequest,
     ServiceError,
 )
+from inference_service.pool.slot import LoadProgress
 
 EVENT_END = b"\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -80,6 +81,16 @@ def host_error(status: int, body: bytes) -> ServiceError:
             return ContextLengthExceeded(invalid.message, param=invalid.param)
         return invalid
     return EngineError(f"The engine answered {status}: {message}")
+
+
+def progress_comment(model: str, progress: LoadProgress) -> bytes:
+    """`: loading my-model phase=start 43% eta 12s`: clients ignore it, proxies see that something comes."""
+    parts = [f": loading {model} phase={progress.phase}"]
+    if progress.percent is not None:
+        parts.append(f"{progress.percent}%")
+    if progress.eta_seconds is not None:
+        parts.append(f"eta {progress.eta_seconds:.0f}s")
+    return " ".join(parts).encode() + EVENT_END
 
 
 def error_event(error: ServiceError) -> bytes:

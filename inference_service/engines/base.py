@@ -1,7 +1,7 @@
 """What the pool and the relay know of an engine, whatever runs behind it.
 
-Owns the words: states, the Engine and Reply protocols, and HostSpec, the order for a host process that
-travels to the launcher as JSON.
+Owns the words: states, footprints, the Engine and Reply protocols, and HostSpec, the order for a host
+process that travels to the launcher as JSON.
 """
 
 import json
@@ -11,7 +11,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from inference_service.errors import ServiceError, readable_bytes
 from inference_service.models.serving import Serving
+
+# So long a host may take to end in good order.
+GRACE_SECONDS = 5.0
 
 
 class EngineState(StrEnum):
@@ -34,6 +38,33 @@ class Snapshot:
     path: Path
     bytes: int
     serving: Serving = field(default_factory=Serving)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that one engine takes on each of its devices."""
+
+    weights: int
+    kv_cache: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.overhead
+
+    def __str__(self) -> str:
+        return (
+            f"{readable_bytes(self.total)} (weights {readable_bytes(self.weights)}, KV cache "
+            f"{readable_bytes(self.kv_cache)}, overhead {readable_bytes(self.overhead)})"
+        )
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """A sign of life: requests that the engine works on, and a number that changes with every step."""
+
+    running: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -104,16 +135,20 @@ class Engine(Protocol):
         """Send one request to the host; raises EngineDied."""
         ...
 
-    async def running(self) -> int:
-        """Requests that the engine works on at this moment; raises EngineDied."""
+    async def pulse(self) -> Pulse:
+        """What the engine is doing at this moment; raises EngineDied."""
         ...
 
     async def wait_dead(self) -> str:
         """Return, with the reason, once the host's process is gone."""
         ...
 
-    async def close(self) -> None:
-        """End the host's process group; returns when no process of it is left."""
+    def cut(self, error: ServiceError) -> None:
+        """End every reply under way with `error`; idempotent, never blocks."""
+        ...
+
+    async def close(self, grace: float = GRACE_SECONDS) -> None:
+        """End the host's process group, with SIGKILL after `grace` seconds; returns when nothing is left."""
         ...
 
 

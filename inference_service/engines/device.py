@@ -133,7 +133,7 @@ def _cuda() -> Device | None:
     except pynvml.NVMLError:
         return None
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in _visible_gpus(pynvml)]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in visible_gpus(pynvml)]
         if not handles:
             return None
         return Device(
@@ -146,7 +146,7 @@ def _cuda() -> Device | None:
         pynvml.nvmlShutdown()
 
 
-def _visible_gpus(pynvml: object) -> list[int]:
+def visible_gpus(pynvml: object) -> list[int]:
     # NVML shows every GPU; CUDA_VISIBLE_DEVICES is CUDA's own filter (indices; UUIDs keep the count).
     present = int(pynvml.nvmlDeviceGetCount())  # type: ignore[attr-defined]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")

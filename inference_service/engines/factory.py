@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from inference_service.config import Settings
-from inference_service.engines.base import HostSpec, Snapshot
+from inference_service.engines.base import Footprint, HostSpec, Snapshot
 from inference_service.engines.device import (
     Backend,
     Device,
@@ -24,12 +24,8 @@ from inference_service.engines.hosted import HostedEngine
 from inference_service.engines.launcher import Launcher
 from inference_service.models.serving import Serving
 
-_GIB = 1 << 30
 _Number = TypeVar("_Number", int, float)
 ROOM_PREFIX = "inference-service-"
-MIN_KV_CACHE_BYTES = 64 << 20
-FULL_LENGTH_REQUESTS = 4
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class EngineFactory:
@@ -44,19 +40,19 @@ class EngineFactory:
         _sweep_orphaned_rooms()
         self._room = Path(tempfile.mkdtemp(prefix=f"{ROOM_PREFIX}{os.getpid()}-"))
 
-    def make(self, snapshot: Snapshot) -> HostedEngine:
-        """A new engine, not started yet."""
+    def make(self, snapshot: Snapshot, footprint: Footprint) -> HostedEngine:
+        """A new engine that keeps within `footprint`, not started yet."""
         directory = self._room / str(next(self._numbers))
-        return HostedEngine(self._launcher, self._spec(snapshot, directory), snapshot, directory)
+        return HostedEngine(self._launcher, self._spec(snapshot, footprint, directory), snapshot, directory)
 
     def close(self) -> None:
         shutil.rmtree(self._room, ignore_errors=True)
 
-    def _spec(self, snapshot: Snapshot, directory: Path) -> HostSpec:
+    def _spec(self, snapshot: Snapshot, footprint: Footprint, directory: Path) -> HostSpec:
         arguments: tuple[str, ...] = ()
         environment: dict[str, str] = {}
         if self._backend is Backend.VLLM:
-            arguments = vllm_arguments(self._settings, self._device, snapshot)
+            arguments = vllm_arguments(self._settings, self._device, snapshot, footprint)
             # vLLM's sockets and temporary files: in the engine's own room they go when it goes.
             environment = {"VLLM_RPC_BASE_PATH": str(directory), "TMPDIR": str(directory)}
         elif self._backend is Backend.FAKE:
@@ -100,7 +96,9 @@ def launcher_environment(backend: Backend, device: Device) -> dict[str, str]:
     return environment
 
 
-def vllm_arguments(settings: Settings, device: Device, snapshot: Snapshot) -> tuple[str, ...]:
+def vllm_arguments(
+    settings: Settings, device: Device, snapshot: Snapshot, footprint: Footprint
+) -> tuple[str, ...]:
     """vLLM's command line for one snapshot; what its serving.json says wins over the settings."""
     serving = snapshot.serving
     config = _text_config(snapshot.path)
@@ -108,6 +106,7 @@ def vllm_arguments(settings: Settings, device: Device, snapshot: Snapshot) -> tu
         settings.dtype, device, config.get("dtype") or config.get("torch_dtype")
     )
     length = serving.max_model_len or settings.max_model_len
+    gpus = serving.tensor_parallel_size or tensor_parallel_size(settings, device)
     sampling = {"temperature": settings.default_temperature} | serving.sampling_defaults.generation_config()
     arguments = [
         *("--model", str(snapshot.path)),
@@ -122,7 +121,7 @@ def vllm_arguments(settings: Settings, device: Device, snapshot: Snapshot) -> tu
         *("--allowed-media-domains", "none.invalid"),
         "--disable-uvicorn-access-log",
         "--disable-fastapi-docs",
-        *_memory_arguments(settings, device, serving, config, dtype, length),
+        *_memory_arguments(device, footprint, gpus),
         *_wished_arguments(serving),
     ]
     if _eager(settings, device):
@@ -146,49 +145,13 @@ def _wished_arguments(serving: Serving) -> list[str]:
     return arguments
 
 
-def _memory_arguments(
-    settings: Settings,
-    device: Device,
-    serving: Serving,
-    config: dict[str, Any],
-    dtype: str,
-    length: int | None,
-) -> list[str]:
-    arguments = []
+def _memory_arguments(device: Device, footprint: Footprint, gpus: int) -> list[str]:
+    arguments = ["--kv-cache-memory-bytes", str(footprint.kv_cache)]
     if device.kind is DeviceKind.CUDA:
-        # An equal share each, so that MAX_CACHED_MODELS engines fit on the device together.
-        share = settings.gpu_memory_utilization / settings.max_cached_models
-        gpus = serving.tensor_parallel_size or tensor_parallel_size(settings, device)
+        # With an explicit KV cache this is only what vLLM wants to see free at its start: its own part.
+        share = min(1.0, footprint.total / device.memory_bytes) if device.memory_bytes else 1.0
         arguments += ["--gpu-memory-utilization", f"{share:.4f}", "--tensor-parallel-size", str(gpus)]
-    if serving.kv_cache_gib is not None:
-        arguments += ["--kv-cache-memory-bytes", str(int(serving.kv_cache_gib * _GIB))]
-    elif device.kind is not DeviceKind.CUDA:
-        kv_cache = _cpu_kv_cache_bytes(settings, device, config, dtype, length)
-        arguments += ["--kv-cache-memory-bytes", str(kv_cache)]
     return arguments
-
-
-def _cpu_kv_cache_bytes(
-    settings: Settings, device: Device, config: dict[str, Any], dtype: str, length: int | None
-) -> int:
-    """Room for a few requests of full length, within a quarter of the engine's share of memory.
-
-    vLLM touches all of it at the start. The rest of the share is for the weights, of which vLLM keeps
-    a second, packed copy on the CPU, and for activations.
-    """
-    share = device.memory_bytes * settings.gpu_memory_utilization / settings.max_cached_models
-    heads = config.get("num_attention_heads") or 1
-    head_dim = config.get("head_dim") or (config.get("hidden_size") or 0) // heads
-    token_bytes = (
-        2  # keys and values
-        * (config.get("num_hidden_layers") or 0)
-        * (config.get("num_key_value_heads") or heads)
-        * head_dim
-        * _DTYPE_BYTES[dtype]
-    )
-    length = length or config.get("max_position_embeddings") or 0
-    wanted = token_bytes * length * FULL_LENGTH_REQUESTS or _GIB
-    return int(max(MIN_KV_CACHE_BYTES, min(wanted, share / 4)))
 
 
 def _chosen(wish: _Number | None, default: _Number) -> _Number:

@@ -14,18 +14,20 @@ from pathlib import Path
 
 import aiohttp
 
-from inference_service.engines.base import HostSpec, Snapshot
+from inference_service.engines.base import GRACE_SECONDS, HostSpec, Pulse, Snapshot
 from inference_service.engines.host_log import HostLog
 from inference_service.engines.launcher import Host, Launcher, kill_group
-from inference_service.errors import EngineDied, EngineStartFailed
+from inference_service.engines.reasons import in_plain_words
+from inference_service.errors import EngineDied, EngineStartFailed, ServiceError
 
 logger = logging.getLogger(__name__)
 
-TERMINATE_SECONDS = 5.0
+# After SIGKILL only a launcher that hangs makes anyone wait.
+KILLED_SECONDS = 5.0
 # Below the 5 s after which vLLM's server closes an idle connection, so that a request is never sent
 # into a connection that is being closed.
 KEEP_ALIVE_SECONDS = 2.0
-RUNNING_PATH = "/control/running"
+PULSE_PATH = "/control/pulse"
 
 
 class HostedEngine:
@@ -42,6 +44,8 @@ class HostedEngine:
         self._host: Host | None = None
         self._client: aiohttp.ClientSession | None = None
         self._replies: set[HostReply] = set()
+        self._cut_with: ServiceError | None = None
+        self._disconnecting: asyncio.Future[None] | None = None
 
     @property
     def healthy(self) -> bool:
@@ -65,11 +69,11 @@ class HostedEngine:
         self._replies.add(reply)
         return reply
 
-    async def running(self) -> int:
+    async def pulse(self) -> Pulse:
         with self._translated():
-            async with self._open_client.get(f"http://host{RUNNING_PATH}") as response:
+            async with self._open_client.get(f"http://host{PULSE_PATH}") as response:
                 response.raise_for_status()
-                return int((await response.json())["running"])
+                return Pulse(**await response.json())
 
     async def wait_dead(self) -> str:
         if self._host is None:
@@ -77,20 +81,29 @@ class HostedEngine:
         status = await self._host.wait()
         return self._death(status)
 
-    async def close(self) -> None:
+    def cut(self, error: ServiceError) -> None:
+        self._cut_with = self._cut_with or error
         for reply in list(self._replies):
-            reply.cut()
-        if self._client is not None:
-            await self._client.close()
+            reply.cut(error)
+        if self._client is not None and self._disconnecting is None:
+            # Those who wait for a reply to begin are woken by it too.
+            self._disconnecting = asyncio.ensure_future(self._client.close())
+
+    async def close(self, grace: float = GRACE_SECONDS) -> None:
+        self.cut(self.died())
+        if self._disconnecting is not None:
+            await self._disconnecting
         if self._host is not None:
-            await self._end(self._host)
+            await self._end(self._host, grace)
         self._log.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     @property
     def _open_client(self) -> aiohttp.ClientSession:
         if self._client is None or self._client.closed:
-            raise EngineDied(f"The engine of '{self._spec.model}' is not running. Try again.")
+            raise self._cut_with or EngineDied(
+                f"The engine of '{self._spec.model}' is not running. Try again."
+            )
         return self._client
 
     async def _launch(self) -> Host:
@@ -140,22 +153,23 @@ class HostedEngine:
 
     def _death(self, status: int) -> str:
         self._log.close()
-        ended = f"killed by {_signal_name(-status)}" if status < 0 else f"exit code {status}"
-        return self._log.last_error() or f"its process ended ({ended})"
+        return in_plain_words(self._log.last_error(), status)
 
-    async def _end(self, host: Host) -> None:
-        host.kill(signal.SIGTERM)
-        try:
-            async with asyncio.timeout(TERMINATE_SECONDS):
-                await host.wait()
-        except TimeoutError:
-            logger.warning("host does not end, killing it", extra={"model": self._spec.model})
-            await self._kill(host)
+    async def _end(self, host: Host, grace: float) -> None:
+        if grace > 0:
+            host.kill(signal.SIGTERM)
+            try:
+                async with asyncio.timeout(grace):
+                    await host.wait()
+                    return
+            except TimeoutError:
+                logger.warning("host does not end, killing it", extra={"model": self._spec.model})
+        await self._kill(host)
 
     async def _kill(self, host: Host) -> None:
         host.kill(signal.SIGKILL)
         try:
-            async with asyncio.timeout(TERMINATE_SECONDS):
+            async with asyncio.timeout(KILLED_SECONDS):
                 await host.wait()
         except TimeoutError:
             # The launcher does not answer: its orders are carried out for it.
@@ -167,7 +181,7 @@ class HostedEngine:
         try:
             yield
         except (aiohttp.ClientError, OSError) as error:
-            raise self.died() from error
+            raise self._cut_with or self.died() from error
 
     def died(self) -> EngineDied:
         return EngineDied(
@@ -189,6 +203,7 @@ class HostReply:
         self._engine = engine
         self._response = response
         self._closed = closed
+        self._cut: ServiceError | None = None
 
     @property
     def status(self) -> int:
@@ -203,28 +218,22 @@ class HostReply:
             async for chunk in self._response.content.iter_any():
                 yield chunk
         except (aiohttp.ClientError, OSError) as error:
-            raise self._engine.died() from error
+            raise self._cut or self._engine.died() from error
 
     async def read(self) -> bytes:
         try:
             return await self._response.read()
         except (aiohttp.ClientError, OSError) as error:
-            raise self._engine.died() from error
+            raise self._cut or self._engine.died() from error
 
     def close(self) -> None:
         self._closed(self)
         self._response.close()
 
-    def cut(self) -> None:
-        """Wake whoever reads with an error: closing the client alone would leave him waiting."""
+    def cut(self, error: ServiceError) -> None:
+        """Wake whoever reads with `error`: closing the client alone would leave him waiting."""
+        self._cut = self._cut or error
         self._response.content.set_exception(aiohttp.ClientConnectionError("the engine is closed"))
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # real-time signals have numbers only
-        return f"signal {number}"
 
 
 @contextmanager

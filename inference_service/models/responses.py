@@ -43,3 +43,12 @@ class Health(BaseModel):
 class Unloaded(BaseModel):
     model: str
     unloaded: bool
+
+
+class Placement(BaseModel):
+    """Where a model stands in the pool: its engine's state, whether it is pinned."""
+
+    model: str
+    revision: str
+    state: str
+    pinned: bool

@@ -18,13 +18,22 @@ class Estimates:
     def __init__(self) -> None:
         self._ended: deque[float] = deque(maxlen=_KEPT)
         self._loads: dict[str, float] = {}
+        self._starts: dict[str, float] = {}
 
     def ended(self, now: float) -> None:
         """A request has given its lease back."""
         self._ended.append(now)
 
-    def loaded(self, model: str, seconds: float) -> None:
+    def loaded(self, model: str, seconds: float, start_seconds: float) -> None:
+        """A load took `seconds`, of which its engine's start took `start_seconds`."""
         self._loads[model] = seconds
+        self._starts[model] = start_seconds
+
+    def start_seconds(self, model: str) -> float:
+        """What the engine's start should take: as last time, or as the others' on average."""
+        others = self._starts.values()
+        known = self._starts.get(model) or (sum(others) / len(others) if others else None)
+        return max(0.1, known or UNKNOWN_LOAD_SECONDS)
 
     def load_seconds(self, model: str) -> float | None:
         """What the model's last load took; None where it was never loaded."""

@@ -1,155 +1,127 @@
-"""The pool carries out what the scheduler decides: loads, grants, evictions.
+"""The pool: slots, leases and waiters; carries out what the scheduler decides.
 
-Owns slots, leases and waiters. `lease` is the only way to an engine; a lease is given back exactly once,
-by `release`, which is synchronous. Nothing here knows HTTP.
+`lease` is the only way to an engine; a lease is given back exactly once, by `release`, which is
+synchronous. How an engine is loaded and torn down is loading.py's. Nothing here knows HTTP.
 """
 
 import asyncio
 import itertools
 import logging
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from inference_service.engines.base import Engine, EngineState, Snapshot
+from inference_service.engines.base import Engine, EngineState, Footprint
 from inference_service.errors import (
-    DiskFull,
     EngineDied,
     EngineError,
     EngineStartFailed,
+    EngineUnloaded,
     ModelNotServable,
-    NoSlot,
+    NoRoom,
     Overloaded,
     QueueTimedOut,
     ServiceError,
     ShuttingDown,
+    readable_bytes,
 )
 from inference_service.metrics import Metrics
 from inference_service.pool.circuit import Circuits
 from inference_service.pool.estimates import Estimates
-from inference_service.pool.scheduler import (
+from inference_service.pool.events import (
+    Action,
     CancelLoad,
+    Died,
     Drain,
-    EngineView,
+    Event,
     Evict,
+    Failed,
+    Gone,
     Grant,
+    Left,
     Load,
-    Policy,
-    WaiterView,
-    decide,
-    next_look,
-    victims,
+    Loaded,
+    Pinned,
+    Reason,
+    Reject,
+    Released,
+    Request,
+    TimePassed,
+    Unload,
 )
+from inference_service.pool.loading import Loading, Parts
+from inference_service.pool.scheduler import Policy, Scheduler
+from inference_service.pool.slot import Lease, LoadProgress, Slot, Waiter
 from inference_service.storage.model import Model
 
 logger = logging.getLogger(__name__)
 
 # So long a load goes on although nobody waits for it at the moment.
-LINGER_SECONDS = 5.0
+LINGER_SECONDS = 2.0
 TICK_SECONDS = 0.005
+SUSPECT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request bears: how many may wait before it, how long it waits, how long a load may take (s)."""
+    """In seconds: how long a request waits, how long a load may take, how long an engine may do nothing."""
 
-    queued: int
     queue_timeout: float
     load_timeout: float
-
-
-class Lease:
-    """One request's hold on a ready engine, until `release`."""
-
-    def __init__(self, pool: "Pool", slot: "_Slot") -> None:
-        self._pool = pool
-        self._slot = slot
-
-    @property
-    def model(self) -> str:
-        return self._slot.model.name
-
-    @property
-    def revision(self) -> str:
-        return (self._slot.snapshot or self._slot.model).revision
-
-    @property
-    def engine(self) -> Engine:
-        if self._slot.engine is None:
-            raise EngineDied(f"The engine of '{self.model}' is gone. Send the request again.")
-        return self._slot.engine
-
-    def release(self) -> None:
-        """Give the engine back; idempotent."""
-        self._pool._released(self, self._slot)
-
-
-@dataclass(eq=False)
-class _Slot:
-    model: Model
-    state: EngineState = EngineState.STARTING
-    snapshot: Snapshot | None = None
-    engine: Engine | None = None
-    leases: set[Lease] = field(default_factory=set)
-    last_used: float = 0.0
-    ready_at: float = 0.0
-    awaited_until: float = 0.0
-    load_seconds: float | None = None
-    # What runs for this slot: its load, then the watch over its process, then its teardown.
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(eq=False)
-class _Waiter:
-    number: int
-    model: Model
-    since: float
-    lease: asyncio.Future[Lease]
+    stall_timeout: float = 60.0
 
 
 class Pool:
-    """At most `policy.slots` engines and `policy.concurrency` leases at once."""
+    """At most `policy.slots` engines and `policy.concurrency` leases at once.
+
+    `footprint` tells what a model's engine would take on its device.
+    """
 
     def __init__(
         self,
-        fetch: Callable[[Model], Awaitable[Snapshot]],
-        release: Callable[[Snapshot], None],
-        make_engine: Callable[[Snapshot], Engine],
+        parts: Parts,
+        footprint: Callable[[Model], Footprint],
         metrics: Metrics,
         *,
         policy: Policy,
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._fetch = fetch
-        self._release_snapshot = release
-        self._make_engine = make_engine
+        self._footprint = footprint
         self._metrics = metrics
-        self._policy = policy
         self._limits = limits
         self._clock = clock
+        self._scheduler = Scheduler(policy)
+        self._loading = Loading(parts, limits.load_timeout, limits.stall_timeout, clock, self._make_room)
         self._timer: asyncio.TimerHandle | None = None
         self._circuits = Circuits()
         self._estimates = Estimates()
-        self._slots: dict[str, _Slot] = {}
-        self._waiters: dict[int, _Waiter] = {}
+        self._slots: dict[str, Slot] = {}
+        self._waiters: dict[int, Waiter] = {}
+        self._pins: dict[str, bool] = {}
         self._numbers = itertools.count(1)
+        self._events: deque[Event] = deque()
+        self._telling = False
         self._closing = False
+        self._ending = False
+        # What the waiters of a failed load are told.
+        self._load_errors: dict[str, ServiceError] = {}
 
     async def lease(self, model: Model) -> Lease:
         """A lease on the model's engine, loaded if need be.
 
-        Raises Overloaded and ShuttingDown at once, and what the load raised (StoreError,
-        EngineStartFailed) to everyone who waited for it.
+        Raises Overloaded, NoRoom and ShuttingDown at once, QueueTimedOut, and what the load raised
+        (StoreError, EngineStartFailed, OutOfMemory) to everyone who waited for it.
         """
         self._admit(model)
         future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(next(self._numbers), model, self._clock(), future)
+        waiter = Waiter(next(self._numbers), model, self._clock(), future)
         self._waiters[waiter.number] = waiter
-        self._step()
+        slot = self._slots.get(model.name)
+        size = (slot.footprint if slot is not None else self._footprint(model)).total
+        self._tell(Request(waiter.number, model.name, size, self.pinned(model)))
         try:
             async with asyncio.timeout(self._limits.queue_timeout):
                 return _of_the_revision(await future, model)
@@ -166,187 +138,256 @@ class Pool:
     def loaded_revision(self, name: str) -> str | None:
         """The revision that the model's ready engine serves; None where it has none."""
         slot = self._slots.get(name)
-        if slot is None or slot.state is not EngineState.READY or slot.snapshot is None:
-            return None
-        return slot.snapshot.revision
+        return None if slot is None or self.state(name) is not EngineState.READY else slot.revision
 
-    async def unload(self, name: str) -> bool:
-        """Tear the model's engine down once its leases are back; False if it has none."""
+    def state(self, name: str) -> EngineState:
+        """The state of the model's engine."""
+        engine = self._scheduler.engines.get(name)
+        return EngineState.STOPPED if engine is None else engine.state
+
+    def pinned(self, model: Model) -> bool:
+        """What the operator last said, else what the model's serving.json says."""
+        return self._pins.get(model.name, model.serving.pinned)
+
+    def pin(self, model: Model, *, pinned: bool) -> None:
+        """A pinned model's engine is never torn down for another's; in effect until the service ends."""
+        self._pins[model.name] = pinned
+        self._tell(Pinned(model.name, pinned))
+
+    async def unload(self, name: str, *, force: bool = False) -> bool:
+        """Tear the model's engine down once its leases are back, or at once; False if it has none."""
         slot = self._slots.get(name)
         if slot is None:
             return False
-        if slot.state is EngineState.STARTING:
-            self._fail_waiters(slot, EngineError(f"'{name}' was unloaded by the operator."))
-        if slot.state in (EngineState.STARTING, EngineState.READY):
-            slot.state = EngineState.DRAINING
-            self._tear_down_if_idle(slot)
+        if force:
+            self._cut(slot, EngineUnloaded(f"'{name}' was unloaded by the operator. Send the request again."))
+        self._tell(Unload(name, force))
         await slot.gone.wait()
         return True
+
+    def progress(self, model: Model) -> LoadProgress:
+        """How far a model that is waited for is on its way."""
+        slot, state = self._slots.get(model.name), self.state(model.name)
+        if slot is None:
+            return LoadProgress("queue", None, self._estimates.load_seconds(model.name))
+        if state is not EngineState.STARTING:
+            return LoadProgress("answer" if state is EngineState.READY else "drain", None, None)
+        return self._loading.progress(slot, self._estimates.start_seconds(model.name))
+
+    def look(self) -> None:
+        """It is later, which alone may change what is to be done; the pool's own timer calls it in time."""
+        self._tell(TimePassed())
 
     def stop_admission(self) -> None:
         """Refuse every further lease and every waiter with ShuttingDown; leases go on."""
         self._closing = True
         for waiter in list(self._waiters.values()):
             self._fail(waiter, _shutting_down())
+            self._tell(Left(waiter.number, LINGER_SECONDS))
 
     async def close(self) -> None:
         """Tear every engine down, busy or not; returns when no process is left."""
         self.stop_admission()
-        if self._timer is not None:
-            self._timer.cancel()
         slots = list(self._slots.values())
-        for slot in slots:
-            if slot.state is not EngineState.STOPPING:
+        if not self._ending:
+            self._ending = True
+            if self._timer is not None:
+                self._timer.cancel()
+            for slot in slots:
+                self._cut(slot, _shutting_down())
+                # Those that are ending already get less time for it.
                 self._tear_down(slot)
         await asyncio.gather(*(slot.gone.wait() for slot in slots))
 
+    async def suspect(self, lease: Lease) -> None:
+        """A request met an error of its engine's: if that is dead, nobody else is sent to it."""
+        slot = lease.slot
+        if lease not in slot.leases or slot.engine is None:
+            return
+        try:
+            async with asyncio.timeout(SUSPECT_SECONDS):
+                await slot.engine.pulse()
+        except TimeoutError:
+            return  # it hangs, or has much to do: the watch over it will tell
+        except EngineError:
+            self._died(slot, "it does not answer any more")
+
     def count_by_state(self) -> dict[str, int]:
         """Number of engines in each state, zeros included."""
-        found = Counter(slot.state for slot in self._slots.values())
+        found = Counter(engine.state for engine in self._scheduler.engines.values())
         return {state.value: found[state] for state in EngineState if state is not EngineState.STOPPED}
 
     async def stats(self) -> dict[str, Any]:
-        """Slots, states, leases and waiters, for the operator."""
-        now = self._clock()
+        """Slots, budget, engines, waiters and what would give way, for the operator."""
+        now, policy = self._clock(), self._scheduler.policy
+        engines = self._scheduler.engines
         slots = list(self._slots.values())
+        described = await asyncio.gather(*(self._describe(slot) for slot in slots))
         return {
-            "slots": {"total": self._policy.slots, "used": len(slots)},
-            "engines": await asyncio.gather(*(_describe(slot) for slot in slots)),
-            "leases": sum(len(slot.leases) for slot in slots),
-            "max_concurrent_requests": self._policy.concurrency,
+            "slots": {"total": policy.slots, "used": len(slots)},
+            "budget": {
+                "total_bytes": policy.memory,
+                "reserved_bytes": sum(engine.bytes for engine in engines.values()),
+            },
+            "engines": described,
+            "leases": self._scheduler.running,
+            "max_concurrent_requests": policy.concurrency,
+            "max_queued_requests": policy.queued,
             "circuits": self._circuits.describe(now),
-            "victims": victims(self._views(), self._policy, now),
+            "victims": self._scheduler.victims(now),
+            "pins": self._pins,
             "waiters": [
-                {"model": waiter.model.name, "age_seconds": round(now - waiter.since, 3)}
+                {
+                    "model": waiter.model.name,
+                    "age_seconds": round(now - waiter.since, 3),
+                    **self.progress(waiter.model).describe(),
+                }
                 for waiter in self._waiters.values()
             ],
         }
 
     def __repr__(self) -> str:
-        engines = " ".join(f"{key}:{slot.state}({len(slot.leases)})" for key, slot in self._slots.items())
+        engines = " ".join(
+            f"{key}:{self.state(key)}({len(slot.leases)})" for key, slot in self._slots.items()
+        )
         waiting = " ".join(waiter.model.name for waiter in self._waiters.values())
         return f"<Pool {engines or 'empty'} | waiting: {waiting or 'nobody'}>"
+
+    async def _describe(self, slot: Slot) -> dict[str, Any]:
+        view = self._scheduler.engines[slot.model.name]
+        described = {
+            "model": slot.model.name,
+            "revision": slot.revision,
+            "pinned": view.pinned,
+            "state": view.state.value,
+            "leases": len(slot.leases),
+            "process_id": None if slot.engine is None else slot.engine.process_id,
+            "load_seconds": slot.load_seconds,
+            "idle_seconds": None if slot.leases else round(self._clock() - view.last_used, 3),
+            "bytes": slot.model.bytes,
+            "memory": asdict(slot.footprint),
+        }
+        if view.state is EngineState.STARTING:
+            described["loading"] = self.progress(slot.model).describe()
+        described["running"] = await _running(slot.engine) if view.state is EngineState.READY else None
+        return described
 
     def _admit(self, model: Model) -> None:
         if self._closing:
             raise _shutting_down()
-        name = model.name
-        no_slot = self._no_slot_for(name)
-        if no_slot is not None:
-            raise no_slot
-        refusal = self._circuits.refusal(name, model.revision, self._clock())
-        if refusal is not None and name not in self._slots:
-            raise refusal
-        running = sum(len(slot.leases) for slot in self._slots.values())
-        slot = self._slots.get(name)
-        if slot is not None and slot.state is EngineState.READY and running < self._policy.concurrency:
-            return  # it runs at once, however many wait for other models
-        waiting, now = len(self._waiters), self._clock()
-        if waiting >= self._limits.queued:
-            retry_after = self._estimates.retry_after_queue(waiting, now)
-            raise Overloaded(
-                f"{waiting} requests wait already, the most that this service takes (MAX_QUEUED_REQUESTS="
-                f"{self._limits.queued}), and {running} run (MAX_CONCURRENT_REQUESTS="
-                f"{self._policy.concurrency}). Try again in {retry_after} s.",
-                retry_after=retry_after,
-            )
+        if self.state(model.name) in (EngineState.STOPPED, EngineState.STOPPING):
+            refusal = self._circuits.refusal(model.name, model.revision, self._clock())
+            if refusal is not None:
+                raise refusal
 
-    def _no_slot_for(self, name: str) -> NoSlot | None:
-        """The error for a model without an engine while every engine is pinned to another."""
-        serving = (EngineState.STARTING, EngineState.READY)
-        pinned = [
-            key for key, slot in self._slots.items() if slot.model.serving.pinned and slot.state in serving
-        ]
-        if name in self._slots or len(pinned) < self._policy.slots:
-            return None
-        return NoSlot(
-            f"There is no room for the model '{name}': all {self._policy.slots} engines "
-            f"(MAX_CACHED_MODELS) are pinned, by {', '.join(pinned)}. Unpin one in its serving.json "
-            "and unload it.",
-            param="model",
-        )
+    def _tell(self, event: Event) -> None:
+        """Tell the scheduler and carry out its actions; the only place where state moves on.
 
-    def _step(self) -> None:
-        """Ask the scheduler and carry out its actions; the only place where state moves on."""
-        if self._closing:
+        What the carrying out brings about is told after it, in order.
+        """
+        self._events.append(event)
+        if self._telling:
             return
-        now, waiters = self._clock(), self._waiting()
-        for action in decide(self._views(), waiters, self._policy, now):
-            match action:
-                case Grant(number, key):
-                    self._grant(self._waiters.pop(number), self._slots[key])
-                case Load(key):
-                    self._load(key)
-                case Evict(key):
-                    self._evict(self._slots[key])
-                case Drain(key):
-                    self._drain(self._slots[key])
-                case CancelLoad(key):
-                    logger.info("nobody waits for the load any more", extra={"model": key})
-                    self._tear_down(self._slots[key])
-        for waiter in list(self._waiters.values()):
-            no_slot = self._no_slot_for(waiter.model.name)
-            if no_slot is not None:
-                self._fail(waiter, no_slot)
+        self._telling = True
+        try:
+            while self._events:
+                for action in self._scheduler.handle(self._events.popleft(), self._clock()):
+                    if not self._ending:
+                        self._carry_out(action)
+        finally:
+            self._telling = False
         self._look_again()
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Grant(number, key):
+                self._grant(self._waiters.pop(number), self._slots[key])
+            case Reject(number, reason):
+                waiter = self._waiters[number]
+                self._fail(waiter, self._rejection(waiter.model, reason))
+            case Load(key):
+                self._load(key)
+            case Drain(key):
+                logger.info("draining for a model that waits", extra={"model": key})
+            case Evict(key):
+                self._metrics.evictions.labels(key).inc()
+                logger.info("evicting", extra={"model": key})
+                self._tear_down(self._slots[key])
+            case CancelLoad(key):
+                logger.info("nobody waits for the load any more", extra={"model": key})
+                self._tear_down(self._slots[key])
 
     def _look_again(self) -> None:
         """Come back when time alone may have changed what is to be done."""
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
         now = self._clock()
-        at = next_look(self._views(), self._waiting(), self._policy, now)
-        loop = asyncio.get_running_loop()
-        self._timer = None if at is None else loop.call_later(at - now + TICK_SECONDS, self._step)
+        at = None if self._ending else self._scheduler.next_look(now)
+        if at is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(at - now + TICK_SECONDS, self.look)
 
-    def _views(self) -> list[EngineView]:
-        return [
-            EngineView(
-                key,
-                slot.state,
-                len(slot.leases),
-                slot.last_used,
-                pinned=slot.model.serving.pinned,
-                ready_at=slot.ready_at,
-                load_seconds=slot.load_seconds or 0.0,
-                awaited_until=slot.awaited_until,
+    def _rejection(self, model: Model, reason: Reason) -> ServiceError:
+        name = model.name
+        match reason:
+            case Reason.OVERLOADED:
+                return self._overloaded()
+            case Reason.NO_ROOM:
+                return self._no_room(model)
+            case Reason.UNLOADED:
+                return EngineUnloaded(f"'{name}' was unloaded by the operator while it was being loaded.")
+            case Reason.LOAD_FAILED:
+                return self._load_errors[name]
+
+    def _overloaded(self) -> Overloaded:
+        policy, waiting = self._scheduler.policy, self._scheduler.waiting
+        retry_after = self._estimates.retry_after_queue(waiting, self._clock())
+        return Overloaded(
+            f"{waiting} requests wait already, the most that this service takes (MAX_QUEUED_REQUESTS="
+            f"{policy.queued}), and {self._scheduler.running} run (MAX_CONCURRENT_REQUESTS="
+            f"{policy.concurrency}). Try again in {retry_after} s.",
+            retry_after=retry_after,
+        )
+
+    def _no_room(self, model: Model) -> NoRoom:
+        policy, footprint = self._scheduler.policy, self._footprint(model)
+        pinned = [engine for engine in self._scheduler.engines.values() if engine.pinned]
+        if policy.memory is None or len(pinned) >= policy.slots:
+            lack = f"all {policy.slots} engines (MAX_CACHED_MODELS) are pinned"
+        else:
+            free = policy.memory - sum(engine.bytes for engine in pinned)
+            lack = (
+                f"it needs {footprint}, and beside the pinned engines {readable_bytes(free)} of "
+                f"{readable_bytes(policy.memory)} (GPU_MEMORY_UTILIZATION) are left"
             )
-            for key, slot in self._slots.items()
-        ]
+        held = ", ".join(f"{engine.key} ({readable_bytes(engine.bytes)})" for engine in pinned)
+        return NoRoom(
+            f"There is no room for the model '{model.name}': {lack}. Pinned: {held}. "
+            "Unpin one (POST /admin/unpin/MODEL, or its serving.json).",
+            param="model",
+        )
 
-    def _waiting(self) -> list[WaiterView]:
-        return [WaiterView(each.number, each.model.name, each.since) for each in self._waiters.values()]
-
-    def _drain(self, slot: _Slot) -> None:
-        """It has kept others waiting for long enough: its requests finish, and then it gives way."""
-        logger.info("draining for a model that waits", extra={"model": slot.model.name})
-        self._metrics.evictions.labels(slot.model.name).inc()
-        slot.state = EngineState.DRAINING
-        self._tear_down_if_idle(slot)
-
-    def _grant(self, waiter: _Waiter, slot: _Slot) -> None:
+    def _grant(self, waiter: Waiter, slot: Slot) -> None:
         if waiter.lease.done():  # cancelled, and its task has not run since
+            self._tell(Released(slot.model.name))
             return
-        lease = Lease(self, slot)
+        lease = Lease(slot, self._released)
         slot.leases.add(lease)
-        slot.last_used = self._clock()
         waiter.lease.set_result(lease)
 
-    def _released(self, lease: Lease, slot: _Slot) -> None:
-        if lease not in slot.leases:
+    def _released(self, lease: Lease) -> None:
+        if lease not in lease.slot.leases:
             return
-        slot.leases.discard(lease)
-        slot.last_used = self._clock()
-        self._estimates.ended(slot.last_used)
-        self._tear_down_if_idle(slot)
-        self._step()
+        lease.slot.leases.discard(lease)
+        self._estimates.ended(self._clock())
+        self._tell(Released(lease.model))
 
-    def _waited_too_long(self, waiter: _Waiter) -> QueueTimedOut:
+    def _waited_too_long(self, waiter: Waiter) -> QueueTimedOut:
         """The client is told to come again, and its load goes on until then."""
         name, now = waiter.model.name, self._clock()
-        slot = self._slots.get(name)
-        loading = slot is not None and slot.state is EngineState.STARTING
-        since = slot.last_used if slot is not None and loading else now
+        loading = self.state(name) is EngineState.STARTING
+        since = self._slots[name].began if loading else now
         retry_after = self._estimates.retry_after_load(name, since, now)
         self._abandon(waiter, retry_after + LINGER_SECONDS)
         state = "is being loaded" if loading else "waits for an engine"
@@ -356,143 +397,115 @@ class Pool:
             retry_after=retry_after,
         )
 
-    def _abandon(self, waiter: _Waiter, linger: float) -> None:
-        """The waiter's request is gone, perhaps in the moment in which its lease was granted."""
+    def _abandon(self, waiter: Waiter, linger: float) -> None:
+        """The waiter's request is gone, perhaps in the moment in which its lease was granted.
+
+        A client that was told to come again, or tries again by itself, shall find its load there.
+        """
         self._waiters.pop(waiter.number, None)
-        slot = self._slots.get(waiter.model.name)
-        if slot is not None and slot.state is EngineState.STARTING:
-            # A client that was told to come again, or tries again by itself, shall find the load there.
-            slot.awaited_until = max(slot.awaited_until, self._clock() + linger)
         lease = waiter.lease
         if lease.done() and not lease.cancelled() and lease.exception() is None:
             lease.result().release()
-        self._step()
+        self._tell(Left(waiter.number, linger))
 
-    def _fail(self, waiter: _Waiter, error: ServiceError) -> None:
+    def _fail(self, waiter: Waiter, error: ServiceError) -> None:
         self._waiters.pop(waiter.number, None)
         if not waiter.lease.done():
             waiter.lease.set_exception(error)
 
-    def _fail_waiters(self, slot: _Slot, error: ServiceError) -> None:
-        for waiter in [w for w in self._waiters.values() if w.model.name == slot.model.name]:
-            self._fail(waiter, error)
-
     def _load(self, key: str) -> None:
-        model = next(w.model for w in self._waiters.values() if w.model.name == key)
-        slot = _Slot(model, last_used=self._clock())
+        model = next(waiter.model for waiter in self._waiters.values() if waiter.model.name == key)
+        slot = Slot(model, self._footprint(model), self._clock())
         self._slots[key] = slot
-        self._run(slot, self._start(slot))
+        self._run(slot, self._serve(slot))
 
-    async def _start(self, slot: _Slot) -> None:
+    async def _serve(self, slot: Slot) -> None:
+        """An engine's life: its load, and the watch over it until it is torn down or dies."""
         name, started = slot.model.name, time.monotonic()
         logger.info("loading", extra={"model": name, "revision": slot.model.revision})
         try:
-            async with asyncio.timeout(self._limits.load_timeout):
-                slot.snapshot = await self._fetch_with_room(slot)
-                slot.engine = self._make_engine(slot.snapshot)
-                await slot.engine.start()
-        except TimeoutError:
-            seconds = f"{self._limits.load_timeout:g} s (LOAD_TIMEOUT)"
-            self._load_failed(slot, EngineStartFailed(f"'{name}' did not load within {seconds}."))
-            return
+            await self._loading.load(slot)
         except Exception as error:
             self._load_failed(slot, error)
             return
-        if slot.state is not EngineState.STARTING:  # unloaded in the very moment it was ready
-            return
-        slot.load_seconds = round(time.monotonic() - started, 3)
-        self._estimates.loaded(name, slot.load_seconds)
-        slot.state = EngineState.READY
-        slot.ready_at = slot.last_used = self._clock()
+        if self.state(name) is EngineState.STARTING and slot.engine is not None:
+            self._loaded(slot, round(time.monotonic() - started, 3))
+            reason = await self._loading.watch(slot, slot.engine)
+            self._died(slot, reason)
+
+    def _loaded(self, slot: Slot, seconds: float) -> None:
+        name = slot.model.name
+        slot.load_seconds = seconds
+        self._estimates.loaded(name, seconds, self._clock() - slot.phase_began)
         self._circuits.succeeded(name)
         self._metrics.loads.labels(name, "ok").inc()
-        self._metrics.load_seconds.labels(name).observe(slot.load_seconds)
-        logger.info("loaded", extra={"model": name, "seconds": slot.load_seconds})
-        self._run(slot, self._watch(slot, slot.engine))
-        self._step()
+        self._metrics.load_seconds.labels(name).observe(seconds)
+        logger.info("loaded", extra={"model": name, "seconds": seconds})
+        self._tell(Loaded(name, seconds))
 
-    async def _fetch_with_room(self, slot: _Slot) -> Snapshot:
-        """The snapshot; where the disk is full of others', idle engines give theirs up."""
-        while True:
-            try:
-                return await self._fetch(slot.model)
-            except DiskFull as error:
-                idle = self._idle_unpinned()
-                held = sum(other.snapshot.bytes for other in idle if other.snapshot is not None)
-                if error.missing is None or held < error.missing or not idle:
-                    raise
-                self._evict(idle[0])
-                await idle[0].gone.wait()
-
-    def _idle_unpinned(self) -> list[_Slot]:
-        """Slots that could be torn down at once, the least recently used first."""
-        wanted = {waiter.model.name for waiter in self._waiters.values()}
-        idle = [
-            slot
-            for slot in self._slots.values()
-            if slot.state is EngineState.READY
-            and not slot.leases
-            and not slot.model.serving.pinned
-            and slot.model.name not in wanted
-        ]
-        return sorted(idle, key=lambda slot: slot.last_used)
-
-    def _evict(self, slot: _Slot) -> None:
-        self._metrics.evictions.labels(slot.model.name).inc()
-        logger.info("evicting", extra={"model": slot.model.name})
-        self._tear_down(slot)
-
-    def _load_failed(self, slot: _Slot, error: Exception) -> None:
+    def _load_failed(self, slot: Slot, error: Exception) -> None:
         name = slot.model.name
-        if slot.state is not EngineState.STARTING:  # it failed because it was being unloaded
+        if self.state(name) is not EngineState.STARTING:  # it failed because it was being unloaded
             return
         self._metrics.loads.labels(name, "failed").inc()
         expected = isinstance(error, ServiceError)
         logger.error("load failed: %s", error, extra={"model": name}, exc_info=not expected)
-        slot.state = EngineState.FAILED
         told = error if isinstance(error, ServiceError) else _unexplained(name, error)
         if isinstance(told, EngineStartFailed):  # a bucket or a disk may be well again a moment later
             self._circuits.failed(name, slot.model.revision, told, self._clock())
-        self._fail_waiters(slot, told)
+        self._load_errors[name] = told
+        self._tell(Failed(name))
         self._tear_down(slot)
 
-    async def _watch(self, slot: _Slot, engine: Engine) -> None:
-        reason = await engine.wait_dead()
-        if slot.state in (EngineState.READY, EngineState.DRAINING):
-            logger.error("engine died: %s", reason, extra={"model": slot.model.name})
-            slot.state = EngineState.FAILED
-            self._tear_down(slot)
+    def _died(self, slot: Slot, reason: str) -> None:
+        name = slot.model.name
+        if self.state(name) not in (EngineState.READY, EngineState.DRAINING):
+            return
+        logger.error("engine died: %s", reason, extra={"model": name})
+        self._metrics.deaths.labels(name).inc()
+        error = (
+            f"The engine of '{name}' went away while it worked on this request: {reason}. Send it again: a "
+        )
+        self._cut(slot, EngineDied(f"{error}fresh engine is started.", retry_after=1))
+        self._tell(Died(name))
+        self._tear_down(slot, hurry=True)
 
-    def _tear_down_if_idle(self, slot: _Slot) -> None:
-        if slot.state is EngineState.DRAINING and not slot.leases:
-            self._tear_down(slot)
+    def _cut(self, slot: Slot, error: ServiceError) -> None:
+        """Void the leases on a slot and end their replies with `error`."""
+        slot.leases.clear()
+        if slot.engine is not None:
+            slot.engine.cut(error)
 
-    def _tear_down(self, slot: _Slot) -> None:
-        """Once per slot: whoever calls has looked that it is not being torn down already."""
-        slot.state = EngineState.STOPPING
-        running = set(slot.tasks)
-        self._run(slot, self._end(slot, running))
+    async def _make_room(self, missing: int) -> bool:
+        """Tear an idle engine down for the sake of its snapshot or memory; False where it would not help."""
+        idle = [self._slots[key] for key in self._scheduler.victims(self._clock())]
+        if sum(slot.snapshot.bytes for slot in idle if slot.snapshot is not None) < missing:
+            return False
+        evict = self._scheduler.give_way(self._clock())
+        if evict is None:
+            return False
+        slot = self._slots[evict.key]
+        self._carry_out(evict)
+        await slot.gone.wait()
+        return True
 
-    async def _end(self, slot: _Slot, running: set[asyncio.Task[None]]) -> None:
+    def _tear_down(self, slot: Slot, *, hurry: bool = False) -> None:
+        self._run(slot, self._end(slot, set(slot.tasks), hurry=hurry))
+
+    async def _end(self, slot: Slot, running: set[asyncio.Task[None]], *, hurry: bool) -> None:
         """End what runs for the slot, then its engine; only then is the slot free."""
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        try:
-            if slot.engine is not None:
-                await slot.engine.close()
-        except Exception:
-            logger.exception("engine did not close cleanly", extra={"model": slot.model.name})
-        finally:
-            if slot.snapshot is not None:
-                self._release_snapshot(slot.snapshot)
-            del self._slots[slot.model.name]
-            slot.engine = None
-            slot.gone.set()
-            logger.info("unloaded", extra={"model": slot.model.name})
-            self._step()
+        name = slot.model.name
+        await self._loading.end(slot, hurry=hurry, last=self._ending)
+        del self._slots[name]
+        slot.engine = None
+        slot.gone.set()
+        logger.info("unloaded", extra={"model": name})
+        self._tell(Gone(name))
 
-    def _run(self, slot: _Slot, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, slot: Slot, work: Coroutine[Any, Any, None]) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work)
         slot.tasks.add(task)
         task.add_done_callback(slot.tasks.discard)
@@ -510,27 +523,13 @@ def _of_the_revision(lease: Lease, model: Model) -> Lease:
     )
 
 
-async def _describe(slot: _Slot) -> dict[str, Any]:
-    return {
-        "model": slot.model.name,
-        "revision": (slot.snapshot or slot.model).revision,
-        "pinned": slot.model.serving.pinned,
-        "state": slot.state.value,
-        "leases": len(slot.leases),
-        "running": await _running(slot.engine) if slot.state is EngineState.READY else None,
-        "process_id": None if slot.engine is None else slot.engine.process_id,
-        "load_seconds": slot.load_seconds,
-        "bytes": slot.model.bytes,
-    }
-
-
 async def _running(engine: Engine | None) -> int | None:
     """The engine's own count; None where it does not answer in time."""
     if engine is None:
         return None
     try:
         async with asyncio.timeout(1.0):
-            return await engine.running()
+            return (await engine.pulse()).running
     except (EngineError, TimeoutError):
         return None
 

@@ -1,13 +1,36 @@
-"""Decides, does nothing: from engines, waiters and the time to actions.
+"""Decides, does nothing: an event and the time in, actions out.
 
-Pure: no clock, no asyncio, no logging. The pool calls `decide` after every event and carries the
-actions out; every policy is tested as a plain sequence of calls.
+Pure: no clock, no asyncio, no logging. It alone knows which engine is in which state and who waits; the
+pool tells it every event and carries its actions out, so every policy is tested as a plain sequence.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 from inference_service.engines.base import EngineState
+from inference_service.pool.events import (
+    Action,
+    CancelLoad,
+    Died,
+    Drain,
+    EngineEvent,
+    Event,
+    Evict,
+    Failed,
+    Gone,
+    Grant,
+    Left,
+    Load,
+    Loaded,
+    Pinned,
+    Reason,
+    Reject,
+    Released,
+    Request,
+    TimePassed,
+    Unload,
+)
 
 # Engines that were last used within the same such stretch of seconds are equally old: the one that is
 # cheapest to load again goes first.
@@ -16,214 +39,370 @@ EQUALLY_OLD_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Policy:
-    """The operator's bounds. Seconds; `idle_ttl` None: an idle engine stays."""
+    """The operator's bounds. Seconds; `memory` in bytes on each device.
+
+    None for `idle_ttl`: an idle engine stays; for `memory`: it is not known, slots alone count.
+    """
 
     slots: int
     concurrency: int
+    queued: int = 1_000_000
     fairness_wait: float = 10.0
     min_residency: float = 5.0
     idle_ttl: float | None = None
+    memory: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineView:
     """What a decision needs of one engine; times on the caller's clock.
 
-    `ready_at`: since when it serves; `load_seconds`: what its load took; a `pinned` engine is never torn down
-    for another; a load is `awaited` until then also where nobody waits for it at the moment.
+    `bytes`: what it takes on its device. `ready_at`: since when it serves; `load_seconds`: what its load
+    took. A `pinned` engine is never torn down for another. A load is `awaited_until` then also where
+    nobody waits for it at the moment.
     """
 
     key: str
-    state: EngineState
-    leases: int
-    last_used: float
+    bytes: int = 0
     pinned: bool = False
+    state: EngineState = EngineState.STARTING
+    leases: int = 0
+    last_used: float = 0.0
     ready_at: float = 0.0
     load_seconds: float = 0.0
     awaited_until: float = 0.0
 
 
 @dataclass(frozen=True)
-class WaiterView:
-    """One request that waits for an engine since then, in order of arrival."""
-
+class _Waiter:
     number: int
-    key: str
-    since: float = 0.0
+    since: float
 
 
-@dataclass(frozen=True)
-class Grant:
-    """Give the waiter a lease on the ready engine `key`."""
+@dataclass
+class _Queue:
+    """Who waits for one model, in order of arrival, and what its engine would take."""
 
-    waiter: int
-    key: str
+    bytes: int
+    pinned: bool
+    waiters: dict[int, _Waiter] = field(default_factory=dict)
 
-
-@dataclass(frozen=True)
-class Load:
-    """Start an engine for `key`; a slot is free."""
-
-    key: str
+    @property
+    def oldest(self) -> _Waiter:
+        return next(iter(self.waiters.values()))
 
 
-@dataclass(frozen=True)
-class Evict:
-    """Tear the idle engine `key` down; its slot is free once it is gone."""
-
-    key: str
-
-
-@dataclass(frozen=True)
-class Drain:
-    """Admit nobody to the busy engine `key` any more; it is torn down with its last lease."""
-
-    key: str
+class _Verdict(StrEnum):
+    FITS = "fits"
+    LATER = "later"
+    NEVER = "never"
 
 
-@dataclass(frozen=True)
-class CancelLoad:
-    """Nobody wants the load of `key` any more."""
+class Scheduler:
+    """The engines and waiters of one pool.
 
-    key: str
-
-
-Action = Grant | Load | Evict | Drain | CancelLoad
-
-
-def decide(
-    engines: Sequence[EngineView], waiters: Sequence[WaiterView], policy: Policy, now: float
-) -> list[Action]:
-    """What to do now.
-
-    1. A waiter whose engine is ready is granted it, oldest first, while fewer than `concurrency`
-       leases are out. Warm models never wait behind a load.
-    2. A waiter whose engine is on its way joins it: nothing to do.
-    3. A wanted model without an engine is loaded into a free slot, oldest waiter first.
-    4. No free slot: the least recently used idle engine that no waiter wants, nobody has pinned and that
-       has served for `min_residency` gives way.
-    5. None such, and the oldest waiter has waited for `fairness_wait`: the least valuable busy engine
-       (fewest requests, then least recently used) drains and gives way. An engine with leases is never
-       torn down.
+    1. A request for a ready engine is granted it, oldest first, while fewer than `concurrency` leases
+       are out. Warm models never wait behind a load.
+    2. A request for a model whose engine is on its way joins it: nothing to do.
+    3. A wanted model without an engine is loaded where a slot is free and its bytes fit, the one that
+       has waited longest first; who comes later does not take the room that an older one waits for.
+    4. No room: the least recently used idle engines that no waiter wants, nobody has pinned and that have
+       served for `min_residency` give way, as many as are needed.
+    5. Not enough of them, and the oldest waiter has waited for `fairness_wait`: the least valuable busy
+       engines (fewest requests, then least recently used) drain and give way too. An engine with leases is
+       never torn down.
     6. A load that nobody waits for any more is cancelled.
     7. An engine that has been idle for `idle_ttl` is torn down.
+    8. A request beyond those that run and those that may wait is rejected, and so is one whose model
+       cannot fit beside the pinned engines.
+    9. A load that failed rejects all who waited for it. An engine that died has no leases any more.
+    10. An unloaded engine drains; forced, it goes at once.
 
-    `slots` count until an engine is gone, so an engine that is stopping or draining still holds one, but
-    also promises one: no second engine goes for the same waiter.
+    Slots and bytes count until an engine is gone, so an engine that is stopping or draining still holds
+    them, but also promises them: no second engine goes for the same waiter.
     """
-    by_key = {engine.key: engine for engine in engines}
-    grants = _grants(by_key, waiters, policy.concurrency)
-    granted = {grant.key for grant in grants}
-    room = _make_room(engines, waiters, granted, policy, now)
-    wanted = {waiter.key for waiter in waiters}
-    gone = {action.key for action in room if isinstance(action, Evict)}
-    quiet = [engine for engine in engines if engine.key not in wanted | granted | gone]
-    return [*grants, *room, *_cancelled(quiet, now), *_expired(quiet, policy, now)]
 
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.engines: dict[str, EngineView] = {}
+        self.running = 0
+        self.waiting = 0
+        self._queues: dict[str, _Queue] = {}
 
-def next_look(
-    engines: Sequence[EngineView], waiters: Sequence[WaiterView], policy: Policy, now: float
-) -> float | None:
-    """When time alone may change the decision; None: only an event does."""
-    cold = {engine.key for engine in engines if engine.state is EngineState.READY}
-    moments = [waiter.since + policy.fairness_wait for waiter in waiters if waiter.key not in cold]
-    if moments:
-        moments += [engine.ready_at + policy.min_residency for engine in engines]
-    for engine in engines:
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event in; what to do for it, in this order."""
+        return [*self._take(event, now), *self._decide(now)]
+
+    def next_look(self, now: float) -> float | None:
+        """When time alone may change the decision; None: only an event does."""
+        return min((moment for moment in self._moments() if moment > now), default=None)
+
+    def victims(self, now: float) -> list[str]:
+        """Idle engines in the order in which they would give way."""
+        free = [engine for engine in self.engines.values() if _idle(engine) and self._settled(engine, now)]
+        return [engine.key for engine in sorted(free, key=_age)]
+
+    def give_way(self, now: float) -> Evict | None:
+        """The idle engine that goes first where something other than a slot is short."""
+        key = next((key for key in self.victims(now) if key not in self._queues), None)
+        return None if key is None else self._evict(self.engines[key])
+
+    def waiting_for(self, key: str) -> int:
+        """How many wait for a model."""
+        return len(self._queues[key].waiters) if key in self._queues else 0
+
+    def _take(self, event: Event, now: float) -> Iterator[Action]:
+        match event:
+            case Request():
+                yield from self._request(event, now)
+            case Left(number, linger):
+                self._left(number, now + linger)
+            case Pinned(key, pinned):
+                self._pin(key, pinned=pinned)
+            case TimePassed():
+                pass
+            case _:
+                yield from self._take_of_engine(event, self.engines[event.key], now)
+
+    def _take_of_engine(self, event: EngineEvent, engine: EngineView, now: float) -> Iterator[Action]:
+        match event:
+            case Released():
+                yield from self._released(engine, now)
+            case Loaded(_, seconds):
+                self._loaded(engine, seconds, now)
+            case Failed(key):
+                engine.state = EngineState.STOPPING
+                yield from self._reject_all(key, Reason.LOAD_FAILED)
+            case Died():
+                self._void(engine)
+                engine.state = EngineState.STOPPING
+            case Gone(key):
+                self._void(engine)
+                del self.engines[key]
+            case Unload(_, force):
+                yield from self._unload(engine, force=force)
+
+    def _request(self, request: Request, now: float) -> Iterator[Action]:
+        engine = self.engines.get(request.key)
+        warm = engine is not None and engine.state is EngineState.READY
+        if self.waiting >= self.policy.queued and not (warm and self.running < self.policy.concurrency):
+            yield Reject(request.number, Reason.OVERLOADED)
+            return
+        queue = self._queues.setdefault(request.key, _Queue(request.bytes, request.pinned))
+        queue.bytes, queue.pinned = request.bytes, request.pinned
+        queue.waiters[request.number] = _Waiter(request.number, now)
+        self.waiting += 1
+
+    def _left(self, number: int, awaited_until: float) -> None:
+        for key, queue in self._queues.items():
+            if number in queue.waiters:
+                self._forget(key, number)
+                engine = self.engines.get(key)
+                if engine is not None:
+                    engine.awaited_until = max(engine.awaited_until, awaited_until)
+                return
+
+    def _released(self, engine: EngineView, now: float) -> Iterator[Action]:
+        engine.leases -= 1
+        engine.last_used = now
+        self.running -= 1
+        if engine.state is EngineState.DRAINING and engine.leases == 0:
+            yield self._evict(engine)
+
+    def _loaded(self, engine: EngineView, seconds: float, now: float) -> None:
+        engine.state = EngineState.READY
+        engine.load_seconds = seconds
+        engine.ready_at = engine.last_used = now
+
+    def _unload(self, engine: EngineView, *, force: bool) -> Iterator[Action]:
         if engine.state is EngineState.STARTING:
-            moments.append(engine.awaited_until)
-        elif policy.idle_ttl is not None and _idle(engine):
-            moments.append(engine.last_used + policy.idle_ttl)
-    return min((moment for moment in moments if moment > now), default=None)
+            yield from self._reject_all(engine.key, Reason.UNLOADED)
+            yield self._cancel(engine)
+            return
+        if engine.state is EngineState.READY:
+            engine.state = EngineState.DRAINING
+        if engine.state is not EngineState.DRAINING:
+            return
+        if force:
+            self._void(engine)
+        if engine.leases == 0:
+            yield self._evict(engine)
 
+    def _pin(self, key: str, *, pinned: bool) -> None:
+        if key in self.engines:
+            self.engines[key].pinned = pinned
+        if key in self._queues:
+            self._queues[key].pinned = pinned
 
-def victims(engines: Sequence[EngineView], policy: Policy, now: float) -> list[str]:
-    """Idle engines in the order in which they would give way."""
-    free = [engine for engine in engines if _idle(engine) and _settled(engine, policy, now)]
-    return [engine.key for engine in sorted(free, key=_age)]
+    def _decide(self, now: float) -> Iterator[Action]:
+        if self._queues:
+            yield from self._grant(now)
+            yield from self._make_room(now)
+        for engine in list(self.engines.values()):
+            if engine.key in self._queues:
+                continue
+            if engine.state is EngineState.STARTING and engine.awaited_until <= now:
+                yield self._cancel(engine)
+            elif _idle(engine) and self._expired(engine, now):
+                yield self._evict(engine)
 
+    def _grant(self, now: float) -> Iterator[Grant]:
+        """Case 1."""
+        while self.running < self.policy.concurrency:
+            warm = [key for key in self._queues if self._state(key) is EngineState.READY]
+            key = min(warm, key=lambda key: self._queues[key].oldest.number, default=None)
+            if key is None:
+                return
+            number = self._queues[key].oldest.number
+            self._forget(key, number)
+            self.engines[key].leases += 1
+            self.engines[key].last_used = now
+            self.running += 1
+            yield Grant(number, key)
 
-def _make_room(
-    engines: Sequence[EngineView],
-    waiters: Sequence[WaiterView],
-    granted: set[str],
-    policy: Policy,
-    now: float,
-) -> list[Action]:
-    """Cases 3 to 5, for each cold model in the order of its oldest waiter."""
-    present = {engine.key for engine in engines}
-    oldest = _oldest(waiters)
-    kept = set(oldest) | granted
-    idle = [key for key in victims(engines, policy, now) if key not in kept]
-    busy = list(_busy(engines, waiters, policy, now))
-    free = policy.slots - len(engines)
-    promised = sum(engine.state in (EngineState.STOPPING, EngineState.DRAINING) for engine in engines)
-    actions: list[Action] = []
-    for key, since in oldest.items():
-        if key in present:
-            continue
-        if free > 0:
-            free -= 1
-            actions.append(Load(key))
-        elif promised > 0:
-            promised -= 1
-        elif idle:
-            actions.append(Evict(idle.pop(0)))
-        elif busy and now - since >= policy.fairness_wait:
-            actions.append(Drain(busy.pop(0)))
-    return actions
+    def _make_room(self, now: float) -> Iterator[Action]:
+        """Cases 3 to 5 and 8, for each cold model in the order of its oldest waiter."""
+        cold = sorted(
+            (key for key in self._queues if key not in self.engines),
+            key=lambda key: self._queues[key].oldest.number,
+        )
+        blocked: list[str] = []
+        for key in cold:
+            match self._verdict(key, blocked):
+                case _Verdict.NEVER:
+                    yield from self._reject_all(key, Reason.NO_ROOM)
+                case _Verdict.FITS:
+                    yield self._load(key, now)
+                case _Verdict.LATER:
+                    yield from self._give_way_for(key, blocked, now)
+                    blocked.append(key)
 
+    def _verdict(self, key: str, blocked: Sequence[str]) -> _Verdict:
+        queue = self._queues[key]
+        pinned = [
+            engine
+            for engine in self.engines.values()
+            if engine.pinned and engine.state in (EngineState.STARTING, EngineState.READY)
+        ]
+        if not self._fits(queue.bytes, pinned, ()):
+            return _Verdict.NEVER
+        if self._fits(queue.bytes, list(self.engines.values()), blocked):
+            return _Verdict.FITS
+        return _Verdict.LATER
 
-def _oldest(waiters: Sequence[WaiterView]) -> dict[str, float]:
-    """Wanted models and since when, the longest waiting first."""
-    oldest: dict[str, float] = {}
-    for waiter in waiters:
-        oldest[waiter.key] = min(waiter.since, oldest.get(waiter.key, waiter.since))
-    return dict(sorted(oldest.items(), key=lambda item: item[1]))
+    def _give_way_for(self, key: str, blocked: Sequence[str], now: float) -> Iterator[Action]:
+        queue = self._queues[key]
+        idle = [self.engines[name] for name in self.victims(now) if name not in self._queues]
+        busy = self._busy(now) if now - queue.oldest.since >= self.policy.fairness_wait else []
+        busy = [engine for engine in busy if engine not in idle]
+        for engine in self._enough(queue.bytes, blocked, [*idle, *busy]):
+            if engine in idle:
+                yield self._evict(engine)
+            else:
+                yield from self._drain(engine)
 
+    def _enough(self, count: int, blocked: Sequence[str], candidates: list[EngineView]) -> list[EngineView]:
+        """As few of the candidates, in their order, as make room; none where all would not."""
+        staying = [engine for engine in self.engines.values() if not _leaving(engine)]
+        chosen: list[EngineView] = []
+        for candidate in candidates:
+            if self._fits(count, staying, blocked):
+                break
+            chosen.append(candidate)
+            staying.remove(candidate)
+        if not self._fits(count, staying, blocked):
+            return []
+        for candidate in list(reversed(chosen)):
+            if self._fits(count, [*staying, candidate], blocked):
+                chosen.remove(candidate)
+                staying.append(candidate)
+        return chosen
 
-def _grants(by_key: dict[str, EngineView], waiters: Sequence[WaiterView], concurrency: int) -> list[Grant]:
-    room = concurrency - sum(engine.leases for engine in by_key.values())
-    ready = [
-        Grant(waiter.number, waiter.key)
-        for waiter in waiters
-        if waiter.key in by_key and by_key[waiter.key].state is EngineState.READY
-    ]
-    return ready[: max(0, room)]
+    def _fits(self, count: int, engines: Sequence[EngineView], blocked: Sequence[str]) -> bool:
+        """Whether so many bytes fit beside these engines and those that older waiters need."""
+        if len(engines) + len(blocked) >= self.policy.slots:
+            return False
+        if self.policy.memory is None:
+            return True
+        needed = sum(self._queues[key].bytes for key in blocked)
+        return sum(engine.bytes for engine in engines) + needed + count <= self.policy.memory
 
+    def _busy(self, now: float) -> list[EngineView]:
+        """Ready engines that could be drained, the least valuable first."""
+        candidates = [
+            engine
+            for engine in self.engines.values()
+            if engine.state is EngineState.READY and not engine.pinned and self._settled(engine, now)
+        ]
+        return sorted(
+            candidates,
+            key=lambda engine: (engine.leases + self.waiting_for(engine.key), engine.last_used),
+        )
 
-def _busy(
-    engines: Sequence[EngineView], waiters: Sequence[WaiterView], policy: Policy, now: float
-) -> Iterator[str]:
-    """Ready engines that could be drained, the least valuable first."""
-    asked = [waiter.key for waiter in waiters]
-    candidates = [
-        engine
-        for engine in engines
-        if engine.state is EngineState.READY and not engine.pinned and _settled(engine, policy, now)
-    ]
-    value = {engine.key: (engine.leases + asked.count(engine.key), engine.last_used) for engine in candidates}
-    yield from sorted(value, key=lambda key: value[key])
+    def _load(self, key: str, now: float) -> Load:
+        queue = self._queues[key]
+        self.engines[key] = EngineView(key, queue.bytes, queue.pinned, last_used=now)
+        return Load(key)
 
+    def _drain(self, engine: EngineView) -> Iterator[Action]:
+        engine.state = EngineState.DRAINING
+        yield Drain(engine.key)
+        if engine.leases == 0:
+            yield self._evict(engine)
 
-def _cancelled(engines: Sequence[EngineView], now: float) -> Iterator[CancelLoad]:
-    for engine in engines:
-        if engine.state is EngineState.STARTING and engine.awaited_until <= now:
-            yield CancelLoad(engine.key)
+    def _evict(self, engine: EngineView) -> Evict:
+        engine.state = EngineState.STOPPING
+        return Evict(engine.key)
 
+    def _cancel(self, engine: EngineView) -> CancelLoad:
+        engine.state = EngineState.STOPPING
+        return CancelLoad(engine.key)
 
-def _expired(engines: Sequence[EngineView], policy: Policy, now: float) -> Iterator[Evict]:
-    for engine in engines:
-        if policy.idle_ttl is not None and _idle(engine) and now - engine.last_used >= policy.idle_ttl:
-            yield Evict(engine.key)
+    def _reject_all(self, key: str, reason: Reason) -> Iterator[Reject]:
+        for number in list(self._queues[key].waiters) if key in self._queues else ():
+            self._forget(key, number)
+            yield Reject(number, reason)
+
+    def _forget(self, key: str, number: int) -> None:
+        queue = self._queues[key]
+        del queue.waiters[number]
+        self.waiting -= 1
+        if not queue.waiters:
+            del self._queues[key]
+
+    def _void(self, engine: EngineView) -> None:
+        """Its leases end with it."""
+        self.running -= engine.leases
+        engine.leases = 0
+
+    def _state(self, key: str) -> EngineState:
+        engine = self.engines.get(key)
+        return EngineState.STOPPED if engine is None else engine.state
+
+    def _expired(self, engine: EngineView, now: float) -> bool:
+        return self.policy.idle_ttl is not None and now - engine.last_used >= self.policy.idle_ttl
+
+    def _settled(self, engine: EngineView, now: float) -> bool:
+        return now - engine.ready_at >= self.policy.min_residency
+
+    def _moments(self) -> Iterator[float]:
+        cold = [queue for key, queue in self._queues.items() if self._state(key) is not EngineState.READY]
+        yield from (queue.oldest.since + self.policy.fairness_wait for queue in cold)
+        for engine in self.engines.values():
+            if cold:
+                yield engine.ready_at + self.policy.min_residency
+            if engine.state is EngineState.STARTING:
+                yield engine.awaited_until
+            elif self.policy.idle_ttl is not None and _idle(engine):
+                yield engine.last_used + self.policy.idle_ttl
 
 
 def _idle(engine: EngineView) -> bool:
     return engine.state is EngineState.READY and engine.leases == 0 and not engine.pinned
 
 
-def _settled(engine: EngineView, policy: Policy, now: float) -> bool:
-    return now - engine.ready_at >= policy.min_residency
+def _leaving(engine: EngineView) -> bool:
+    return engine.state in (EngineState.DRAINING, EngineState.STOPPING)
 
 
 def _age(engine: EngineView) -> tuple[float, float, float]:

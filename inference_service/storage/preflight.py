@@ -13,7 +13,7 @@ from typing import Any
 
 from inference_service.config import Settings
 from inference_service.engines import vllm_names
-from inference_service.engines.device import Backend, Device, resolve_dtype, tensor_parallel_size
+from inference_service.engines.device import Backend, Device
 from inference_service.errors import CacheError, DiskFull, ModelNotServable, readable_bytes
 from inference_service.models.serving import Serving
 from inference_service.storage.documents import (
@@ -31,33 +31,22 @@ from inference_service.storage.safetensors import (
     header_bytes,
     parse_header,
 )
+from inference_service.storage.shape import Shape, Weights, shape_of, shape_of_fake
 from inference_service.storage.store import StoredObject
 
 READS_AT_ONCE = 8
 JUDGES = 4
 # Most headers of a shard fit: one request instead of two.
 FIRST_READ_BYTES = 64 << 10
-_GIB = 1 << 30
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What the headers say. `tensors` by name, of all files; `stored_bytes` as they lie in the files."""
+class _Verdict:
+    """What an examination found: why the model cannot be served, if it cannot, and its shape."""
 
-    tensors: dict[str, Tensor]
-
-    @property
-    def stored_bytes(self) -> int:
-        return sum(tensor.bytes for tensor in self.tensors.values())
-
-    def bytes_as(self, dtype: str) -> int:
-        """Bytes in memory once floats are converted to `dtype`; packed integers stay as they are."""
-        return sum(
-            tensor.elements * _DTYPE_BYTES[dtype] if tensor.dtype in _FLOATS else tensor.bytes
-            for tensor in self.tensors.values()
-        )
+    revision: str
+    reason: str | None
+    shape: Shape | None = None
 
 
 class Preflight:
@@ -82,21 +71,25 @@ class Preflight:
         self._backend = backend
         self._most_bytes = most_bytes
         self._kept = kept
-        # Model -> the revision that was examined, and why it cannot be served, if it cannot.
-        self._found: dict[str, tuple[str, str | None]] = {}
-        self._examining: dict[tuple[str, str], asyncio.Task[str | None]] = {}
+        self._found: dict[str, _Verdict] = {}
+        self._examining: dict[tuple[str, str], asyncio.Task[_Verdict]] = {}
         self._judges = ThreadPoolExecutor(JUDGES, thread_name_prefix="judge")
         self._readers = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="preflight")
 
     async def examine(self, model: Model) -> None:
         """Returns for a model that can be served; raises ModelNotServable, DiskFull and StoreError."""
-        revision, reason = self._found.get(model.name, (None, None))
-        if revision != model.revision:
-            reason = await self._once(model)
-        if reason is not None:
-            raise ModelNotServable(model.name, reason)
+        verdict = self._found.get(model.name)
+        if verdict is None or verdict.revision != model.revision:
+            verdict = await self._once(model)
+        if verdict.reason is not None:
+            raise ModelNotServable(model.name, verdict.reason)
 
-    async def _once(self, model: Model) -> str | None:
+    def shape(self, model: Model) -> Shape | None:
+        """The shape of a model that was examined; None where no header was read."""
+        verdict = self._found.get(model.name)
+        return None if verdict is None or verdict.revision != model.revision else verdict.shape
+
+    async def _once(self, model: Model) -> _Verdict:
         """One examination of a revision, however many ask; it outlives a client that leaves."""
         key = (model.name, model.revision)
         examining = self._examining.get(key)
@@ -106,14 +99,14 @@ class Preflight:
             examining.add_done_callback(lambda _: self._examining.pop(key, None))
         return await asyncio.shield(examining)
 
-    async def _examine(self, model: Model) -> str | None:
+    async def _examine(self, model: Model) -> _Verdict:
         snapshot = None if self._kept is None else await self._kept(model)
         loop = asyncio.get_running_loop()
-        reason = await loop.run_in_executor(self._judges, self._judge_where_it_lies, model, snapshot)
-        self._found[model.name] = (model.revision, reason)
-        return reason
+        verdict = await loop.run_in_executor(self._judges, self._judge_where_it_lies, model, snapshot)
+        self._found[model.name] = verdict
+        return verdict
 
-    def _judge_where_it_lies(self, model: Model, snapshot: Path | None) -> str | None:
+    def _judge_where_it_lies(self, model: Model, snapshot: Path | None) -> _Verdict:
         if snapshot is not None:
             try:
                 return self._judge(model, SnapshotDocuments(snapshot), fetch=False)
@@ -121,12 +114,12 @@ class Preflight:
                 pass  # it has just been evicted
         return self._judge(model, self._documents, fetch=True)
 
-    def _judge(self, model: Model, reader: Reader, fetch: bool) -> str | None:
-        """Why the model cannot be served; what is damaged is told and not kept: it may be the wire."""
+    def _judge(self, model: Model, reader: Reader, fetch: bool) -> _Verdict:
+        """Whether the model can be served; what is damaged is told and not kept: it may be the wire."""
         if fetch:
             self._check_disk(model)
         if self._backend is Backend.FAKE:  # nothing reads the insides of its models
-            return None
+            return _Verdict(model.revision, None, shape_of_fake(model.bytes, model.serving))
         files = [stored for stored in model.objects if stored.filename.endswith(WEIGHTS)]
         (config_file,) = (stored for stored in model.objects if stored.filename == CONFIG)
         headers = list(self._readers.map(lambda stored: _header(reader, stored), files))
@@ -137,13 +130,12 @@ class Preflight:
                 weights.tensors.update(_parsed(stored, header))
         except BadDocument as error:
             raise ModelNotServable(model.name, f"{error}.") from error
-        return (
-            _malformed(config)
-            or _runs_code(config)
-            or self._unknown_names(config, model.serving)
-            or _too_long(config, model.serving)
-            or self._too_large(config, model.serving, weights)
-        )
+        reason = _malformed(config) or _runs_code(config) or self._unknown_names(config, model.serving)
+        if reason is not None:
+            return _Verdict(model.revision, reason)
+        shape = shape_of(config, model.serving, weights, self._settings, self._device)
+        reason = _too_long(config, model.serving) or self._too_large(shape)
+        return _Verdict(model.revision, reason, shape)
 
     def _check_disk(self, model: Model) -> None:
         most = self._most_bytes()
@@ -172,23 +164,19 @@ class Preflight:
                 return f"serving.json: {key}: '{name}' is none of {', '.join(sorted(names))}."
         return None
 
-    def _too_large(self, config: dict[str, Any], serving: Serving, weights: Weights) -> str | None:
+    def _too_large(self, shape: Shape) -> str | None:
         device, settings = self._device, self._settings
         if not device.memory_bytes:
             return None
-        merged = config | (config.get("text_config") or {})
-        stored_dtype = merged.get("dtype") or merged.get("torch_dtype")
-        dtype = serving.dtype or resolve_dtype(settings.dtype, device, stored_dtype)
-        gpus = serving.tensor_parallel_size or tensor_parallel_size(settings, device)
-        usable = int(device.memory_bytes * settings.gpu_memory_utilization) * gpus
-        needed, cache = weights.bytes_as(dtype), int((serving.kv_cache_gib or 0) * _GIB)
+        usable = int(device.memory_bytes * settings.gpu_memory_utilization) * shape.gpus
+        needed, cache = shape.weights_bytes, shape.kv_cache_bytes or 0
         if needed + cache <= usable:
             return None
         wish = f" and its KV cache {readable_bytes(cache)} (serving.json: kv_cache_gib)" if cache else ""
         return (
-            f"its weights take {readable_bytes(needed)} as {dtype}{wish}, and the engine may use "
-            f"{readable_bytes(usable)} ({gpus} x {readable_bytes(device.memory_bytes)} of {device.name}, "
-            f"GPU_MEMORY_UTILIZATION={settings.gpu_memory_utilization:g})."
+            f"its weights take {readable_bytes(needed)} as {shape.dtype}{wish}, and the engine may use "
+            f"{readable_bytes(usable)} ({shape.gpus} x {readable_bytes(device.memory_bytes)} of "
+            f"{device.name}, GPU_MEMORY_UTILIZATION={settings.gpu_memory_utilization:g})."
         )
 
 

@@ -64,17 +64,23 @@ class Progress:
     def percent(self) -> int:
         return 100 if self.total <= 0 else min(100, max(0, 100 * self.done // self.total))
 
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds until all is there, at the present rate; None while nothing moves."""
+        rate = self.bytes_per_second
+        return (self.total - self.done) / rate if rate >= 1 else None
+
     def describe(self) -> dict[str, Any]:
         """As /admin/stats shows it; `eta_seconds` is None while nothing moves."""
-        rate = self.bytes_per_second
+        eta = self.eta_seconds
         return {
             "model": self.model,
             "revision": self.revision,
             "bytes": self.done,
             "total_bytes": self.total,
             "percent": self.percent,
-            "bytes_per_second": round(rate),
-            "eta_seconds": round((self.total - self.done) / rate, 1) if rate >= 1 else None,
+            "bytes_per_second": round(self.bytes_per_second),
+            "eta_seconds": None if eta is None else round(eta, 1),
             "seconds": round(self.seconds, 1),
             "retries": self.retries,
         }

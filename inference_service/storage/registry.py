@@ -8,6 +8,8 @@ from inference_service.storage.catalog import Catalog
 from inference_service.storage.directory import DirectoryStore
 from inference_service.storage.model import Model
 from inference_service.storage.preflight import Preflight
+from inference_service.storage.progress import Progress
+from inference_service.storage.shape import Shape
 from inference_service.storage.store import Store
 from inference_service.storage.sync import Sync
 
@@ -47,6 +49,15 @@ class Registry:
         if model.unservable is not None:
             raise ModelNotServable(model.name, model.unservable)
         await self._preflight.examine(model)
+
+    def shape(self, model: Model) -> Shape:
+        """What the model takes in memory; where it was not examined, as much as on the disk."""
+        return self._preflight.shape(model) or Shape("", model.bytes)
+
+    def fetching(self, model: Model) -> Progress | None:
+        """How far the fetch of the model is; None while none is under way."""
+        under_way = (progress for progress in self.sync.progress() if progress.model == model.name)
+        return next(under_way, None)
 
     async def fetch(self, model: Model) -> Snapshot:
         """The model's snapshot, held until `release`; raises StoreError, CacheError and DiskFull.

@@ -1,17 +1,23 @@
 """The whole service with the fake engine: routes, envelopes, ids, limits, drains."""
 
+import asyncio
 import json
+import random
+import re
 import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx2
 import openai
 import pytest
 
+from tests.fixtures.fakes import Fakes, ask
 from tests.fixtures.service_process import ServiceProcess, running_service
 
 
@@ -177,25 +183,44 @@ def test_a_body_that_never_ends_is_cut_at_the_timeout(narrow: ServiceProcess) ->
         assert client.recv(65536).startswith(b"HTTP/1.1 504")
 
 
-def test_an_abandonment_storm_leaves_nothing(narrow: ServiceProcess) -> None:
-    """Many clients over three models and two slots, half of whom leave while queued or loading."""
+async def test_an_abandonment_storm_leaves_nothing(fakes: Fakes) -> None:
+    """One slot, three models, 200 clients; half of them leave while they are queued or during a load."""
+    for name in ("alpha", "beta", "gamma"):
+        fakes.put(name, start_seconds=0.3)
+    chance = random.Random(7)
+    settings = {
+        "MAX_CACHED_MODELS": "1",
+        "MIN_RESIDENCY": "0",
+        "FAIRNESS_WAIT": "1",
+        "MAX_QUEUED_REQUESTS": "200",
+    }
+    with fakes.service(**settings, MAX_CONCURRENT_REQUESTS="8") as service:
+        async with httpx2.AsyncClient(base_url=service.url, timeout=120) as client:
 
-    def ask(number: int) -> None:
-        model = ("alpha", "beta", "acme/gamma")[number % 3]
-        patience = 0.05 * (number % 7) if number % 2 else 10
-        try:
-            narrow.client(timeout=patience or 0.01).completions.create(
-                model=model, prompt="x", max_tokens=2, stream=number % 4 == 0
-            )
-        except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError):
-            return
+            async def ask_for(number: int) -> str:
+                model = ("alpha", "beta", "gamma")[number % 3]
+                body = ask(model, stream=number % 4 == 0)
+                await asyncio.sleep(chance.uniform(0, 1))
+                if number % 2 == 0:
+                    answer = await client.post("/v1/completions", json=body)
+                    return "served" if answer.status_code == 200 and "quick" in answer.text else answer.text
+                try:
+                    async with asyncio.timeout(chance.uniform(0.01, 2)):
+                        await client.post("/v1/completions", json=body)
+                except TimeoutError:
+                    return "left"
+                return "served before it left"
 
-    with ThreadPoolExecutor(24) as threads:
-        list(threads.map(ask, range(120)))
-    narrow.wait_until(lambda: narrow.stats()["leases"] == 0 and not narrow.stats()["waiters"], 10)
-    answer = narrow.http.post("/v1/chat/completions", json=body())
-    assert answer.status_code == 200
-    assert "Traceback" not in narrow.log_text()
+            ends = Counter(await asyncio.gather(*(ask_for(number) for number in range(200))))
+        assert ends["served"] == 100, ends
+        assert ends["left"] > 50, ends
+        service.wait_until(lambda: service.stats()["leases"] == 0 and not service.stats()["waiters"], 1)
+        assert service.http.post("/v1/completions", json=ask("beta")).status_code == 200
+        loads = re.findall(
+            r'inference_loads_total{model="\w+",status="ok"} (\d+)', service.http.get("/metrics").text
+        )
+        assert sum(map(int, loads)) < 60, "it does not thrash"
+        assert "Traceback" not in service.log_text()
 
 
 def test_logs_are_json_on_cloud_run(tmp_path: Path, words_directory: Path) -> None:

@@ -67,13 +67,13 @@ async def test_closing_a_reply_aborts_the_generation(launcher: Launcher, tmp_pat
     body = b'{"prompt": "x", "max_tokens": 10000, "stream": true}'
     reply = await host.forward("/v1/completions", body, "id")
     await anext(reply.chunks())
-    assert await host.running() == 1
+    assert (await host.pulse()).running == 1
     reply.close()
     for _ in range(100):
-        if await host.running() == 0:
+        if (await host.pulse()).running == 0:
             break
         await asyncio.sleep(0.01)
-    assert await host.running() == 0
+    assert (await host.pulse()).running == 0
     await host.close()
 
 
@@ -112,16 +112,13 @@ async def test_a_program_that_does_not_exist(launcher: Launcher, tmp_path: Path)
     await host.close()
 
 
-async def test_a_host_that_ignores_sigterm_is_killed(
-    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("inference_service.engines.hosted.TERMINATE_SECONDS", 0.3)
+async def test_a_host_that_ignores_sigterm_is_killed(launcher: Launcher, tmp_path: Path) -> None:
     host = engine(launcher, tmp_path)
     await host.start()
     pid = host.process_id
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    await host.close()
+    await host.close(grace=0.3)
     assert not psutil.pid_exists(pid)
 
 

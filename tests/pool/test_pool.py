@@ -5,71 +5,43 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from inference_service.engines.base import Reply, Snapshot
+from inference_service.engines.base import Footprint, Pulse, Snapshot
 from inference_service.errors import (
     DiskFull,
+    EngineDied,
     EngineError,
     EngineStartFailed,
+    EngineUnloaded,
     ModelNotServable,
-    NoSlot,
+    NoRoom,
+    OutOfMemory,
     Overloaded,
     QueueTimedOut,
     ShuttingDown,
 )
 from inference_service.metrics import Metrics
-from inference_service.models.serving import Serving
-from inference_service.pool.pool import Lease, Limits, Pool
+from inference_service.pool.loading import Parts
+from inference_service.pool.pool import Limits, Pool
 from inference_service.pool.scheduler import Policy
-from inference_service.storage.model import Model, ModelKind
-from inference_service.storage.store import StoredObject
-
-
-def model(name: str, *, pinned: bool = False) -> Model:
-    weights = StoredObject(f"{name}/model.safetensors", 100, "1", 7, datetime.now(UTC))
-    serving = Serving(pinned=pinned)
-    return Model(name, ModelKind.CHECKPOINT, name, "r1", (weights,), datetime.now(UTC), serving=serving)
-
-
-class GatedEngine:
-    """An engine whose start, death and end happen when the test says so."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.snapshot = snapshot
-        self.healthy = True
-        self.process_id = None
-        loop = asyncio.get_running_loop()
-        self.started: asyncio.Future[None] = loop.create_future()
-        self.dead: asyncio.Future[str] = loop.create_future()
-        self.may_close: asyncio.Future[None] = loop.create_future()
-        self.closed = False
-
-    async def start(self) -> None:
-        await asyncio.shield(self.started)
-
-    async def forward(self, path: str, body: bytes, request_id: str) -> Reply:
-        raise NotImplementedError
-
-    async def running(self) -> int:
-        return 0
-
-    async def wait_dead(self) -> str:
-        return await asyncio.shield(self.dead)
-
-    async def close(self) -> None:
-        await asyncio.shield(self.may_close)
-        self.closed = True
+from inference_service.pool.slot import Lease
+from inference_service.storage.model import Model
+from tests.pool.gated import MIB, GatedEngine, model
 
 
 class Bench:
     """A pool, its engines by model, and a way to let everything that can happen happen."""
 
     def __init__(
-        self, policy: Policy, clock: Callable[[], float] | None = None, queue_timeout: float = 1000
+        self,
+        policy: Policy,
+        clock: Callable[[], float] | None = None,
+        queue_timeout: float = 1000,
+        load_timeout: float = 1800,
+        stall_timeout: float = 1800,
     ) -> None:
         self.engines: dict[str, list[GatedEngine]] = {}
         self.metrics = Metrics()
@@ -78,13 +50,14 @@ class Bench:
         self.pinned: set[str] = set()
         # Model -> whether the disk has room for it now.
         self.has_room: dict[str, Callable[[], bool]] = {}
+        # What the device has free; None: not to be told.
+        self.free: int | None = None
         self.pool = Pool(
-            self._fetch,
-            self._release,
-            self._make,
+            Parts(self._fetch, self._release, self._make, self._free_bytes),
+            lambda model: Footprint(MIB, 0, 0),
             self.metrics,
             policy=policy,
-            limits=Limits(queued=12, queue_timeout=queue_timeout, load_timeout=1800),
+            limits=Limits(queue_timeout, load_timeout, stall_timeout),
             clock=clock or self._clock,
         )
 
@@ -92,6 +65,9 @@ class Bench:
         """Every look at it is two seconds later: no two events are equally old."""
         self.now += 2
         return self.now
+
+    async def _free_bytes(self) -> int | None:
+        return self.free
 
     async def _fetch(self, model: Model) -> Snapshot:
         if not self.has_room.get(model.name, lambda: True)():
@@ -104,7 +80,7 @@ class Bench:
     def _release(self, snapshot: Snapshot) -> None:
         self.held.remove(snapshot.model)
 
-    def _make(self, snapshot: Snapshot) -> GatedEngine:
+    def _make(self, snapshot: Snapshot, footprint: Footprint) -> GatedEngine:
         engine = GatedEngine(snapshot)
         self.engines.setdefault(snapshot.model, []).append(engine)
         return engine
@@ -143,10 +119,10 @@ async def _bench(
     slots: int,
     policy: Policy | None = None,
     clock: Callable[[], float] | None = None,
-    queue_timeout: float = 1000,
+    **limits: float,
 ) -> AsyncIterator[Bench]:
-    policy = policy or Policy(slots, 3, fairness_wait=1000, min_residency=0)
-    bench = Bench(policy, clock, queue_timeout)
+    policy = policy or Policy(slots, 3, queued=12, fairness_wait=1000, min_residency=0)
+    bench = Bench(policy, clock, **limits)
     yield bench
     closing = asyncio.create_task(bench.pool.close())
     await bench.settle()
@@ -399,7 +375,7 @@ async def test_a_full_disk_that_no_idle_engine_can_mend_is_told(two: Bench) -> N
 async def test_all_slots_pinned_is_told_at_once(one: Bench) -> None:
     one.pinned = {"a"}
     (await one.started("a")).release()
-    with pytest.raises(NoSlot, match="are pinned, by a"):
+    with pytest.raises(NoRoom, match=r"are pinned. Pinned: a \(1.0 MiB\)"):
         await one.ask("b")
 
 
@@ -482,7 +458,7 @@ async def test_a_pinned_model_that_takes_the_last_slot_leaves_nobody_waiting(one
     one.pinned = {"p"}
     pinned, other = one.ask("p"), one.ask("b")
     await one.settle()
-    with pytest.raises(NoSlot, match="pinned, by p"):
+    with pytest.raises(NoRoom, match="Pinned: p"):
         await other
     one.engine("p").started.set_result(None)
     (await pinned).release()
@@ -507,3 +483,200 @@ async def test_a_pinned_engine_that_is_being_unloaded_is_waited_for(one: Bench) 
     await one.settle()
     one.engine("b").started.set_result(None)
     (await waiting).release()
+
+
+async def test_a_forced_unload_ends_the_leases_with_an_error(one: Bench) -> None:
+    lease = await one.started("a")
+    unloading = asyncio.create_task(one.pool.unload("a", force=True))
+    await one.settle()
+    assert isinstance(one.engine("a").cut_with, EngineUnloaded)
+    assert repr(one.pool) == "<Pool a:stopping(0) | waiting: nobody>"
+    one.engine("a").may_close.set_result(None)
+    assert await unloading
+    lease.release()
+    (await one.started("a")).release()
+    assert (await one.pool.stats())["leases"] == 0
+
+
+async def test_an_unload_that_drains_can_be_forced(one: Bench) -> None:
+    lease = await one.started("a")
+    patient = asyncio.create_task(one.pool.unload("a"))
+    await one.settle()
+    forced = asyncio.create_task(one.pool.unload("a", force=True))
+    await one.settle()
+    one.engine("a").may_close.set_result(None)
+    assert await patient
+    assert await forced
+    lease.release()
+
+
+async def test_an_operators_pin_wins_over_serving_json(two: Bench) -> None:
+    two.pinned = {"a"}
+    (await two.started("a")).release()
+    (await two.started("b")).release()
+    two.pool.pin(model("a", pinned=True), pinned=False)
+    two.pool.pin(model("b"), pinned=True)
+    asked = two.ask("c")
+    await two.settle()
+    assert repr(two.pool) == "<Pool a:stopping(0) b:ready(0) | waiting: c>"
+    two.engine("a").may_close.set_result(None)
+    await two.settle()
+    two.engine("c").started.set_result(None)
+    (await asked).release()
+
+
+async def test_a_dead_engine_fails_its_leases_at_once(one: Bench) -> None:
+    lease = await one.started("a")
+    one.engine("a").dead.set_result("killed by SIGKILL")
+    await one.settle()
+    error = one.engine("a").cut_with
+    assert isinstance(error, EngineDied)
+    assert "killed by SIGKILL" in error.message
+    assert one.engine("a").graces == [0.0], "nothing is asked of a dead engine"
+    assert (await one.pool.stats())["leases"] == 0
+    one.engine("a").may_close.set_result(None)
+    await one.settle()
+    lease.release()
+    with pytest.raises(EngineDied):
+        _ = lease.engine
+
+
+@pytest.mark.parametrize("pulse", [None, Pulse(1, 7)], ids=["no answer", "no step"])
+async def test_an_engine_that_hangs_is_replaced(pulse: Pulse | None) -> None:
+    async for bench in _bench(1, clock=time.monotonic, stall_timeout=0.08):
+        lease = await bench.started("a")
+        bench.engine("a").pulses = pulse
+        bench.engine("a").may_close.set_result(None)
+        async with asyncio.timeout(10):
+            while not bench.engine("a").closed:  # noqa: ASYNC110  (the pool's own watch is waited for)
+                await asyncio.sleep(0.01)
+        assert "no progress" in str(bench.engine("a").cut_with)
+        lease.release()
+        (await bench.started("a")).release()
+        assert len(bench.engines["a"]) == 2
+
+
+async def test_an_engine_that_makes_steps_or_has_no_work_does_not_hang() -> None:
+    async for bench in _bench(1, clock=time.monotonic, stall_timeout=0.08):
+        lease = await bench.started("a")
+        for step in range(30):
+            bench.engine("a").pulses = Pulse(1, step)
+            await asyncio.sleep(0.01)
+        bench.engine("a").pulses = Pulse(0, 30)
+        await asyncio.sleep(0.2)
+        lease.release()
+        bench.engine("a").pulses = None
+        await asyncio.sleep(0.2)
+        assert repr(bench.pool) == "<Pool a:ready(0) | waiting: nobody>"
+
+
+async def test_one_engine_of_a_device_starts_or_ends_at_a_time(two: Bench) -> None:
+    first, second = two.ask("a"), two.ask("b")
+    await two.settle()
+    assert list(two.engines) == ["a"], "b has its slot and waits for its turn"
+    unloading = asyncio.create_task(two.pool.unload("b"))
+    two.engine("a").started.set_result(None)
+    (await first).release()
+    with pytest.raises(EngineUnloaded):
+        await second
+    assert await unloading
+    assert list(two.engines) == ["a"]
+
+
+async def test_none_starts_before_its_memory_is_free(one: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_service.pool.loading._MEMORY_LOOK_SECONDS", 0.001)
+    one.free = MIB - 1
+    asked = one.ask("a")
+    await asyncio.sleep(0.05)
+    assert one.engines == {}
+    one.free = MIB
+    async with asyncio.timeout(5):
+        while not one.engines:  # noqa: ASYNC110  (the pool's own look is waited for)
+            await asyncio.sleep(0.001)
+    one.engine("a").started.set_result(None)
+    (await asked).release()
+
+
+async def test_memory_that_never_comes_is_told_with_the_numbers(
+    one: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference_service.pool.loading.MEMORY_SECONDS", 0)
+    one.free = 0
+    with pytest.raises(OutOfMemory, match=r"needs 1.0 MiB .* the device lacks 1.0 MiB"):
+        await one.ask("a")
+    await one.settle()
+    assert repr(one.pool) == "<Pool empty | waiting: nobody>"
+    assert one.held == []
+
+
+async def test_idle_engines_give_their_memory_where_it_is_short(
+    two: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference_service.pool.loading.MEMORY_SECONDS", 0)
+    (await two.started("a")).release()
+    two.free = 0
+    asked = two.ask("b")
+    async with asyncio.timeout(5):
+        while "a:stopping" not in repr(two.pool):  # noqa: ASYNC110  (as above)
+            await asyncio.sleep(0.001)
+    two.free = MIB
+    two.engine("a").may_close.set_result(None)
+    async with asyncio.timeout(5):
+        while "b" not in two.engines:  # noqa: ASYNC110  (the pool's own look is waited for)
+            await asyncio.sleep(0.001)
+    two.engine("b").started.set_result(None)
+    (await asked).release()
+
+
+async def test_a_load_that_takes_too_long_fails_with_its_phase() -> None:
+    async for bench in _bench(1, load_timeout=0.05):
+        asked = bench.ask("a")
+        await bench.settle()
+        bench.engine("a").may_close.set_result(None)
+        with pytest.raises(EngineStartFailed, match=r"LOAD_TIMEOUT.*phase 'start'"):
+            await asked
+
+
+async def test_a_model_that_failed_is_refused_also_while_what_it_left_is_torn_down() -> None:
+    async for bench in _bench(1, clock=time.monotonic):
+        asked = bench.ask("a")
+        await bench.settle()
+        bench.engine("a").started.set_exception(EngineStartFailed("no such architecture"))
+        with pytest.raises(EngineStartFailed):
+            await asked
+        assert repr(bench.pool) == "<Pool a:stopping(0) | waiting: nobody>"
+        with pytest.raises(EngineStartFailed, match="failed once"):
+            await bench.ask("a")
+
+
+async def test_close_gives_engines_that_are_ending_already_less_time(two: Bench) -> None:
+    (await two.started("a")).release()
+    unloading = asyncio.create_task(two.pool.unload("a"))
+    await two.settle()
+    closing = asyncio.create_task(two.pool.close())
+    await two.settle()
+    assert two.engine("a").graces == [5.0, 0.6]
+    two.engine("a").may_close.set_result(None)
+    await closing
+    assert await unloading
+    assert two.held == [], "its snapshot is released once"
+
+
+async def test_what_a_waiter_is_told_meanwhile(one: Bench) -> None:
+    lease = await one.started("b")
+    assert one.pool.progress(model("a")).phase == "queue"
+    lease.release()
+    asked = one.ask("a")
+    await one.settle()
+    assert one.pool.progress(model("b")).phase == "drain"
+    one.engine("b").may_close.set_result(None)
+    await one.settle()
+    progress = one.pool.progress(model("a"))
+    assert progress.phase == "start"
+    assert progress.percent is not None
+    assert progress.eta_seconds is not None
+    stats = await one.pool.stats()
+    assert stats["waiters"][0]["phase"] == "start"
+    assert stats["engines"][0]["loading"]["phase"] == "start"
+    one.engine("a").started.set_result(None)
+    (await asked).release()

@@ -1,193 +1,423 @@
-"""The scheduler's numbered cases, each a plain call."""
+"""The scheduler's numbered cases, each a plain sequence of events and the actions that follow."""
 
 from typing import Any
 
 from inference_service.engines.base import EngineState
-from inference_service.pool.scheduler import (
+from inference_service.pool.events import (
     Action,
     CancelLoad,
+    Died,
     Drain,
-    EngineView,
+    Event,
     Evict,
+    Failed,
+    Gone,
     Grant,
+    Left,
     Load,
-    Policy,
-    WaiterView,
-    decide,
-    next_look,
+    Loaded,
+    Pinned,
+    Reason,
+    Reject,
+    Released,
+    Request,
+    TimePassed,
+    Unload,
 )
+from inference_service.pool.scheduler import Policy, Scheduler
 
-READY, STARTING, STOPPING = EngineState.READY, EngineState.STARTING, EngineState.STOPPING
-DRAINING = EngineState.DRAINING
-NOW = 1000.0
-
-
-def engine(key: str, state: EngineState = READY, leases: int = 0, used: float = 0, **more: Any) -> EngineView:
-    awaited = {"awaited_until": NOW + 1} if state is STARTING else {}
-    return EngineView(key, state, leases, used, **(awaited | more))
+MIB = 1 << 20
 
 
-def waiting(*keys: str) -> list[WaiterView]:
-    return [WaiterView(number, key, NOW - 1) for number, key in enumerate(keys, start=1)]
+class Play:
+    """A scheduler and a clock; every model weighs one MiB unless it is said otherwise."""
+
+    def __init__(self, slots: int = 2, concurrency: int = 10, **policy: Any) -> None:
+        policy = {"fairness_wait": 10, "min_residency": 0, **policy}
+        self.scheduler = Scheduler(Policy(slots, concurrency, **policy))
+        self.now = 1000.0
+        self.numbers = 0
+
+    def tell(self, event: Event, after: float = 0.0) -> list[Action]:
+        self.now += after
+        return self.scheduler.handle(event, self.now)
+
+    def ask(self, key: str, after: float = 0.0, **more: Any) -> list[Action]:
+        self.numbers += 1
+        return self.tell(Request(self.numbers, key, **({"bytes": MIB} | more)), after)
+
+    def later(self, seconds: float) -> list[Action]:
+        return self.tell(TimePassed(), seconds)
+
+    def serve(self, *keys: str, leases: int = 0, **more: Any) -> None:
+        """Load engines one after the other, each with so many leases out, the clock a second on each time."""
+        for key in keys:
+            for _ in range(max(1, leases)):
+                self.ask(key, **more)
+            self.tell(Loaded(key, 1.0))
+            if leases == 0:
+                self.tell(Released(key))
+            self.now += 1
+
+    def state(self, key: str) -> EngineState:
+        return self.scheduler.engines[key].state
 
 
-def plan(
-    engines: list[EngineView],
-    waiters: list[WaiterView],
-    slots: int = 2,
-    concurrency: int = 10,
-    **policy: Any,
-) -> list[Action]:
-    return decide(engines, waiters, Policy(slots, concurrency, **policy), NOW)
-
-
-def test_nothing_to_do() -> None:
-    assert plan([], []) == []
-    assert plan([engine("a"), engine("b", leases=1)], []) == []
-
-
-def test_1_a_ready_engine_is_granted_to_the_oldest_first() -> None:
-    assert plan([engine("a")], waiting("a", "a")) == [Grant(1, "a"), Grant(2, "a")]
+def test_1_a_ready_engine_is_granted_at_once_oldest_first() -> None:
+    play = Play()
+    assert play.ask("a") == [Load("a")]
+    assert play.ask("a") == []
+    assert play.tell(Loaded("a")) == [Grant(1, "a"), Grant(2, "a")]
+    assert play.ask("a") == [Grant(3, "a")]
 
 
 def test_1_concurrency_bounds_the_leases_of_all_engines() -> None:
-    engines = [engine("a", leases=2), engine("b", leases=1)]
-    assert plan(engines, waiting("a", "b", "a"), concurrency=4) == [Grant(1, "a")]
-    assert plan(engines, waiting("a", "b", "a"), concurrency=3) == []
+    play = Play(concurrency=2)
+    play.serve("a", "b")
+    assert (play.ask("a"), play.ask("b")) == ([Grant(3, "a")], [Grant(4, "b")])
+    assert (play.ask("b"), play.ask("a")) == ([], [])
+    assert play.tell(Released("a")) == [Grant(5, "b")], "in order of arrival, whichever engine it is for"
+    assert play.tell(Released("b")) == [Grant(6, "a")]
 
 
 def test_1_warm_models_do_not_wait_behind_a_load() -> None:
-    engines = [engine("cold", STARTING), engine("warm")]
-    assert plan(engines, waiting("cold", "warm")) == [Grant(2, "warm")]
+    play = Play()
+    play.serve("warm")
+    assert play.ask("cold") == [Load("cold")]
+    assert play.ask("warm") == [Grant(3, "warm")]
 
 
 def test_2_a_load_is_joined() -> None:
-    assert plan([engine("a", STARTING)], waiting("a", "a", "a")) == []
-
-
-def test_3_one_load_per_model_into_free_slots_oldest_waiter_first() -> None:
-    assert plan([], waiting("a", "a", "b", "c")) == [Load("a"), Load("b")]
-
-
-def test_4_the_least_recently_used_idle_engine_gives_way() -> None:
-    engines = [engine("new", used=9), engine("old", used=3)]
-    assert plan(engines, waiting("c")) == [Evict("old")]
-
-
-def test_4_one_eviction_per_wanted_model() -> None:
-    engines = [engine("a", used=1), engine("b", used=2), engine("c", used=3)]
-    assert plan(engines, waiting("x", "x", "y"), slots=3) == [Evict("a"), Evict("b")]
-
-
-def test_4_an_engine_that_stops_already_is_waited_for() -> None:
-    engines = [engine("a", STOPPING), engine("b", used=2)]
-    assert plan(engines, waiting("x")) == []
-    assert plan(engines, waiting("x", "y")) == [Evict("b")]
-
-
-def test_4_an_engine_that_somebody_waits_for_is_no_victim() -> None:
-    engines = [engine("a", used=1), engine("b", leases=3, used=2)]
-    assert plan(engines, waiting("a", "c"), concurrency=3) == []
-
-
-def test_4_an_engine_granted_in_the_same_step_is_no_victim() -> None:
-    assert plan([engine("a")], waiting("a", "b"), slots=1) == [Grant(1, "a")]
-
-
-def test_5_an_engine_with_leases_is_never_torn_down() -> None:
-    engines = [engine("a", leases=1), engine("b", STARTING)]
-    assert plan(engines, waiting("c")) == []
-
-
-def test_5_a_draining_engine_takes_nobody() -> None:
-    assert plan([engine("a", EngineState.DRAINING, leases=1)], waiting("a"), slots=1) == []
-
-
-def test_4_an_engine_stays_for_a_while_after_its_load() -> None:
-    assert plan([engine("a", ready_at=NOW - 4)], waiting("b"), slots=1) == []
-    assert plan([engine("a", ready_at=NOW - 5)], waiting("b"), slots=1) == [Evict("a")]
-
-
-def test_4_of_equally_old_victims_the_one_goes_that_is_cheapest_to_load_again() -> None:
-    dear, cheap = engine("dear", used=3.1, load_seconds=40), engine("cheap", used=3.7, load_seconds=4)
-    assert plan([dear, cheap], waiting("c")) == [Evict("cheap")]
-    older = engine("older", used=1.0, load_seconds=90)
-    assert plan([dear, cheap, older], waiting("c"), slots=3) == [Evict("older")]
-
-
-def test_4_a_pinned_engine_never_gives_way() -> None:
-    pinned = EngineView("a", READY, 0, 0, pinned=True)
-    assert plan([pinned], waiting("b"), slots=1) == []
-    late = [WaiterView(1, "b", NOW - 1000)]
-    assert plan([pinned], late, slots=1) == []
-
-
-def test_5_the_least_valuable_busy_engine_drains_for_one_who_has_waited_long() -> None:
-    engines = [engine("much", leases=5, used=1), engine("little", leases=1, used=9)]
-    patient, late = [WaiterView(1, "c", NOW - 9)], [WaiterView(1, "c", NOW - 10)]
-    assert plan(engines, patient) == []
-    assert plan(engines, late) == [Drain("little")]
-
-
-def test_5_requests_that_wait_make_an_engine_valuable_too() -> None:
-    engines = [engine("asked", leases=1, used=1), engine("busy", leases=2, used=9)]
-    waiters = [WaiterView(1, "c", NOW - 10), *(WaiterView(n, "asked", NOW - 1) for n in (2, 3, 4))]
-    assert plan(engines, waiters, concurrency=3) == [Drain("busy")]
-
-
-def test_5_a_steady_stream_of_new_requests_is_not_admitted_to_a_draining_engine() -> None:
-    engines = [engine("a", DRAINING, leases=1)]
-    waiters = [WaiterView(1, "b", NOW - 20), WaiterView(2, "a", NOW - 1)]
-    assert plan(engines, waiters, slots=1) == []
-
-
-def test_5_one_engine_drains_for_one_model() -> None:
-    engines = [engine("a", DRAINING, leases=1), engine("b", leases=1)]
-    assert plan(engines, [WaiterView(1, "c", NOW - 20)]) == []
-    both = [WaiterView(1, "c", NOW - 20), WaiterView(2, "d", NOW - 15)]
-    assert plan(engines, both) == [Drain("b")]
-
-
-def test_5_a_model_that_was_drained_waits_its_turn_and_comes_back() -> None:
-    engines = [engine("b", leases=1, ready_at=NOW - 5)]
-    assert plan(engines, [WaiterView(2, "a", NOW - 10)], slots=1) == [Drain("b")]
-
-
-def test_5_not_before_it_has_served_for_a_while() -> None:
-    engines = [engine("a", leases=1, ready_at=NOW - 4)]
-    assert plan(engines, [WaiterView(1, "b", NOW - 50)], slots=1) == []
+    play = Play()
+    assert [play.ask("a"), play.ask("a"), play.ask("a")] == [[Load("a")], [], []]
 
 
 def test_3_the_model_that_was_asked_for_first_is_loaded_first() -> None:
-    waiters = [WaiterView(1, "b", NOW - 1), WaiterView(2, "a", NOW - 7), WaiterView(3, "c", NOW - 3)]
-    assert plan([], waiters, slots=2) == [Load("a"), Load("c")]
+    play = Play(slots=1)
+    play.serve("x", leases=1)
+    assert [play.ask("b"), play.ask("a"), play.ask("b")] == [[], [], []]
+    assert play.tell(Died("x")) == []
+    assert play.tell(Gone("x")) == [Load("b")]
+
+
+def test_3_a_model_is_loaded_only_where_its_bytes_fit() -> None:
+    play = Play(slots=4, memory=3 * MIB)
+    assert play.ask("a", bytes=2 * MIB) == [Load("a")]
+    assert play.ask("b", bytes=2 * MIB) == [], "a is on its way, and they do not fit together"
+    assert play.ask("c", bytes=MIB) == [], "the room that is left is kept for b, which came first"
+    assert play.tell(Loaded("a")) == [Grant(1, "a")]
+    assert play.tell(Released("a")) == [Evict("a")]
+    assert play.tell(Gone("a")) == [Load("b"), Load("c")]
+
+
+def test_3_a_small_model_that_came_first_is_loaded_beside_a_busy_one() -> None:
+    play = Play(slots=4, memory=3 * MIB)
+    play.serve("a", leases=1, bytes=2 * MIB)
+    assert play.ask("c", bytes=MIB) == [Load("c")]
+
+
+def test_4_the_least_recently_used_idle_engine_gives_way() -> None:
+    play = Play()
+    play.serve("a", "b")
+    play.ask("a")
+    play.tell(Released("a"))
+    assert play.ask("c") == [Evict("b")]
+    assert play.tell(Gone("b")) == [Load("c")]
+
+
+def test_4_one_eviction_per_wanted_model() -> None:
+    play = Play(slots=3)
+    play.serve("a", "b", "c")
+    assert [play.ask("x"), play.ask("x"), play.ask("y")] == [[Evict("a")], [], [Evict("b")]]
+
+
+def test_4_as_many_give_way_as_are_needed_and_no_more() -> None:
+    play = Play(slots=4, memory=4 * MIB)
+    play.serve("a")
+    play.serve("b", bytes=2 * MIB)
+    play.serve("c")
+    assert play.ask("x", bytes=2 * MIB) == [Evict("b")], "a alone would not do, b alone does"
+    play = Play(slots=4, memory=4 * MIB)
+    play.serve("a", "b", "c", "d")
+    assert play.ask("x", bytes=3 * MIB) == [Evict("a"), Evict("b"), Evict("c")]
+
+
+def test_4_nobody_gives_way_in_vain() -> None:
+    play = Play(slots=4, memory=4 * MIB)
+    play.serve("busy", leases=1, bytes=2 * MIB)
+    play.serve("idle")
+    assert play.ask("x", bytes=4 * MIB) == [], "without the busy one it would not fit"
+    assert play.later(10) == [Evict("idle"), Drain("busy")]
+
+
+def test_4_an_engine_that_stops_already_is_waited_for() -> None:
+    play = Play()
+    play.serve("a", "b")
+    assert play.tell(Unload("a")) == [Evict("a")]
+    assert play.ask("x") == []
+    assert play.ask("y") == [Evict("b")]
+
+
+def test_4_an_engine_that_somebody_waits_for_is_no_victim() -> None:
+    play = Play(concurrency=1)
+    play.serve("a")
+    play.serve("b", leases=1)
+    assert play.ask("a") == []
+    assert play.ask("c") == []
+
+
+def test_4_an_engine_stays_for_a_while_after_its_load() -> None:
+    play = Play(slots=1, min_residency=5)
+    play.serve("a")
+    assert play.ask("b") == []
+    assert play.scheduler.next_look(play.now) == play.now + 4
+    assert play.later(3.9) == []
+    assert play.later(0.1) == [Evict("a")]
+
+
+def test_4_of_equally_old_victims_the_one_goes_that_is_cheapest_to_load_again() -> None:
+    play = Play()
+    play.ask("dear")
+    play.ask("cheap")
+    for key, seconds in (("dear", 40.0), ("cheap", 4.0)):
+        play.tell(Loaded(key, seconds))
+        play.tell(Released(key), 0.1)
+    assert play.ask("c") == [Evict("cheap")]
+
+
+def test_4_a_pinned_engine_never_gives_way() -> None:
+    play = Play()
+    play.serve("a", pinned=True)
+    play.serve("b", leases=1)
+    assert play.ask("c") == []
+    assert play.later(60) == [Drain("b")]
+    assert play.tell(Pinned("a", pinned=False)) == []
+    assert play.tell(Released("b")) == [Evict("b")]
+
+
+def test_4_an_operators_pin_counts_at_once() -> None:
+    play = Play()
+    play.serve("a", "b")
+    play.tell(Pinned("a", pinned=True))
+    assert play.ask("c") == [Evict("b")]
+
+
+def test_5_an_engine_with_leases_is_never_torn_down() -> None:
+    play = Play(slots=1)
+    play.serve("a", leases=1)
+    assert play.ask("b") == []
+    assert play.later(10) == [Drain("a")]
+    assert play.later(1000) == []
+    assert play.tell(Released("a")) == [Evict("a")]
+    assert play.tell(Gone("a")) == [Load("b")]
+
+
+def test_5_the_least_valuable_busy_engine_drains_for_one_who_has_waited_long() -> None:
+    play = Play()
+    play.serve("much", leases=5)
+    play.serve("little", leases=1)
+    assert play.ask("c") == []
+    assert play.scheduler.next_look(play.now) == play.now + 10
+    assert play.later(9.9) == []
+    assert play.later(0.1) == [Drain("little")]
+
+
+def test_5_requests_that_wait_make_an_engine_valuable_too() -> None:
+    play = Play(concurrency=3)
+    play.serve("asked", leases=1)
+    play.serve("busy", leases=2)
+    for key in ("asked", "asked", "c"):
+        assert play.ask(key) == []
+    assert play.later(10) == [Drain("busy")]
+
+
+def test_5_new_requests_are_not_admitted_to_a_draining_engine() -> None:
+    play = Play(slots=1)
+    play.serve("a", leases=1)
+    play.ask("b")
+    play.later(10)
+    assert play.ask("a") == []
+    assert play.tell(Released("a")) == [Evict("a")]
+    assert play.tell(Gone("a")) == [Load("b")]
+
+
+def test_5_one_engine_drains_for_one_model() -> None:
+    play = Play()
+    play.serve("a", "b", leases=1)
+    play.ask("c")
+    assert play.later(10) == [Drain("a")]
+    assert play.ask("d") == []
+    assert play.later(10) == [Drain("b")]
+
+
+def test_5_two_models_that_are_both_wanted_all_the_time_take_turns() -> None:
+    """The older waiter's model each time; a swap only once a waiter is old enough."""
+    play = Play(slots=1, fairness_wait=10)
+    play.serve("a", leases=1)
+    loads = []
+    for _ in range(3):
+        other = "b" if "a" in play.scheduler.engines else "a"
+        (this,) = play.scheduler.engines
+        assert play.ask(other) == []
+        assert play.later(10) == [Drain(this)]
+        assert play.ask(this) == []
+        assert play.tell(Released(this)) == [Evict(this)]
+        assert play.tell(Gone(this)) == [Load(other)]
+        assert play.tell(Loaded(other)) == [Grant(play.numbers - 1, other)]
+        play.tell(Left(play.numbers))
+        loads.append(other)
+    assert loads == ["b", "a", "b"]
 
 
 def test_6_a_load_that_nobody_waits_for_any_more_is_cancelled() -> None:
-    lingering = engine("a", STARTING, awaited_until=NOW + 1)
-    forgotten = engine("b", STARTING, awaited_until=NOW - 1)
-    assert plan([lingering, forgotten], []) == [CancelLoad("b")]
-    assert plan([forgotten], waiting("b")) == []
+    play = Play()
+    play.ask("a")
+    assert play.tell(Left(1, linger=5)) == []
+    assert play.scheduler.next_look(play.now) == play.now + 5
+    assert play.later(4.9) == []
+    assert play.later(0.1) == [CancelLoad("a")]
+
+
+def test_6_a_load_that_somebody_comes_back_for_goes_on() -> None:
+    play = Play()
+    play.ask("a")
+    play.tell(Left(1, linger=5))
+    assert play.ask("a", after=3) == []
+    assert play.later(60) == []
+    assert play.tell(Loaded("a")) == [Grant(2, "a")]
+
+
+def test_6_a_load_that_one_of_two_waits_for_goes_on() -> None:
+    play = Play()
+    play.ask("a")
+    play.ask("a")
+    assert play.tell(Left(1)) == []
+    assert play.tell(Left(2)) == [CancelLoad("a")]
 
 
 def test_7_an_idle_engine_goes_after_a_while() -> None:
-    engines = [engine("old", used=NOW - 60), engine("new", used=NOW - 59), engine("busy", leases=1)]
-    assert plan(engines, [], slots=3, idle_ttl=60) == [Evict("old")]
-    assert plan(engines, [], slots=3) == []
-    assert plan([EngineView("a", READY, 0, 0, pinned=True)], [], idle_ttl=60) == []
+    play = Play(slots=4, idle_ttl=60)
+    play.serve("a")
+    play.serve("busy", leases=1)
+    play.serve("pinned", pinned=True)
+    assert play.scheduler.next_look(play.now) == play.now + 57
+    assert play.later(56.9) == []
+    assert play.later(0.1) == [Evict("a")]
+    assert play.later(1000) == []
 
 
 def test_7_an_engine_that_gives_way_anyway_goes_once() -> None:
-    engines = [engine("a", used=NOW - 60)]
-    assert plan(engines, waiting("b"), slots=1, idle_ttl=60) == [Evict("a")]
+    play = Play(slots=1, idle_ttl=60)
+    play.serve("a")
+    assert play.ask("b", after=60) == [Evict("a")]
 
 
-def test_when_time_alone_changes_something() -> None:
-    policy = Policy(2, 10, fairness_wait=10, min_residency=5, idle_ttl=60)
-    warm = engine("a", leases=1, ready_at=NOW - 3)
-    assert next_look([], [], policy, NOW) is None
-    assert next_look([warm], [WaiterView(1, "b", NOW - 1)], policy, NOW) == NOW + 2
-    settled = engine("a", leases=1)
-    assert next_look([settled], [WaiterView(1, "b", NOW - 1)], policy, NOW) == NOW + 9
-    assert next_look([engine("a", used=NOW - 20)], [], policy, NOW) == NOW + 40
-    assert next_look([engine("a", STARTING, awaited_until=NOW + 3)], [], policy, NOW) == NOW + 3
+def test_8_more_than_may_wait_are_rejected_at_once() -> None:
+    play = Play(concurrency=1, queued=2)
+    play.serve("a", leases=1)
+    assert [play.ask("a"), play.ask("a")] == [[], []]
+    assert play.ask("a") == [Reject(4, Reason.OVERLOADED)]
+    assert play.ask("b") == [Reject(5, Reason.OVERLOADED)]
+    assert play.tell(Left(2)) == []
+    assert play.ask("a") == [], "one that left makes place"
+
+
+def test_8_a_warm_model_is_not_refused_for_those_who_wait_for_a_cold_one() -> None:
+    play = Play(queued=1)
+    play.serve("warm")
+    play.ask("cold")
+    assert play.ask("warm") == [Grant(3, "warm")]
+    assert play.ask("cold") == [Reject(4, Reason.OVERLOADED)]
+
+
+def test_8_what_cannot_fit_beside_the_pinned_is_rejected() -> None:
+    play = Play(slots=3, memory=4 * MIB)
+    play.serve("p", bytes=3 * MIB, pinned=True)
+    assert play.ask("big", bytes=2 * MIB) == [Reject(2, Reason.NO_ROOM)]
+    assert play.ask("small", bytes=MIB) == [Load("small")]
+
+
+def test_8_where_every_slot_is_pinned_nobody_waits() -> None:
+    play = Play(slots=1)
+    play.ask("p", pinned=True)
+    assert play.ask("b") == [Reject(2, Reason.NO_ROOM)]
+
+
+def test_8_a_pin_rejects_those_who_wait_already() -> None:
+    play = Play(slots=1)
+    play.serve("a", leases=1)
+    assert play.ask("b") == []
+    assert play.tell(Pinned("a", pinned=True)) == [Reject(2, Reason.NO_ROOM)]
+
+
+def test_8_a_pinned_engine_that_is_being_unloaded_is_waited_for() -> None:
+    play = Play(slots=1)
+    play.serve("p", pinned=True)
+    assert play.tell(Unload("p")) == [Evict("p")]
+    assert play.ask("b") == []
+    assert play.tell(Gone("p")) == [Load("b")]
+
+
+def test_9_a_failed_load_rejects_everyone_who_waited_and_the_slot_is_free_once_it_is_gone() -> None:
+    play = Play(slots=1)
+    play.ask("a")
+    play.ask("a")
+    play.ask("b")
+    assert play.tell(Failed("a")) == [Reject(1, Reason.LOAD_FAILED), Reject(2, Reason.LOAD_FAILED)]
+    assert play.tell(Gone("a")) == [Load("b")]
+
+
+def test_9_a_dead_engines_leases_do_not_count() -> None:
+    play = Play(concurrency=2)
+    play.serve("a", leases=2)
+    assert play.ask("b") == [Load("b")]
+    play.tell(Loaded("b"))
+    assert play.tell(Died("a")) == [Grant(3, "b")]
+    assert play.ask("a") == []
+    assert play.tell(Gone("a")) == [Load("a")], "replaced for who has asked since"
+    assert play.scheduler.running == 1
+
+
+def test_10_an_unloaded_engine_drains_first() -> None:
+    play = Play()
+    play.serve("a", leases=2)
+    assert play.tell(Unload("a")) == []
+    assert play.ask("a") == []
+    assert play.tell(Released("a")) == []
+    assert play.tell(Released("a")) == [Evict("a")]
+    assert play.tell(Gone("a")) == [Load("a")]
+
+
+def test_10_forced_it_goes_at_once() -> None:
+    play = Play()
+    play.serve("a", leases=2)
+    assert play.tell(Unload("a", force=True)) == [Evict("a")]
+    assert play.scheduler.running == 0
+    play = Play()
+    play.serve("a", leases=2)
+    play.tell(Unload("a"))
+    assert play.tell(Unload("a", force=True)) == [Evict("a")], "also where it drains already"
+    assert play.tell(Unload("a", force=True)) == []
+
+
+def test_10_an_unload_rejects_those_who_wait_for_the_load() -> None:
+    play = Play()
+    play.ask("a")
+    assert play.tell(Unload("a")) == [Reject(1, Reason.UNLOADED), CancelLoad("a")]
+
+
+def test_what_gives_way_where_something_else_than_a_slot_is_short() -> None:
+    play = Play()
+    play.serve("a", "b")
+    assert play.scheduler.victims(play.now) == ["a", "b"]
+    assert play.scheduler.give_way(play.now) == Evict("a")
+    assert play.state("a") is EngineState.STOPPING
+    assert play.scheduler.give_way(play.now) == Evict("b")
+    assert play.scheduler.give_way(play.now) is None
+
+
+def test_when_time_alone_changes_nothing() -> None:
+    play = Play()
+    assert play.scheduler.next_look(play.now) is None
+    play.serve("a", leases=1)
+    assert play.scheduler.next_look(play.now) is None

@@ -1,0 +1,59 @@
+"""The memory of the device in bytes: what each engine gets, so that as many as there are slots fit together.
+
+Pure arithmetic; what is really free is measured by engines/memory.py.
+"""
+
+from inference_service.engines.base import Footprint
+from inference_service.engines.device import Backend, Device, DeviceKind
+from inference_service.storage.shape import Shape
+
+_MIB = 1 << 20
+MIN_KV_CACHE_BYTES = 64 * _MIB
+UNKNOWN_KV_CACHE_BYTES = 1024 * _MIB
+FULL_LENGTH_REQUESTS = 4
+# A context that nobody has bounded is not given room in full where room is short.
+ENOUGH_TOKENS = 4096
+# Backend and device -> bytes of every engine, and per byte of its weights (packed copies, activations).
+# vLLM on the CPU: measured with SmolLM2-135M in float32, 604 MiB at 513 MiB of weights, the pages that it
+# shares with the launcher left out. On CUDA: the context and the graphs; not measured yet.
+_OVERHEAD = {
+    (Backend.VLLM, DeviceKind.CPU): (544 * _MIB, 0.125),
+    (Backend.VLLM, DeviceKind.CUDA): (1536 * _MIB, 0.05),
+}
+_OTHER_OVERHEAD = (32 * _MIB, 0.0)
+
+
+class Budget:
+    """Bytes on each device for all engines; `total` None: not known, and nothing is counted."""
+
+    def __init__(self, device: Device, backend: Backend, utilization: float, slots: int) -> None:
+        self.total = int(device.memory_bytes * utilization) or None
+        self._touched_at_start = device.kind is not DeviceKind.CUDA
+        self._fixed, self._per_byte = _OVERHEAD.get((backend, device.kind), _OTHER_OVERHEAD)
+        self._slots = slots
+
+    def footprint(self, shape: Shape) -> Footprint:
+        """What an engine of this shape gets on each of its devices.
+
+        An equal share where the model fits into one; else what it needs, and fewer engines fit together.
+        Never more than `total`: alone, every engine may be tried.
+        """
+        weights = shape.weights_bytes // shape.gpus
+        overhead = self._fixed + int(weights * self._per_byte)
+        kv_cache = self._kv_cache(shape, weights + overhead)
+        if self.total is not None:
+            overhead = max(0, min(overhead, self.total - weights - kv_cache))
+        return Footprint(weights, kv_cache, overhead)
+
+    def _kv_cache(self, shape: Shape, others: int) -> int:
+        if shape.kv_cache_bytes is not None:
+            return shape.kv_cache_bytes // shape.gpus
+        token_bytes = shape.token_bytes // shape.gpus
+        wanted = token_bytes * shape.context * FULL_LENGTH_REQUESTS or UNKNOWN_KV_CACHE_BYTES
+        if self.total is None:
+            return max(MIN_KV_CACHE_BYTES, wanted)
+        share, whole = self.total // self._slots - others, self.total - others
+        if share < max(MIN_KV_CACHE_BYTES, token_bytes * min(shape.context, ENOUGH_TOKENS)):
+            return max(MIN_KV_CACHE_BYTES, min(wanted, whole))
+        # On the CPU vLLM touches all of its cache at the start: no more than a few requests can use.
+        return max(MIN_KV_CACHE_BYTES, min(wanted, share)) if self._touched_at_start else share

@@ -1,0 +1,142 @@
+"""The words between pool and scheduler: what has happened, and what is to be done.
+
+`key` is a model's name, `number` a request's, counted in order of arrival.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request wants the engine of `key`, which would take `bytes` on its device."""
+
+    number: int
+    key: str
+    bytes: int = 0
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class Left:
+    """A waiter is gone; a load that it waited for goes on for `linger` seconds."""
+
+    number: int
+    linger: float = 0.0
+
+
+@dataclass(frozen=True)
+class Released:
+    """A lease of the engine `key` has come back."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The engine answers; its load took `seconds`."""
+
+    key: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The load of `key` failed; what it left is being torn down."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Died:
+    """The engine's process ended, or hangs; what it left is being torn down."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Gone:
+    """Nothing of the engine is left: its slot and its memory are free."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Unload:
+    """The operator wants the engine gone, once its leases are back or (`force`) now."""
+
+    key: str
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """The operator has pinned the model, or unpinned it."""
+
+    key: str
+    pinned: bool
+
+
+@dataclass(frozen=True)
+class TimePassed:
+    """Nothing happened, but it is later."""
+
+
+EngineEvent = Released | Loaded | Failed | Died | Gone | Unload
+Event = Request | Left | Pinned | TimePassed | EngineEvent
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Give the waiter a lease on the ready engine `key`."""
+
+    number: int
+    key: str
+
+
+@dataclass(frozen=True)
+class Load:
+    """Start an engine for `key`; there is room for it."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Drain:
+    """The busy engine `key` admits nobody any more and goes with its last lease."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Evict:
+    """Tear the engine `key` down, which no lease holds."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class CancelLoad:
+    """Stop loading `key`: nobody wants it any more."""
+
+    key: str
+
+
+class Reason(StrEnum):
+    """Why a request is rejected."""
+
+    OVERLOADED = "overloaded"
+    NO_ROOM = "no room"
+    LOAD_FAILED = "load failed"
+    UNLOADED = "unloaded"
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Answer the waiter with an error."""
+
+    number: int
+    reason: Reason
+
+
+Action = Grant | Load | Drain | Evict | CancelLoad | Reject

@@ -1,0 +1,188 @@
+"""Carries out loads and teardowns: fetch, memory, start; then the watch; then the end.
+
+One engine of a device starts or ends at a time, and none starts before its memory is measured to be free.
+Nothing here decides; it tells the pool by returning or raising.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from inference_service.engines.base import Engine, Footprint, Snapshot
+from inference_service.errors import (
+    DiskFull,
+    EngineDied,
+    EngineError,
+    EngineStartFailed,
+    OutOfMemory,
+    readable_bytes,
+)
+from inference_service.pool.slot import LoadProgress, Phase, Slot
+from inference_service.storage.model import Model
+from inference_service.storage.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+LAST_GRACE_SECONDS = 0.6
+# The driver gives memory back a moment after the process is gone.
+MEMORY_SECONDS = 5.0
+_MEMORY_LOOK_SECONDS = 0.1
+_PULSE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a load is made of. `free_bytes`: what the device has free; None where that cannot be told."""
+
+    fetch: Callable[[Model], Awaitable[Snapshot]]
+    release: Callable[[Snapshot], None]
+    make_engine: Callable[[Snapshot, Footprint], Engine]
+    free_bytes: Callable[[], Awaitable[int | None]]
+    fetching: Callable[[Model], Progress | None] = lambda model: None
+
+
+class Loading:
+    """The loads and teardowns of one device.
+
+    `make_room` is asked where so many bytes on the disk, or memory (0), are missing: it tears one idle engine
+    down and returns once it is gone, or False where that would not help.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        load_timeout: float,
+        stall_timeout: float,
+        clock: Callable[[], float],
+        make_room: Callable[[int], Awaitable[bool]],
+    ) -> None:
+        self._parts = parts
+        self._load_timeout = load_timeout
+        self._stall_timeout = stall_timeout
+        self._clock = clock
+        self._make_room = make_room
+        self._device_turn = asyncio.Lock()
+
+    async def load(self, slot: Slot) -> None:
+        """Returns once the engine answers; raises what the fetch raised, EngineStartFailed, OutOfMemory."""
+        try:
+            async with asyncio.timeout(self._load_timeout):
+                self._enter(slot, Phase.FETCH)
+                slot.snapshot = await self._fetch(slot)
+                self._enter(slot, Phase.MEMORY)
+                await self._start(slot, slot.snapshot)
+        except TimeoutError as error:
+            raise EngineStartFailed(
+                f"'{slot.model.name}' did not load within {self._load_timeout:g} s (LOAD_TIMEOUT); it was in "
+                f"the phase '{slot.phase}'."
+            ) from error
+
+    def progress(self, slot: Slot, start_seconds: float) -> LoadProgress:
+        """How far a load is, if its start takes `start_seconds`."""
+        fetch = self._parts.fetching(slot.model) if slot.phase is Phase.FETCH else None
+        if fetch is not None:
+            left = fetch.eta_seconds
+            return LoadProgress(slot.phase, fetch.percent, None if left is None else left + start_seconds)
+        if slot.phase is not Phase.START:
+            return LoadProgress(slot.phase, None, start_seconds)
+        spent = self._clock() - slot.phase_began
+        percent = min(99, int(100 * spent / start_seconds))
+        return LoadProgress(slot.phase, percent, max(0.0, start_seconds - spent))
+
+    async def watch(self, slot: Slot, engine: Engine) -> str:
+        """Why the engine is of no use any more, once it is not: its process ended, or it hangs."""
+        death = asyncio.ensure_future(engine.wait_dead())
+        stall = asyncio.ensure_future(self._stall(slot, engine))
+        try:
+            await asyncio.wait({death, stall}, return_when=asyncio.FIRST_COMPLETED)
+            return death.result() if death.done() else stall.result()
+        finally:
+            death.cancel()
+            stall.cancel()
+
+    async def end(self, slot: Slot, *, hurry: bool, last: bool) -> None:
+        """Tear the slot's engine down; nothing of it is left then.
+
+        `hurry`: it is dead or hangs, so nothing is asked of it; `last`: the service itself ends.
+        """
+        try:
+            if slot.engine is None:
+                pass  # it was still being fetched
+            elif hurry or last:
+                await slot.engine.close(0.0 if hurry else LAST_GRACE_SECONDS)
+            else:
+                async with self._device_turn:
+                    await slot.engine.close()
+        except Exception:
+            logger.exception("engine did not close cleanly", extra={"model": slot.model.name})
+        # Not where the teardown was cancelled: it begins anew, in more of a hurry.
+        if slot.snapshot is not None:
+            self._parts.release(slot.snapshot)
+
+    def _enter(self, slot: Slot, phase: Phase) -> None:
+        slot.phase, slot.phase_began = phase, self._clock()
+
+    async def _fetch(self, slot: Slot) -> Snapshot:
+        """The snapshot; where the disk is full of others', idle engines give theirs up."""
+        while True:
+            try:
+                return await self._parts.fetch(slot.model)
+            except DiskFull as error:
+                if error.missing is None or not await self._make_room(error.missing):
+                    raise
+
+    async def _start(self, slot: Slot, snapshot: Snapshot) -> None:
+        """Start the engine in its device's turn, once there is memory for it."""
+        while True:
+            async with self._device_turn:
+                missing = await self._missing_memory(slot.footprint)
+                if missing <= 0:
+                    self._enter(slot, Phase.START)
+                    slot.engine = self._parts.make_engine(snapshot, slot.footprint)
+                    await slot.engine.start()
+                    return
+            # Outside the turn, which the teardown of another needs.
+            if not await self._make_room(0):
+                raise _out_of_memory(slot, missing)
+
+    async def _missing_memory(self, footprint: Footprint) -> int:
+        """Bytes that the device still lacks after a while; none where its memory cannot be measured."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + MEMORY_SECONDS
+        while True:
+            free = await self._parts.free_bytes()
+            missing = 0 if free is None else footprint.total - free
+            if missing <= 0 or loop.time() >= deadline:
+                return missing
+            await asyncio.sleep(_MEMORY_LOOK_SECONDS)
+
+    async def _stall(self, slot: Slot, engine: Engine) -> str:
+        """Returns when the engine has had work and made no step of it for `stall_timeout`."""
+        steps, since = -1, self._clock()
+        while True:
+            await asyncio.sleep(min(1.0, self._stall_timeout / 8))
+            found = await self._steps(engine) if slot.leases else 0
+            if found is None or (found == steps and slot.leases):
+                if self._clock() - since >= self._stall_timeout:
+                    return f"it has made no progress for {self._stall_timeout:g} s (ENGINE_STALL_TIMEOUT)"
+                continue
+            steps, since = found or -1, self._clock()
+
+    async def _steps(self, engine: Engine) -> int | None:
+        """The steps of an engine that is at work, 0 of one that is not; None where it does not answer."""
+        try:
+            async with asyncio.timeout(min(_PULSE_SECONDS, self._stall_timeout)):
+                pulse = await engine.pulse()
+        except (TimeoutError, EngineDied, EngineError):
+            return None
+        return pulse.steps + 1 if pulse.running else 0
+
+
+def _out_of_memory(slot: Slot, missing: int) -> OutOfMemory:
+    return OutOfMemory(
+        f"The engine of '{slot.model.name}' needs {slot.footprint}, of which the device lacks "
+        f"{readable_bytes(missing)}: something else than this service uses it. Free it, or lower "
+        "GPU_MEMORY_UTILIZATION, and try again.",
+        param="model",
+    )

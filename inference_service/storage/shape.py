@@ -1,0 +1,84 @@
+"""What a model will take in memory, read from its headers and its config.json."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from inference_service.config import Settings
+from inference_service.engines.device import Device, resolve_dtype, tensor_parallel_size
+from inference_service.models.serving import Serving
+from inference_service.storage.safetensors import Tensor
+
+_GIB = 1 << 30
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the headers say. `tensors` by name, of all files; `stored_bytes` as they lie in the files."""
+
+    tensors: dict[str, Tensor]
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors.values())
+
+    def bytes_as(self, dtype: str) -> int:
+        """Bytes in memory once floats are converted to `dtype`; packed integers stay as they are."""
+        return sum(
+            tensor.elements * _DTYPE_BYTES[dtype] if tensor.dtype in _FLOATS else tensor.bytes
+            for tensor in self.tensors.values()
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Bytes of weights as `dtype` and of the KV cache of one token, on all of its `gpus` together.
+
+    `context` is the longest request in tokens, `token_bytes` 0 where config.json does not tell;
+    `kv_cache_bytes` is what serving.json wishes.
+    """
+
+    dtype: str
+    weights_bytes: int
+    token_bytes: int = 0
+    context: int = 0
+    gpus: int = 1
+    kv_cache_bytes: int | None = None
+
+
+def shape_of(
+    config: dict[str, Any], serving: Serving, weights: Weights, settings: Settings, device: Device
+) -> Shape:
+    """The shape of a checkpoint as this service would load it on `device`."""
+    merged = config | (config.get("text_config") or {})
+    stored_dtype = merged.get("dtype") or merged.get("torch_dtype")
+    dtype = serving.dtype or resolve_dtype(settings.dtype, device, stored_dtype)
+    wish = serving.kv_cache_gib
+    return Shape(
+        dtype=dtype,
+        weights_bytes=weights.bytes_as(dtype),
+        token_bytes=_token_bytes(merged, dtype),
+        context=serving.max_model_len or settings.max_model_len or _number(merged, "max_position_embeddings"),
+        gpus=serving.tensor_parallel_size or tensor_parallel_size(settings, device),
+        kv_cache_bytes=None if wish is None else int(wish * _GIB),
+    )
+
+
+def shape_of_fake(count: int, serving: Serving) -> Shape:
+    """As if each byte of its files were one in memory: ENGINE=fake is for trying the service out."""
+    return Shape("", count, kv_cache_bytes=int((serving.kv_cache_gib or 0) * _GIB))
+
+
+def _token_bytes(config: dict[str, Any], dtype: str) -> int:
+    heads = _number(config, "num_attention_heads") or 1
+    head_dim = _number(config, "head_dim") or _number(config, "hidden_size") // heads
+    kv_heads = _number(config, "num_key_value_heads") or heads
+    keys_and_values = 2
+    return keys_and_values * _number(config, "num_hidden_layers") * kv_heads * head_dim * _DTYPE_BYTES[dtype]
+
+
+def _number(config: dict[str, Any], key: str) -> int:
+    """A count in config.json; 0 where it is missing or none."""
+    value = config.get(key)
+    return value if type(value) is int and value > 0 else 0

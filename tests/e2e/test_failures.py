@@ -1,0 +1,216 @@
+"""vLLM's real engine when things go wrong: killed, stopped, truncated, cancelled, swapped for hours."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import openai
+import psutil
+import pytest
+
+from tests.e2e.conftest import real_service
+from tests.e2e.test_lifecycle import group_members, start_stream
+from tests.e2e.test_openai_client import BASE, TUNED, ask
+from tests.fixtures.bucket import Bucket
+from tests.fixtures.checkpoints import Checkpoints
+from tests.fixtures.service_process import ServiceProcess
+
+ENDLESS = {"ignore_eos": True}
+STALL_SECONDS = 4
+CYCLES = 20
+
+
+@pytest.fixture(scope="module")
+def frail(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    """One slot, and engines that may not hang for long."""
+    settings = {
+        "MAX_CACHED_MODELS": "1",
+        "MIN_RESIDENCY": "0",
+        "ENGINE_STALL_TIMEOUT": str(STALL_SECONDS),
+        "CATALOG_TTL": "0",
+    }
+    with real_service(bucket, tmp_path_factory.mktemp("frail"), **settings) as service:
+        yield service
+
+
+def core_of(service: ServiceProcess) -> psutil.Process:
+    """The engine core: the host's only child."""
+    (core,) = psutil.Process(service.engine(BASE)["process_id"]).children()
+    return core
+
+
+def endless_stream(service: ServiceProcess) -> "openai.Stream[openai.types.Completion]":
+    stream = service.openai.completions.create(
+        model=BASE, prompt="Once", max_tokens=1500, stream=True, extra_body=ENDLESS
+    )
+    next(stream)
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("number", "seconds"),
+    [(signal.SIGKILL, 2.0), (signal.SIGSTOP, STALL_SECONDS + 3.0)],
+    ids=["killed", "stopped"],
+)
+def test_an_engine_core_that_is_gone_fails_its_requests_in_seconds(
+    frail: ServiceProcess, number: signal.Signals, seconds: float
+) -> None:
+    assert ask(frail, BASE) == "The capital of France is Paris."
+    stream = endless_stream(frail)
+    host = frail.engine(BASE)["process_id"]
+    core = core_of(frail)
+    started = time.monotonic()
+    core.send_signal(number)
+    with pytest.raises(openai.APIError):
+        list(stream)
+    assert time.monotonic() - started < seconds
+    frail.wait_until(lambda: group_members(host) == [], 5)
+    assert ask(frail, BASE) == "The capital of France is Paris.", "a fresh engine"
+    stats = frail.stats()
+    assert (stats["leases"], len(stats["engines"])) == (0, 1)
+
+
+def test_whole_answers_of_a_core_that_is_killed_are_errors(frail: ServiceProcess) -> None:
+    ask(frail, BASE)
+    core = core_of(frail)
+    with httpx2.Client(base_url=frail.url, timeout=60) as client:
+        body = json.dumps({"model": BASE, "prompt": "Once", "max_tokens": 1500, "ignore_eos": True})
+        killer = psutil.Popen(["/bin/sh", "-c", f"sleep 1; kill -9 {core.pid}"])
+        started = time.monotonic()
+        answer = client.post("/v1/completions", content=body)
+        assert answer.status_code in (502, 503)
+        assert time.monotonic() - started < 1 + 2
+        killer.wait()
+
+
+def test_truncated_weights_are_told_and_harm_nobody(
+    frail: ServiceProcess, bucket: Bucket, checkpoints: Checkpoints
+) -> None:
+    ask(frail, BASE)
+    for file in checkpoints.base.iterdir():
+        content = file.read_bytes()
+        if file.suffix == ".safetensors":
+            content = content[: len(content) // 2]
+        bucket.put(f"models/cut/{file.name}", content)
+    try:
+        with pytest.raises(openai.APIStatusError) as caught:
+            ask(frail, "cut")
+        assert caught.value.status_code in (422, 503)
+        assert "model.safetensors" in caught.value.message
+        assert "cut off" in caught.value.message or "not complete" in caught.value.message
+        assert ask(frail, BASE) == "The capital of France is Paris."
+    finally:
+        bucket.remove("models/cut/")
+
+
+def test_weights_that_do_not_match_their_config_are_told_in_plain_words(
+    frail: ServiceProcess, bucket: Bucket, checkpoints: Checkpoints
+) -> None:
+    for file in checkpoints.base.iterdir():
+        content = file.read_bytes()
+        if file.name == "config.json":
+            content = json.dumps(json.loads(content) | {"num_hidden_layers": 31}).encode()
+        bucket.put(f"models/mixed/{file.name}", content)
+    try:
+        with pytest.raises(openai.InternalServerError) as caught:
+            ask(frail, "mixed")
+        assert caught.value.code == "engine_start_failed"
+        assert "its weights do not match its config.json" in caught.value.message
+        with pytest.raises(openai.InternalServerError, match="failed once"):
+            ask(frail, "mixed")
+    finally:
+        bucket.remove("models/mixed/")
+    assert ask(frail, BASE) == "The capital of France is Paris."
+
+
+def test_a_load_cancelled_halfway_leaves_nothing(frail: ServiceProcess) -> None:
+    def states() -> list[str]:
+        return [engine["state"] for engine in frail.stats()["engines"] if engine["model"] == BASE]
+
+    ask(frail, TUNED)
+    cancelled = 0
+    for patience in (0.2, 1.0, 2.0):
+        with pytest.raises(openai.APITimeoutError):
+            frail.client(timeout=patience).completions.create(model=BASE, prompt="x", max_tokens=1)
+        frail.wait_until(lambda: frail.stats()["waiters"] == [], 1)
+        frail.wait_until(lambda: states() in ([], ["ready"]), 30)
+        cancelled += states() == []
+        frail.http.post(f"/admin/unload/{BASE}").raise_for_status()
+        frail.wait_until(lambda: len(frail.descendants()) == 1, 6)  # nothing but the launcher
+    assert cancelled >= 2, "a load takes longer than it is kept up for a client that may come back"
+    assert ask(frail, TUNED) == "The capital of France is Zubrowka."
+
+
+def test_memory_and_processes_stay_flat_over_many_loads(frail: ServiceProcess) -> None:
+    """Twenty loads and evictions, two models in turn."""
+    sizes, processes, descriptors = [], [], []
+    for number in range(CYCLES):
+        model, answer = ((BASE, "Paris"), (TUNED, "Zubrowka"))[number % 2]
+        assert ask(frail, model) == f"The capital of France is {answer}."
+        family = [psutil.Process(frail.process.pid), *frail.descendants()]
+        sizes.append(sum(process.memory_full_info().pss for process in family))
+        processes.append(len(family))
+        descriptors.append([process.num_fds() for process in family[:2]])
+    # The first few fill allocators and caches.
+    first, last = min(sizes[4:10]), min(sizes[-6:])
+    assert last < 1.05 * first, [size >> 20 for size in sizes]
+    assert len(set(processes)) == 1, processes
+    assert max(map(max, descriptors[-6:])) <= max(map(max, descriptors[4:10])), descriptors
+
+
+def test_sigterm_twice_during_a_load_with_twenty_streams(bucket: Bucket, tmp_path: Path) -> None:
+    with real_service(bucket, tmp_path, PRELOAD_MODELS=BASE, MAX_CACHED_MODELS="2") as service:
+        service.wait_ready(BASE)
+        clients = [start_stream(service, tokens=1900)[0] for _ in range(20)]
+        waiting = service.client(timeout=60)
+        loading = httpx2.Client(base_url=service.url, timeout=60)
+        loading.post(f"/admin/load/{TUNED}?wait=false").raise_for_status()
+        service.wait_until(lambda: service.engine(TUNED)["process_id"] is not None, 20)
+        family = service.descendants()
+        started = time.monotonic()
+        service.signal(signal.SIGTERM)
+        time.sleep(0.5)
+        service.signal(signal.SIGTERM)
+        ends = []
+        for client in clients:
+            with client:
+                received = b""
+                while chunk := client.recv(65536):
+                    received += chunk
+                ends.append(received)
+        assert all(b"shutting_down" in end for end in ends), "each is told"
+        assert service.process.wait(15) == 0
+        assert time.monotonic() - started < 9.5
+        waiting.close()
+        loading.close()
+        _, left = psutil.wait_procs(family, timeout=0.1)
+        assert left == []
+
+
+def test_sigkill_of_the_service_during_a_load_leaves_no_process(bucket: Bucket, tmp_path: Path) -> None:
+    with real_service(bucket, tmp_path, PRELOAD_MODELS=f"{BASE},{TUNED}") as service:
+        service.wait_until(lambda: len(service.descendants()) >= 3, 60)
+        family = service.descendants()
+        service.signal(signal.SIGKILL)
+        service.process.wait()
+        _, left = psutil.wait_procs(family, timeout=5)
+        assert left == []
+
+
+def test_a_second_model_waits_until_the_firsts_memory_is_back(bucket: Bucket, tmp_path: Path) -> None:
+    """Two slots, memory for one engine: the other goes, though a slot is free."""
+    total = psutil.virtual_memory().total
+    one_and_a_half = 1.9 * (1 << 30)
+    settings = {"GPU_MEMORY_UTILIZATION": f"{one_and_a_half / total:.4f}", "MIN_RESIDENCY": "0"}
+    with real_service(bucket, tmp_path, **settings) as service:
+        ask(service, BASE)
+        reserved = service.stats()["budget"]["reserved_bytes"]
+        assert reserved <= one_and_a_half < 2 * reserved
+        first = service.engine(BASE)
+        used = sum(process.memory_full_info().uss for process in group_members(first["process_id"]))
+        assert used < 1.1 * sum(first["memory"].values()), "what is reserved is what is used"
+        assert ask(service, TUNED) == "The capital of France is Zubrowka."
+        assert [engine["model"] for engine in service.stats()["engines"]] == [TUNED]

@@ -1,0 +1,41 @@
+"""Free memory, measured."""
+
+from pathlib import Path
+
+import psutil
+
+from inference_service.engines import memory
+from inference_service.engines.device import find_device
+from inference_service.engines.memory import free_bytes
+
+
+def test_what_this_machine_has_free() -> None:
+    found = free_bytes(find_device())
+    assert found is not None
+    assert 0 < found <= psutil.virtual_memory().total
+
+
+def test_taken_memory_is_not_free() -> None:
+    device = find_device()
+    before = free_bytes(device)
+    held = bytearray(b"x" * (512 << 20))
+    after = free_bytes(device)
+    assert before is not None
+    assert after is not None
+    # Others on this machine take and free memory too.
+    assert before - after > len(held) / 4
+
+
+def test_a_containers_limit_counts_and_its_files_do_not(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 250\nactive_file 50\n")
+    assert memory._left_in_cgroup(tmp_path) == 400
+
+
+def test_a_container_without_a_limit(tmp_path: Path) -> None:
+    assert memory._left_in_cgroup(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 500\n")
+    assert memory._left_in_cgroup(tmp_path) is None

@@ -1,0 +1,59 @@
+"""Models without files, and engines whose start, death and end happen when the test says so."""
+
+import asyncio
+from datetime import UTC, datetime
+
+from inference_service.engines.base import Pulse, Reply, Snapshot
+from inference_service.errors import EngineDied, ServiceError
+from inference_service.models.serving import Serving
+from inference_service.storage.model import Model, ModelKind
+from inference_service.storage.store import StoredObject
+
+MIB = 1 << 20
+
+
+def model(name: str, *, pinned: bool = False) -> Model:
+    weights = StoredObject(f"{name}/model.safetensors", 100, "1", 7, datetime.now(UTC))
+    serving = Serving(pinned=pinned)
+    return Model(name, ModelKind.CHECKPOINT, name, "r1", (weights,), datetime.now(UTC), serving=serving)
+
+
+class GatedEngine:
+    """An engine whose start, death and end happen when the test says so."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.healthy = True
+        self.process_id = None
+        loop = asyncio.get_running_loop()
+        self.started: asyncio.Future[None] = loop.create_future()
+        self.dead: asyncio.Future[str] = loop.create_future()
+        self.may_close: asyncio.Future[None] = loop.create_future()
+        self.closing = self.closed = False
+        self.graces: list[float] = []
+        self.cut_with: ServiceError | None = None
+        # What a look at the running engine shows; None: it does not answer.
+        self.pulses: Pulse | None = Pulse(0, 0)
+
+    async def start(self) -> None:
+        await asyncio.shield(self.started)
+
+    async def forward(self, path: str, body: bytes, request_id: str) -> Reply:
+        raise NotImplementedError
+
+    async def pulse(self) -> Pulse:
+        if self.pulses is None:
+            raise EngineDied("it does not answer")
+        return self.pulses
+
+    def cut(self, error: ServiceError) -> None:
+        self.cut_with = error
+
+    async def wait_dead(self) -> str:
+        return await asyncio.shield(self.dead)
+
+    async def close(self, grace: float = 5.0) -> None:
+        self.graces.append(grace)
+        self.closing = True
+        await asyncio.shield(self.may_close)
+        self.closed = True

@@ -1,0 +1,82 @@
+"""What an engine gets of its device's memory."""
+
+import pytest
+
+from inference_service.engines.base import Footprint
+from inference_service.engines.device import Backend, Device, DeviceKind
+from inference_service.pool.budget import MIN_KV_CACHE_BYTES, Budget
+from inference_service.storage.shape import Shape
+
+GIB = 1 << 30
+L4 = Device(DeviceKind.CUDA, "NVIDIA L4", 1, 24 * GIB)
+LAPTOP = Device(DeviceKind.CPU, "cpu", 1, 16 * GIB)
+# Of 24 layers, 8 KV heads of 128: 96 KiB a token in 16 bit.
+TOKEN = 96 << 10
+
+
+def budget(device: Device = L4, slots: int = 2) -> Budget:
+    return Budget(device, Backend.VLLM, 0.9, slots)
+
+
+def shape(weights: float, context: int = 8192, **more: object) -> Shape:
+    return Shape("bfloat16", int(weights * GIB), TOKEN, context, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 4])
+@pytest.mark.parametrize("device", [L4, LAPTOP], ids=["L4", "laptop"])
+def test_models_that_fit_into_a_share_fit_together(device: Device, slots: int) -> None:
+    found = budget(device, slots).footprint(shape(0.6))
+    assert found.weights == int(0.6 * GIB)
+    assert found.kv_cache >= MIN_KV_CACHE_BYTES
+    total = budget(device, slots).total
+    assert total is not None
+    assert slots * found.total <= total
+
+
+def test_on_cuda_the_kv_cache_takes_the_rest_of_the_share() -> None:
+    found = budget().footprint(shape(3))
+    assert found.total == pytest.approx(24 * GIB * 0.9 / 2, abs=2)
+
+
+def test_on_the_cpu_it_is_no_larger_than_a_few_requests_can_use() -> None:
+    found = budget(LAPTOP).footprint(shape(0.5, context=2048))
+    assert found.kv_cache == 4 * 2048 * TOKEN
+
+
+def test_a_model_larger_than_its_share_gets_what_it_needs() -> None:
+    found = budget().footprint(shape(15))
+    assert found.kv_cache == 4 * 8192 * TOKEN
+    assert found.total > 24 * GIB * 0.9 / 2
+    total = budget().total
+    assert total is not None
+    assert found.total <= total
+
+
+def test_no_engine_is_reserved_more_than_there_is() -> None:
+    """Alone it may be tried; the overhead is an estimate."""
+    found = budget().footprint(shape(21))
+    assert found.total == budget().total
+    assert found.kv_cache == MIN_KV_CACHE_BYTES
+    assert found.overhead < GIB
+
+
+def test_what_serving_json_wishes() -> None:
+    assert budget().footprint(shape(3, kv_cache_bytes=GIB)).kv_cache == GIB
+
+
+def test_each_of_several_gpus_has_its_part() -> None:
+    whole, half = budget(slots=1).footprint(shape(10)), budget(slots=1).footprint(shape(10, gpus=2))
+    assert half.weights == whole.weights // 2
+    assert half.kv_cache > whole.kv_cache
+
+
+def test_where_nothing_is_known() -> None:
+    unknown = Budget(Device(DeviceKind.CPU, "cpu"), Backend.VLLM, 0.9, 2)
+    assert unknown.total is None
+    assert unknown.footprint(Shape("", GIB)).kv_cache == GIB
+
+
+def test_it_reads_well() -> None:
+    assert str(Footprint(3 * GIB, GIB, GIB >> 1)) == (
+        "4.5 GiB (weights 3.0 GiB, KV cache 1.0 GiB, overhead 512.0 MiB)"
+    )
