@@ -414,7 +414,9 @@ class Pool:
             waiter.lease.set_exception(error)
 
     def _load(self, key: str) -> None:
-        model = next(waiter.model for waiter in self._waiters.values() if waiter.model.name == key)
+        # The last who asked knows the newest revision.
+        waiting = reversed(self._waiters.values())
+        model = next(waiter.model for waiter in waiting if waiter.model.name == key)
         slot = Slot(model, self._footprint(model), self._clock())
         self._slots[key] = slot
         self._run(slot, self._serve(slot))

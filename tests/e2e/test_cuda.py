@@ -49,6 +49,18 @@ def test_a_model_is_served_on_the_gpu_and_its_memory_comes_back(service: Service
     assert used_gpu_bytes() < idle + (200 << 20)
 
 
+def test_two_engines_keep_within_what_is_reserved_for_them(bucket: Bucket, tmp_path: Path) -> None:
+    settings = {"MAX_CACHED_MODELS": "2", "GPU_MEMORY_UTILIZATION": "0.4", "ENGINE": "auto"}
+    with real_service(bucket, tmp_path, **settings) as service:
+        idle = used_gpu_bytes()
+        for model in (BASE, TUNED):
+            ask(service, model)
+        stats = service.stats()
+        assert len(stats["engines"]) == 2
+        assert used_gpu_bytes() - idle < 1.02 * stats["budget"]["reserved_bytes"]
+        assert stats["budget"]["reserved_bytes"] <= stats["budget"]["total_bytes"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_the_launcher_never_touches_the_gpu(service: ServiceProcess) -> None:
     ask(service, BASE)
