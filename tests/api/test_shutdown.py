@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.fixtures.fakes import Fakes, ask
@@ -57,7 +58,7 @@ def test_during_a_load_with_twenty_streams(fakes: Fakes, tmp_path: Path, signals
         assert all(b"shutting_down" in end and b"[DONE]" not in end for end in ends)
         assert service.process.wait(10) == 0
         assert time.monotonic() - started < 2 + SLACK_SECONDS
-        assert not any(process.is_running() for process in family)
+        assert psutil.wait_procs(family, timeout=1)[1] == []
         assert "Traceback" not in service.log_text()
 
 
@@ -78,7 +79,7 @@ def test_an_engine_that_does_not_end_holds_nothing_up(fakes: Fakes, script: dict
         assert b"shutting_down" in read_all(client)
         assert service.process.wait(10) == 0
         assert time.monotonic() - started < 1 + SLACK_SECONDS
-        assert not any(process.is_running() for process in family)
+        assert psutil.wait_procs(family, timeout=1)[1] == []
 
 
 def test_a_client_that_does_not_read_holds_nothing_up(fakes: Fakes) -> None:
