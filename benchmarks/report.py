@@ -28,7 +28,16 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_result(bench: str, ratios: Mapping[str, float], figures: Mapping[str, Any]) -> None:
-    print(json.dumps({"bench": bench, "ratios": dict(ratios), "figures": dict(figures)}), flush=True)
+    """The last line; what could not be measured (infinite) is null."""
+    result = {"bench": bench, "ratios": _finite(ratios), "figures": _finite(figures)}
+    print(json.dumps(result, allow_nan=False), flush=True)
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
 
 
 def say(line: str) -> None:

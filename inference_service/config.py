@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     )
     max_queued_requests: int | None = Field(
         None,
-        ge=0,
+        ge=1,
         le=1_000_000,
         description="Requests that may wait besides, the rest get 429; unset: four times those that run",
     )

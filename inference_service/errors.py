@@ -10,6 +10,7 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     ├── ModelNotServable        422   the model is there and cannot be served; says why
     ├── Overloaded              429   too many requests wait already
     ├── QueueTimedOut           503   it waited for QUEUE_TIMEOUT; its load goes on
+    │   └── StillBusy                 its engine is there, and too many requests run
     ├── NoRoom                  503   it does not fit beside the pinned engines; says the numbers
     ├── StoreError                    the bucket cannot be read; says why
     │   ├── StoreUnavailable    503   it does not answer, answers 429 or 5xx, or stalls: try again
@@ -21,6 +22,7 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     │   └── DiskFull            507   it has no room for the model; says how much is missing
     ├── EngineError             502   the engine answered with an error of its own
     │   ├── EngineStartFailed   503   the engine could not be started; says the engine's reason
+    │   │   └── LoadTimedOut          it did not start within LOAD_TIMEOUT
     │   ├── OutOfMemory         503   the device has no memory for it; says how much is missing
     │   ├── EngineUnloaded      503   the operator has unloaded it under the request
     │   └── EngineDied          503   the engine's process went away, or hangs, under the request
@@ -48,7 +50,7 @@ class ServiceError(Exception):
         self.param = param
         self.retry_after = retry_after
 
-    def again(self, message: str, *, retry_after: int) -> "ServiceError":
+    def again(self, message: str, *, retry_after: int | None) -> "ServiceError":
         """The same error once more, to another request."""
         error = ServiceError.__new__(type(self))
         ServiceError.__init__(error, message, param=self.param, retry_after=retry_after)
@@ -127,6 +129,10 @@ class QueueTimedOut(ServiceError):
     code = "model_loading"
 
 
+class StillBusy(QueueTimedOut):
+    code = "overloaded"
+
+
 class NoRoom(ServiceError):
     status = 503
     code = "no_room"
@@ -191,6 +197,10 @@ class EngineStartFailed(EngineError):
         # The client library retries a 503 twice by itself; a load that failed for a reason of the
         # model's would only fail again.
         return {**super().headers(), "x-should-retry": "false"}
+
+
+class LoadTimedOut(EngineStartFailed):
+    """The host is alive, as far as anybody knows."""
 
 
 class OutOfMemory(EngineError):

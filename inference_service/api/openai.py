@@ -1,5 +1,6 @@
 """OpenAI's routes."""
 
+import time
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -20,7 +21,7 @@ async def chat_completions(
     body: Annotated[ChatBody, Depends(chat_body)], service: ServiceDep, request: Request
 ) -> Response:
     """A chat completion, streamed as server-sent events where `stream` is true."""
-    model = await service.resolve(body.model)
+    model = await service.resolve(body.model, time.monotonic() - request.state.arrived)
     return Relay(service, model, body, request)
 
 
@@ -31,7 +32,7 @@ async def completions(
     request: Request,
 ) -> Response:
     """A text completion, streamed as server-sent events where `stream` is true."""
-    model = await service.resolve(body.model)
+    model = await service.resolve(body.model, time.monotonic() - request.state.arrived)
     return Relay(service, model, body, request)
 
 

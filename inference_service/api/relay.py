@@ -18,7 +18,7 @@ from inference_service.api.sse import StreamReader, error_event, host_error, pro
 from inference_service.engines.base import Reply
 from inference_service.errors import ClientLeft, EngineError, RequestTimedOut, ServiceError, ShuttingDown
 from inference_service.models.requests import GenerationBody
-from inference_service.pool.slot import Lease
+from inference_service.pool.slot import ANSWERING, Lease
 from inference_service.storage.model import Model
 
 # A client that does not read would hold its error, and this task, for ever.
@@ -123,6 +123,8 @@ class Relay(Response):
                 await send({"type": "http.response.body", "body": events, "more_body": True})
             if reader.error is not None:
                 raise reader.error
+            if reader.done:
+                break
         if not reader.done:
             raise EngineError("The engine ended the stream before its end.")
         self._count_tokens(reader.usage)
@@ -164,7 +166,8 @@ class Relay(Response):
     async def _comment(self, send: Send) -> None:
         while True:
             await self._open(send)
-            comment = progress_comment(self._model.name, self._service.pool.progress(self._model))
+            progress = ANSWERING if self._lease is not None else self._service.pool.progress(self._model)
+            comment = progress_comment(self._model.name, progress)
             await send({"type": "http.response.body", "body": comment, "more_body": True})
             await asyncio.sleep(COMMENT_SECONDS)
 

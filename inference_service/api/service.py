@@ -49,20 +49,20 @@ class Service:
     _asking: set[asyncio.Task[Any] | None] = field(default_factory=set)
     _loading: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def resolve(self, name: str) -> Model:
-        """The bucket's model for `name`, servable or loaded already."""
-        return await self._in_time(self._resolve(name))
+    async def resolve(self, name: str, spent: float = 0.0) -> Model:
+        """The bucket's model for `name`, servable or loaded; `spent`: seconds of the request so far."""
+        return await self._in_time(self._resolve(name), spent)
 
     async def find(self, name: str) -> Model:
         """As `resolve`, also for a model that cannot be served."""
         return await self._in_time(self.catalog.find(name))
 
-    async def _in_time(self, asking: Awaitable[Model]) -> Model:
+    async def _in_time(self, asking: Awaitable[Model], spent: float = 0.0) -> Model:
         """Within REQUEST_TIMEOUT also where the bucket is slow, and not beyond a shutdown."""
         task = asyncio.current_task()
         self._asking.add(task)
         try:
-            async with asyncio.timeout(self.settings.request_timeout):
+            async with asyncio.timeout(self.settings.request_timeout - spent):
                 return await asking
         except TimeoutError as error:
             raise RequestTimedOut(self.settings.request_timeout) from error
@@ -87,33 +87,39 @@ class Service:
 
     def preload(self) -> list[asyncio.Task[None]]:
         """Load PRELOAD_MODELS, and those whose serving.json says so; the service is ready meanwhile."""
-        named = [asyncio.create_task(self._preload(name)) for name in self.settings.preload_models]
-        return [*named, asyncio.create_task(self._preload_wished())]
+        slots = self.settings.max_cached_models
+        named, rest = self.settings.preload_models[:slots], self.settings.preload_models[slots:]
+        if rest:
+            message = "not preloaded, for there are only %s engines (MAX_CACHED_MODELS): %s"
+            logger.warning(message, slots, ", ".join(rest))
+        loading = [asyncio.create_task(self._load_or_log(name)) for name in named]
+        return [*loading, asyncio.create_task(self._preload_wished(slots - len(named)))]
 
-    async def _preload_wished(self) -> None:
+    async def _preload_wished(self, slots: int) -> None:
         try:
             models = await self.catalog.described()
         except ServiceError as error:
             logger.error("the bucket cannot be listed: %s", error)
             return
         wished = [model.name for model in models if model.serving.preload and model.unservable is None]
-        await asyncio.gather(*(self._preload(name) for name in wished))
+        others = [name for name in wished if name not in self.settings.preload_models]
+        await asyncio.gather(*(self._load_or_log(name) for name in others[: max(0, slots)]))
 
-    async def _preload(self, name: str) -> None:
+    async def _load_or_log(self, name: str) -> None:
         try:
             await self.load(await self.registry.resolve(name))
         except ServiceError as error:
-            logger.error("preload failed: %s", error, extra={"model": name})
+            logger.error("not loaded: %s", error, extra={"model": name})
 
     def load_soon(self, model: Model) -> None:
         """Load the model while nobody waits for it; what its load raises is in the log."""
-        loading = asyncio.create_task(self._preload(model.name))
+        loading = asyncio.create_task(self._load_or_log(model.name))
         self._loading.add(loading)
         loading.add_done_callback(self._loading.discard)
 
     async def load(self, model: Model) -> None:
         """Returns once the model's engine is ready; raises what its load raised."""
-        (await self.pool.lease(model)).release()
+        await self.pool.load(model)
 
     async def drain(self) -> None:
         """Stop admission and let running requests finish, until DRAIN_TIMEOUT ends the rest."""

@@ -114,13 +114,7 @@ class Reply(Protocol):
 
 
 class Engine(Protocol):
-    """One model's engine. `start` once, `close` once; both may be cancelled."""
-
-    @property
-    def snapshot(self) -> Snapshot: ...
-
-    @property
-    def healthy(self) -> bool: ...
+    """One model's engine. `start` once; `close` may be cancelled and called again."""
 
     @property
     def process_id(self) -> int | None:

@@ -3,6 +3,7 @@
 vLLM is steered by its own command line only, the most stable interface that it has.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -73,8 +74,9 @@ def _sweep_orphaned_rooms() -> None:
     """Remove what a service that was killed has left; its process id is in the name."""
     for room in Path(tempfile.gettempdir()).glob(f"{ROOM_PREFIX}*-*"):
         owner = room.name.removeprefix(ROOM_PREFIX).partition("-")[0]
-        if owner.isdigit() and room.stat().st_uid == os.getuid() and not Path("/proc", owner).exists():
-            shutil.rmtree(room, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another service sweeps too
+            if owner.isdigit() and room.stat().st_uid == os.getuid() and not Path("/proc", owner).exists():
+                shutil.rmtree(room, ignore_errors=True)
 
 
 def launcher_environment(backend: Backend, device: Device) -> dict[str, str]:

@@ -48,10 +48,6 @@ class HostedEngine:
         self._disconnecting: asyncio.Future[None] | None = None
 
     @property
-    def healthy(self) -> bool:
-        return self._host is not None and self._host.alive
-
-    @property
     def process_id(self) -> int | None:
         return None if self._host is None else self._host.pid
 
@@ -92,7 +88,8 @@ class HostedEngine:
     async def close(self, grace: float = GRACE_SECONDS) -> None:
         self.cut(self.died())
         if self._disconnecting is not None:
-            await self._disconnecting
+            # Shielded: a teardown that is cancelled begins anew and waits for it again.
+            await asyncio.shield(self._disconnecting)
         if self._host is not None:
             await self._end(self._host, grace)
         self._log.close()

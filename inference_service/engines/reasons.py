@@ -5,7 +5,7 @@ import signal
 
 # What the engines print -> what it means. The first that is found in the error counts.
 _MEANINGS = (
-    (r"out ?of ?memory|MemoryError|Cannot allocate memory|No available memory|Free memory on device",
+    (r"out ?of ?memory|MemoryError|Cannot allocate memory|Free memory on device",
      "it ran out of memory. Lower MAX_MODEL_LEN or MAX_CACHED_MODELS, or serve it on a larger device"),
     (r"KV cache is needed|larger than the (?:maximum|available) .*KV cache|No available memory for the cache",
      "its KV cache is too small for its context length. Lower MAX_MODEL_LEN or set kv_cache_gib in its "
@@ -18,7 +18,7 @@ _MEANINGS = (
      r"shape of loaded weight|Attempted to load weight|assert .*shape|AssertionError: .*shape",
      "its weights do not match its config.json. Upload both from the same checkpoint"),
     (r"[Tt]okenizer", "its tokenizer cannot be loaded"),
-    (r"ValidationError|Config|config", "its configuration is wrong"),
+    (r"ValidationError|config\.json", "its configuration is wrong"),
 )  # fmt: skip
 _PATTERNS = [(re.compile(pattern), meaning) for pattern, meaning in _MEANINGS]
 
@@ -35,7 +35,7 @@ def in_plain_words(error: str | None, status: int) -> str:
 
 def _ended(status: int) -> str:
     if status == -signal.SIGKILL:
-        return "its process was killed by SIGKILL, which is what the system does when memory runs out"
+        return "its process was killed by SIGKILL; if nobody did that, the system did, out of memory"
     if status < 0:
         return f"its process ended (killed by {_signal_name(-status)})"
     return f"its process ended (exit code {status})"

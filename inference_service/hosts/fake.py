@@ -106,11 +106,14 @@ class _Fake:
         self._token_seconds = 1 / float(spec.arguments[0])
         self._running = 0
         self._steps = 0
+        self._stalled = 0
 
     async def health(self) -> dict[str, str]:
         return {"status": "ok"}
 
     async def pulse(self) -> dict[str, int]:
+        # A client that does not read holds its tokens up and is no stall: the look itself is a step.
+        self._steps += self._stalled == 0
         return {"running": self._running, "steps": self._steps}
 
     async def chat(self, request: Request) -> Response:
@@ -170,9 +173,11 @@ class _Fake:
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 self._steps += 1
                 yield word
+                self._stalled += number == self._script.stall_after
                 await self._script.after(number)
         finally:
             self._running -= 1
+            self._stalled = 0
 
 
 class _Shape:

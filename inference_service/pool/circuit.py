@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from inference_service.errors import ServiceError
+from inference_service.pool.estimates import MAX_RETRY_SECONDS
 
 FIRST_PAUSE_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 300.0
@@ -26,12 +27,13 @@ class Circuits:
     def __init__(self) -> None:
         self._failures: dict[str, _Failures] = {}
 
-    def failed(self, model: str, revision: str, error: ServiceError, now: float) -> None:
-        """A load has failed: the pause doubles with each failure of the same revision in a row."""
+    def failed(self, model: str, revision: str, error: ServiceError, now: float) -> int:
+        """A load has failed; seconds until it is tried again, doubling with each failure of a revision."""
         before = self._failures.get(model)
-        count = before.count + 1 if before is not None and before.revision == revision else 1
-        pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (count - 1))
+        count: int = before.count + 1 if before is not None and before.revision == revision else 1
+        pause: float = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (count - 1))
         self._failures[model] = _Failures(revision, count, error, now + pause)
+        return min(MAX_RETRY_SECONDS, math.ceil(pause))
 
     def succeeded(self, model: str) -> None:
         self._failures.pop(model, None)
@@ -44,8 +46,9 @@ class Circuits:
         wait = math.ceil(failures.until - now)
         times = "once" if failures.count == 1 else f"{failures.count} times in a row"
         error = failures.error
-        message = f"{error.message} It failed {times}; it is tried again in {wait} s, or with a new upload."
-        return error.again(message, retry_after=wait)
+        stop = "" if error.message.endswith((".", "!", "?")) else "."
+        again = f"It failed {times}; it is tried again in {wait} s, or with a new upload."
+        return error.again(f"{error.message}{stop} {again}", retry_after=min(MAX_RETRY_SECONDS, wait))
 
     def describe(self, now: float) -> dict[str, dict[str, object]]:
         """Open circuits by model, for the operator."""

@@ -9,6 +9,8 @@ from collections import deque
 
 MAX_RETRY_SECONDS = 120
 UNKNOWN_LOAD_SECONDS = 15.0
+# Of the time that an overdue load has taken already.
+OVERDUE = 0.25
 _KEPT = 64
 
 
@@ -39,16 +41,18 @@ class Estimates:
         """What the model's last load took; None where it was never loaded."""
         return self._loads.get(model)
 
-    def retry_after_queue(self, ahead: int, now: float) -> int:
+    def retry_after_queue(self, ahead: int) -> int:
         """Seconds until about so many requests have been served, at the rate of the last ones."""
         if len(self._ended) < 2:
             return _bounded(ahead)
-        seconds = max(1e-3, now - self._ended[0])
-        return _bounded(ahead * seconds / len(self._ended))
+        # Up to the last one that ended: the idle hour before a rush says nothing of the rate.
+        seconds = max(1e-3, self._ended[-1] - self._ended[0])
+        return _bounded(ahead * seconds / (len(self._ended) - 1))
 
     def retry_after_load(self, model: str, since: float, now: float) -> int:
-        """Seconds until a load that began at `since` should be done."""
-        return _bounded(self._loads.get(model, UNKNOWN_LOAD_SECONDS) - (now - since))
+        """Seconds until a load that began at `since` should be done; an overdue one takes a while longer."""
+        spent = now - since
+        return _bounded(max(self._loads.get(model, UNKNOWN_LOAD_SECONDS) - spent, OVERDUE * spent))
 
 
 def _bounded(seconds: float) -> int:

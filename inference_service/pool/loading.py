@@ -14,7 +14,7 @@ from inference_service.errors import (
     DiskFull,
     EngineDied,
     EngineError,
-    EngineStartFailed,
+    LoadTimedOut,
     OutOfMemory,
     readable_bytes,
 )
@@ -45,8 +45,9 @@ class Parts:
 class Loading:
     """The loads and teardowns of one device.
 
-    `make_room` is asked where so many bytes on the disk, or memory (0), are missing: it tears one idle engine
-    down and returns once it is gone, or False where that would not help.
+    `departure` waits for an engine that is leaving anyway, False where none is. `make_room` is asked where so
+    many bytes on the disk, or memory (0), are missing: it tears one idle engine down and returns once it is
+    gone, or False where that would not help.
     """
 
     def __init__(
@@ -55,25 +56,37 @@ class Loading:
         load_timeout: float,
         stall_timeout: float,
         clock: Callable[[], float],
+        departure: Callable[[], Awaitable[bool]],
         make_room: Callable[[int], Awaitable[bool]],
     ) -> None:
         self._parts = parts
         self._load_timeout = load_timeout
         self._stall_timeout = stall_timeout
         self._clock = clock
+        self._departure = departure
         self._make_room = make_room
         self._device_turn = asyncio.Lock()
 
     async def load(self, slot: Slot) -> None:
         """Returns once the engine answers; raises what the fetch raised, EngineStartFailed, OutOfMemory."""
+        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._load_timeout):
+            async with asyncio.timeout(self._load_timeout) as limit:
                 self._enter(slot, Phase.FETCH)
                 slot.snapshot = await self._fetch(slot)
+                left = (limit.when() or 0.0) - loop.time()
                 self._enter(slot, Phase.MEMORY)
-                await self._start(slot, slot.snapshot)
+                while True:
+                    limit.reschedule(None)  # what others take in the device's turn is not this load's time
+                    async with self._device_turn:
+                        missing = await self._missing_memory(slot)
+                        if missing <= 0:
+                            limit.reschedule(loop.time() + left)
+                            return await self._start(slot, slot.snapshot)
+                    # Outside the turn, which the teardown of another needs.
+                    await self._find_memory(slot, missing)
         except TimeoutError as error:
-            raise EngineStartFailed(
+            raise LoadTimedOut(
                 f"'{slot.model.name}' did not load within {self._load_timeout:g} s (LOAD_TIMEOUT); it was in "
                 f"the phase '{slot.phase}'."
             ) from error
@@ -88,7 +101,7 @@ class Loading:
             return LoadProgress(slot.phase, None, start_seconds)
         spent = self._clock() - slot.phase_began
         percent = min(99, int(100 * spent / start_seconds))
-        return LoadProgress(slot.phase, percent, max(0.0, start_seconds - spent))
+        return LoadProgress(slot.phase, percent, start_seconds - spent if spent < start_seconds else None)
 
     async def watch(self, slot: Slot, engine: Engine) -> str:
         """Why the engine is of no use any more, once it is not: its process ended, or it hangs."""
@@ -129,33 +142,36 @@ class Loading:
             try:
                 return await self._parts.fetch(slot.model)
             except DiskFull as error:
-                if error.missing is None or not await self._make_room(error.missing):
+                if error.missing is None:
+                    raise
+                if not await self._departure() and not await self._make_room(error.missing):
                     raise
 
     async def _start(self, slot: Slot, snapshot: Snapshot) -> None:
-        """Start the engine in its device's turn, once there is memory for it."""
-        while True:
-            async with self._device_turn:
-                missing = await self._missing_memory(slot.footprint)
-                if missing <= 0:
-                    self._enter(slot, Phase.START)
-                    slot.engine = self._parts.make_engine(snapshot, slot.footprint)
-                    await slot.engine.start()
-                    return
-            # Outside the turn, which the teardown of another needs.
-            if not await self._make_room(0):
-                raise _out_of_memory(slot, missing)
+        self._enter(slot, Phase.START)
+        slot.engine = self._parts.make_engine(snapshot, slot.footprint)
+        await slot.engine.start()
 
-    async def _missing_memory(self, footprint: Footprint) -> int:
-        """Bytes that the device still lacks after a while; none where its memory cannot be measured."""
+    async def _missing_memory(self, slot: Slot) -> int:
+        """Bytes that the device lacks at this moment; 0 where that cannot be measured."""
+        free = await self._parts.free_bytes()
+        return 0 if free is None else max(0, slot.footprint.total - free)
+
+    async def _find_memory(self, slot: Slot, missing: int) -> None:
+        """Returns when it is worth another look: who leaves has left, memory came back, an idle engine went.
+
+        Raises OutOfMemory where nobody of this service holds any.
+        """
+        if await self._departure():
+            return
         loop = asyncio.get_running_loop()
         deadline = loop.time() + MEMORY_SECONDS
-        while True:
-            free = await self._parts.free_bytes()
-            missing = 0 if free is None else footprint.total - free
-            if missing <= 0 or loop.time() >= deadline:
-                return missing
+        while loop.time() < deadline:
             await asyncio.sleep(_MEMORY_LOOK_SECONDS)
+            if await self._missing_memory(slot) == 0:
+                return
+        if not await self._make_room(0):
+            raise _out_of_memory(slot, missing)
 
     async def _stall(self, slot: Slot, engine: Engine) -> str:
         """Returns when the engine has had work and made no step of it for `stall_timeout`."""

@@ -19,12 +19,16 @@ from inference_service.errors import (
     EngineError,
     EngineStartFailed,
     EngineUnloaded,
+    LoadTimedOut,
     ModelNotServable,
     NoRoom,
+    OutOfMemory,
     Overloaded,
     QueueTimedOut,
     ServiceError,
     ShuttingDown,
+    SnapshotCorrupt,
+    StillBusy,
     readable_bytes,
 )
 from inference_service.metrics import Metrics
@@ -61,6 +65,8 @@ logger = logging.getLogger(__name__)
 # So long a load goes on although nobody waits for it at the moment.
 LINGER_SECONDS = 2.0
 TICK_SECONDS = 0.005
+# Errors of a load that are no better a moment later; those of a bucket or a disk may be.
+_LASTING = (EngineStartFailed, OutOfMemory, SnapshotCorrupt)
 SUSPECT_SECONDS = 0.5
 
 
@@ -94,7 +100,9 @@ class Pool:
         self._limits = limits
         self._clock = clock
         self._scheduler = Scheduler(policy)
-        self._loading = Loading(parts, limits.load_timeout, limits.stall_timeout, clock, self._make_room)
+        self._loading = Loading(
+            parts, limits.load_timeout, limits.stall_timeout, clock, self._departure, self._make_room
+        )
         self._timer: asyncio.TimerHandle | None = None
         self._circuits = Circuits()
         self._estimates = Estimates()
@@ -109,21 +117,27 @@ class Pool:
         # What the waiters of a failed load are told.
         self._load_errors: dict[str, ServiceError] = {}
 
+    async def load(self, model: Model) -> None:
+        """Returns once the model's engine is ready, however long that takes; raises as `lease` does."""
+        (await self._lease(model, None)).release()
+
     async def lease(self, model: Model) -> Lease:
         """A lease on the model's engine, loaded if need be.
 
         Raises Overloaded, NoRoom and ShuttingDown at once, QueueTimedOut, and what the load raised
         (StoreError, EngineStartFailed, OutOfMemory) to everyone who waited for it.
         """
+        return await self._lease(model, self._limits.queue_timeout)
+
+    async def _lease(self, model: Model, queue_timeout: float | None) -> Lease:
         self._admit(model)
         future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         waiter = Waiter(next(self._numbers), model, self._clock(), future)
         self._waiters[waiter.number] = waiter
-        slot = self._slots.get(model.name)
-        size = (slot.footprint if slot is not None else self._footprint(model)).total
+        size = self._footprint(model).total
         self._tell(Request(waiter.number, model.name, size, self.pinned(model)))
         try:
-            async with asyncio.timeout(self._limits.queue_timeout):
+            async with asyncio.timeout(queue_timeout):
                 return _of_the_revision(await future, model)
         except TimeoutError as error:
             raise self._waited_too_long(waiter) from error
@@ -171,7 +185,7 @@ class Pool:
         if slot is None:
             return LoadProgress("queue", None, self._estimates.load_seconds(model.name))
         if state is not EngineState.STARTING:
-            return LoadProgress("answer" if state is EngineState.READY else "drain", None, None)
+            return LoadProgress("queue" if state is EngineState.READY else "drain", None, None)
         return self._loading.progress(slot, self._estimates.start_seconds(model.name))
 
     def look(self) -> None:
@@ -222,14 +236,18 @@ class Pool:
         now, policy = self._clock(), self._scheduler.policy
         engines = self._scheduler.engines
         slots = list(self._slots.values())
-        described = await asyncio.gather(*(self._describe(slot) for slot in slots))
+        # All at this moment: an engine may be gone when the others have told what they run.
+        described = [self._describe(slot) for slot in slots]
+        ready = [slot.engine if self.state(slot.model.name) is EngineState.READY else None for slot in slots]
+        reserved = sum(engine.bytes for engine in engines.values())
+        running = await asyncio.gather(*(_running(engine) for engine in ready))
         return {
             "slots": {"total": policy.slots, "used": len(slots)},
             "budget": {
                 "total_bytes": policy.memory,
-                "reserved_bytes": sum(engine.bytes for engine in engines.values()),
+                "reserved_bytes": reserved,
             },
-            "engines": described,
+            "engines": [{**each, "running": count} for each, count in zip(described, running, strict=True)],
             "leases": self._scheduler.running,
             "max_concurrent_requests": policy.concurrency,
             "max_queued_requests": policy.queued,
@@ -253,7 +271,7 @@ class Pool:
         waiting = " ".join(waiter.model.name for waiter in self._waiters.values())
         return f"<Pool {engines or 'empty'} | waiting: {waiting or 'nobody'}>"
 
-    async def _describe(self, slot: Slot) -> dict[str, Any]:
+    def _describe(self, slot: Slot) -> dict[str, Any]:
         view = self._scheduler.engines[slot.model.name]
         described = {
             "model": slot.model.name,
@@ -269,13 +287,12 @@ class Pool:
         }
         if view.state is EngineState.STARTING:
             described["loading"] = self.progress(slot.model).describe()
-        described["running"] = await _running(slot.engine) if view.state is EngineState.READY else None
         return described
 
     def _admit(self, model: Model) -> None:
         if self._closing:
             raise _shutting_down()
-        if self.state(model.name) in (EngineState.STOPPED, EngineState.STOPPING):
+        if self.state(model.name) in (EngineState.STOPPED, EngineState.STOPPING, EngineState.FAILED):
             refusal = self._circuits.refusal(model.name, model.revision, self._clock())
             if refusal is not None:
                 raise refusal
@@ -338,11 +355,12 @@ class Pool:
             case Reason.UNLOADED:
                 return EngineUnloaded(f"'{name}' was unloaded by the operator while it was being loaded.")
             case Reason.LOAD_FAILED:
-                return self._load_errors[name]
+                error = self._load_errors[name]
+                return error.again(error.message, retry_after=error.retry_after)
 
     def _overloaded(self) -> Overloaded:
         policy, waiting = self._scheduler.policy, self._scheduler.waiting
-        retry_after = self._estimates.retry_after_queue(waiting, self._clock())
+        retry_after = self._estimates.retry_after_queue(waiting)
         return Overloaded(
             f"{waiting} requests wait already, the most that this service takes (MAX_QUEUED_REQUESTS="
             f"{policy.queued}), and {self._scheduler.running} run (MAX_CONCURRENT_REQUESTS="
@@ -353,6 +371,12 @@ class Pool:
     def _no_room(self, model: Model) -> NoRoom:
         policy, footprint = self._scheduler.policy, self._footprint(model)
         pinned = [engine for engine in self._scheduler.engines.values() if engine.pinned]
+        if policy.memory is not None and not pinned:
+            return NoRoom(
+                f"The model '{model.name}' needs {footprint}, and all engines together may use "
+                f"{readable_bytes(policy.memory)} (GPU_MEMORY_UTILIZATION).",
+                param="model",
+            )
         if policy.memory is None or len(pinned) >= policy.slots:
             lack = f"all {policy.slots} engines (MAX_CACHED_MODELS) are pinned"
         else:
@@ -384,15 +408,28 @@ class Pool:
         self._tell(Released(lease.model))
 
     def _waited_too_long(self, waiter: Waiter) -> QueueTimedOut:
-        """The client is told to come again, and its load goes on until then."""
+        """The client is told to come again, and its load goes on until it is done."""
         name, now = waiter.model.name, self._clock()
+        if self.state(name) is EngineState.READY:
+            return self._still_busy(waiter)
         loading = self.state(name) is EngineState.STARTING
         since = self._slots[name].began if loading else now
         retry_after = self._estimates.retry_after_load(name, since, now)
-        self._abandon(waiter, retry_after + LINGER_SECONDS)
+        self._abandon(waiter, self._limits.load_timeout)
         state = "is being loaded" if loading else "waits for an engine"
         return QueueTimedOut(
             f"The model '{name}' {state}, for longer than QUEUE_TIMEOUT "
+            f"({self._limits.queue_timeout:g} s). Try again in {retry_after} s.",
+            retry_after=retry_after,
+        )
+
+    def _still_busy(self, waiter: Waiter) -> StillBusy:
+        running = self._scheduler.running
+        retry_after = self._estimates.retry_after_queue(self._scheduler.waiting)
+        self._abandon(waiter, 0.0)
+        return StillBusy(
+            f"The model '{waiter.model.name}' is ready, and {running} requests run (MAX_CONCURRENT_REQUESTS="
+            f"{self._scheduler.policy.concurrency}); this one has waited for longer than QUEUE_TIMEOUT "
             f"({self._limits.queue_timeout:g} s). Try again in {retry_after} s.",
             retry_after=retry_after,
         )
@@ -430,7 +467,7 @@ class Pool:
         except Exception as error:
             self._load_failed(slot, error)
             return
-        if self.state(name) is EngineState.STARTING and slot.engine is not None:
+        if self._is(slot, EngineState.STARTING) and slot.engine is not None:
             self._loaded(slot, round(time.monotonic() - started, 3))
             reason = await self._loading.watch(slot, slot.engine)
             self._died(slot, reason)
@@ -438,30 +475,32 @@ class Pool:
     def _loaded(self, slot: Slot, seconds: float) -> None:
         name = slot.model.name
         slot.load_seconds = seconds
-        self._estimates.loaded(name, seconds, self._clock() - slot.phase_began)
+        start_seconds = self._clock() - slot.phase_began
+        self._estimates.loaded(name, seconds, start_seconds)
         self._circuits.succeeded(name)
         self._metrics.loads.labels(name, "ok").inc()
         self._metrics.load_seconds.labels(name).observe(seconds)
         logger.info("loaded", extra={"model": name, "seconds": seconds})
-        self._tell(Loaded(name, seconds))
+        self._tell(Loaded(name, start_seconds))
 
     def _load_failed(self, slot: Slot, error: Exception) -> None:
         name = slot.model.name
-        if self.state(name) is not EngineState.STARTING:  # it failed because it was being unloaded
+        if not self._is(slot, EngineState.STARTING):  # it failed because it was being unloaded
             return
         self._metrics.loads.labels(name, "failed").inc()
         expected = isinstance(error, ServiceError)
         logger.error("load failed: %s", error, extra={"model": name}, exc_info=not expected)
         told = error if isinstance(error, ServiceError) else _unexplained(name, error)
-        if isinstance(told, EngineStartFailed):  # a bucket or a disk may be well again a moment later
-            self._circuits.failed(name, slot.model.revision, told, self._clock())
+        if isinstance(told, _LASTING):
+            told.retry_after = self._circuits.failed(name, slot.model.revision, told, self._clock())
         self._load_errors[name] = told
         self._tell(Failed(name))
-        self._tear_down(slot)
+        del self._load_errors[name]
+        self._tear_down(slot, hurry=isinstance(told, LoadTimedOut))
 
     def _died(self, slot: Slot, reason: str) -> None:
         name = slot.model.name
-        if self.state(name) not in (EngineState.READY, EngineState.DRAINING):
+        if not self._is(slot, EngineState.READY, EngineState.DRAINING):
             return
         logger.error("engine died: %s", reason, extra={"model": name})
         self._metrics.deaths.labels(name).inc()
@@ -472,18 +511,39 @@ class Pool:
         self._tell(Died(name))
         self._tear_down(slot, hurry=True)
 
+    def _is(self, slot: Slot, *states: EngineState) -> bool:
+        """Whether this very slot is still the model's, in one of these states."""
+        return self._slots.get(slot.model.name) is slot and self.state(slot.model.name) in states
+
     def _cut(self, slot: Slot, error: ServiceError) -> None:
         """Void the leases on a slot and end their replies with `error`."""
         slot.leases.clear()
         if slot.engine is not None:
             slot.engine.cut(error)
 
+    async def _departure(self) -> bool:
+        """Wait until an engine that is leaving anyway has left; False where none is."""
+        leaving = (EngineState.DRAINING, EngineState.STOPPING, EngineState.FAILED)
+        gone = [
+            asyncio.ensure_future(slot.gone.wait())
+            for key, slot in self._slots.items()
+            if self.state(key) in leaving
+        ]
+        if not gone:
+            return False
+        try:
+            await asyncio.wait(gone, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for waiting in gone:
+                waiting.cancel()
+        return True
+
     async def _make_room(self, missing: int) -> bool:
         """Tear an idle engine down for the sake of its snapshot or memory; False where it would not help."""
-        idle = [self._slots[key] for key in self._scheduler.victims(self._clock())]
+        idle = [self._slots[key] for key in self._scheduler.idle()]
         if sum(slot.snapshot.bytes for slot in idle if slot.snapshot is not None) < missing:
             return False
-        evict = self._scheduler.give_way(self._clock())
+        evict = None if self._ending else self._scheduler.give_way()
         if evict is None:
             return False
         slot = self._slots[evict.key]

@@ -59,7 +59,7 @@ class EngineView:
 
     `bytes`: what it takes on its device. `ready_at`: since when it serves; `load_seconds`: what its load
     took. A `pinned` engine is never torn down for another. A load is `awaited_until` then also where
-    nobody waits for it at the moment.
+    nobody waits for it at the moment. `gives_way`: it drains for a waiter, not for the operator.
     """
 
     key: str
@@ -71,6 +71,7 @@ class EngineView:
     ready_at: float = 0.0
     load_seconds: float = 0.0
     awaited_until: float = 0.0
+    gives_way: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class Scheduler:
        cannot fit beside the pinned engines.
     9. A load that failed rejects all who waited for it. An engine that died has no leases any more.
     10. An unloaded engine drains; forced, it goes at once.
+    11. An engine that drains for a waiter admits again once no cold model is waited for any more, or once it
+       is pinned.
 
     Slots and bytes count until an engine is gone, so an engine that is stopping or draining still holds
     them, but also promises them: no second engine goes for the same waiter.
@@ -142,10 +145,17 @@ class Scheduler:
         free = [engine for engine in self.engines.values() if _idle(engine) and self._settled(engine, now)]
         return [engine.key for engine in sorted(free, key=_age)]
 
-    def give_way(self, now: float) -> Evict | None:
-        """The idle engine that goes first where something other than a slot is short."""
-        key = next((key for key in self.victims(now) if key not in self._queues), None)
-        return None if key is None else self._evict(self.engines[key])
+    def give_way(self) -> Evict | None:
+        """The idle engine that goes where something other than a slot is short, however young it is."""
+        idle = self.idle()
+        return self._evict(self.engines[idle[0]]) if idle else None
+
+    def idle(self) -> list[str]:
+        """Engines that nobody uses or waits for, however young, in the order in which they would go."""
+        free = [
+            engine for engine in self.engines.values() if _idle(engine) and engine.key not in self._queues
+        ]
+        return [engine.key for engine in sorted(free, key=_age)]
 
     def waiting_for(self, key: str) -> int:
         """How many wait for a model."""
@@ -171,11 +181,11 @@ class Scheduler:
             case Loaded(_, seconds):
                 self._loaded(engine, seconds, now)
             case Failed(key):
-                engine.state = EngineState.STOPPING
+                engine.state = EngineState.FAILED
                 yield from self._reject_all(key, Reason.LOAD_FAILED)
             case Died():
                 self._void(engine)
-                engine.state = EngineState.STOPPING
+                engine.state = EngineState.FAILED
             case Gone(key):
                 self._void(engine)
                 del self.engines[key]
@@ -221,6 +231,7 @@ class Scheduler:
             return
         if engine.state is EngineState.READY:
             engine.state = EngineState.DRAINING
+        engine.gives_way = False
         if engine.state is not EngineState.DRAINING:
             return
         if force:
@@ -235,6 +246,7 @@ class Scheduler:
             self._queues[key].pinned = pinned
 
     def _decide(self, now: float) -> Iterator[Action]:
+        self._call_off_drains()
         if self._queues:
             yield from self._grant(now)
             yield from self._make_room(now)
@@ -245,6 +257,14 @@ class Scheduler:
                 yield self._cancel(engine)
             elif _idle(engine) and self._expired(engine, now):
                 yield self._evict(engine)
+
+    def _call_off_drains(self) -> None:
+        """Case 11."""
+        cold = any(key not in self.engines for key in self._queues)
+        for engine in self.engines.values():
+            if engine.gives_way and engine.state is EngineState.DRAINING and (engine.pinned or not cold):
+                engine.state = EngineState.READY
+                engine.gives_way = False
 
     def _grant(self, now: float) -> Iterator[Grant]:
         """Case 1."""
@@ -346,6 +366,7 @@ class Scheduler:
 
     def _drain(self, engine: EngineView) -> Iterator[Action]:
         engine.state = EngineState.DRAINING
+        engine.gives_way = True
         yield Drain(engine.key)
         if engine.leases == 0:
             yield self._evict(engine)
@@ -402,7 +423,7 @@ def _idle(engine: EngineView) -> bool:
 
 
 def _leaving(engine: EngineView) -> bool:
-    return engine.state in (EngineState.DRAINING, EngineState.STOPPING)
+    return engine.state in (EngineState.DRAINING, EngineState.STOPPING, EngineState.FAILED)
 
 
 def _age(engine: EngineView) -> tuple[float, float, float]:

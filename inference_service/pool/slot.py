@@ -89,5 +89,10 @@ class LoadProgress:
     eta_seconds: float | None
 
     def describe(self) -> dict[str, Any]:
+        """As /admin/stats shows it."""
         eta = None if self.eta_seconds is None else round(self.eta_seconds, 1)
         return {"phase": self.phase, "percent": self.percent, "eta_seconds": eta}
+
+
+# The engine has the request; its first token has not come.
+ANSWERING = LoadProgress("answer", None, None)

@@ -2,6 +2,7 @@
 
 from inference_service.errors import EngineStartFailed
 from inference_service.pool.circuit import LONGEST_PAUSE_SECONDS, Circuits
+from inference_service.pool.estimates import MAX_RETRY_SECONDS
 
 ERROR = EngineStartFailed("out of memory.", param="model")
 
@@ -20,12 +21,15 @@ def test_a_failed_load_is_not_tried_again_at_once() -> None:
 def test_the_pause_doubles_and_is_bounded() -> None:
     circuits, pauses = Circuits(), []
     for _ in range(10):
-        circuits.failed("m", "r1", ERROR, 0)
+        told = circuits.failed("m", "r1", ERROR, 0)
         refusal = circuits.refusal("m", "r1", 0)
         assert refusal is not None
-        pauses.append(refusal.retry_after)
+        assert refusal.retry_after == told
+        pauses.append(told)
     assert pauses[:4] == [5, 10, 20, 40]
-    assert pauses[-1] == LONGEST_PAUSE_SECONDS
+    assert pauses[-1] == MAX_RETRY_SECONDS, "clients do not wait for longer"
+    assert circuits.refusal("m", "r1", LONGEST_PAUSE_SECONDS - 1) is not None
+    assert circuits.refusal("m", "r1", LONGEST_PAUSE_SECONDS) is None
 
 
 def test_another_revision_is_tried_at_once_and_counts_anew() -> None:

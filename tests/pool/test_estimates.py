@@ -7,11 +7,11 @@ def test_the_queue_moves_at_the_rate_of_the_last_requests() -> None:
     estimates = Estimates()
     for second in range(10):
         estimates.ended(100 + 2 * second)
-    assert estimates.retry_after_queue(10, 120) == 20
+    assert estimates.retry_after_queue(10) == 20
 
 
 def test_nothing_is_known_yet() -> None:
-    assert Estimates().retry_after_queue(7, 0) == 7
+    assert Estimates().retry_after_queue(7) == 7
     assert Estimates().retry_after_load("m", 0, 3) == 12
 
 
@@ -19,14 +19,14 @@ def test_a_load_takes_what_it_took_before() -> None:
     estimates = Estimates()
     estimates.loaded("m", 40, 10)
     assert estimates.retry_after_load("m", 100, 110) == 30
-    assert estimates.retry_after_load("m", 100, 500) == 1
+    assert estimates.retry_after_load("m", 100, 139.5) == 10, "overdue: a quarter of what it took so far"
 
 
 def test_never_longer_than_a_client_waits() -> None:
     estimates = Estimates()
     estimates.loaded("m", 4000, 10)
     assert estimates.retry_after_load("m", 0, 0) == MAX_RETRY_SECONDS
-    assert estimates.retry_after_queue(10_000, 0) == MAX_RETRY_SECONDS
+    assert estimates.retry_after_queue(10_000) == MAX_RETRY_SECONDS
 
 
 def test_an_unknown_model_starts_like_the_others() -> None:

@@ -31,7 +31,8 @@ from tests.pool.gated import MIB, GatedEngine, model
 SIZES = {"a": 1, "b": 1, "c": 2, "d": 3}
 NEVER = 1e9
 QUEUED = 6
-LEAVING = (EngineState.DRAINING, EngineState.STOPPING)
+ENDING = (EngineState.STOPPING, EngineState.FAILED)
+LEAVING = (EngineState.DRAINING, *ENDING)
 names = st.sampled_from(sorted(SIZES))
 
 
@@ -172,7 +173,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(name=names)
     def engine_is_gone(self, name: str) -> None:
-        if self.pool.state(name) is EngineState.STOPPING and name in self.engines:
+        if self.pool.state(name) in ENDING and name in self.engines:
             self._let_end(name)
 
     @rule(seconds=st.sampled_from([1.0, LINGER_SECONDS, 10.0, 60.0]))
@@ -272,7 +273,7 @@ class PoolMachine(RuleBasedStateMachine):
             for name in sorted(SIZES):
                 if self._starting(name):
                     self.engines[name].started.set_result(None)
-                if self.pool.state(name) is EngineState.STOPPING and name in self.engines:
+                if self.pool.state(name) in ENDING and name in self.engines:
                     self._let_end(name)
             self.now += max(self.policy.min_residency, min(self.policy.fairness_wait, 10.0))
             self._settle(self.pool.look)

@@ -22,6 +22,7 @@ from inference_service.errors import (
     Overloaded,
     QueueTimedOut,
     ShuttingDown,
+    StillBusy,
 )
 from inference_service.metrics import Metrics
 from inference_service.pool.loading import Parts
@@ -644,7 +645,7 @@ async def test_a_model_that_failed_is_refused_also_while_what_it_left_is_torn_do
         bench.engine("a").started.set_exception(EngineStartFailed("no such architecture"))
         with pytest.raises(EngineStartFailed):
             await asked
-        assert repr(bench.pool) == "<Pool a:stopping(0) | waiting: nobody>"
+        assert repr(bench.pool) == "<Pool a:failed(0) | waiting: nobody>"
         with pytest.raises(EngineStartFailed, match="failed once"):
             await bench.ask("a")
 
@@ -674,9 +675,80 @@ async def test_what_a_waiter_is_told_meanwhile(one: Bench) -> None:
     progress = one.pool.progress(model("a"))
     assert progress.phase == "start"
     assert progress.percent is not None
-    assert progress.eta_seconds is not None
     stats = await one.pool.stats()
     assert stats["waiters"][0]["phase"] == "start"
     assert stats["engines"][0]["loading"]["phase"] == "start"
     one.engine("a").started.set_result(None)
     (await asked).release()
+
+
+async def test_a_load_that_the_operator_asked_for_outlives_the_queue_timeout() -> None:
+    async for bench in _bench(1, clock=time.monotonic, queue_timeout=0.02):
+        loading = asyncio.create_task(bench.pool.load(model("a")))
+        await asyncio.sleep(0.1)
+        assert not loading.done()
+        bench.engine("a").started.set_result(None)
+        await loading
+        assert repr(bench.pool) == "<Pool a:ready(0) | waiting: nobody>"
+
+
+async def test_who_waited_too_long_for_a_ready_engine_is_told_so() -> None:
+    async for bench in _bench(1, Policy(1, 1, min_residency=0), time.monotonic, queue_timeout=0.05):
+        asked = bench.ask("a")
+        await bench.settle()
+        bench.engine("a").started.set_result(None)
+        lease = await asked
+        with pytest.raises(StillBusy, match="is ready, and 1 requests run"):
+            await bench.ask("a")
+        lease.release()
+
+
+async def test_stats_at_every_turn_of_a_teardown(one: Bench) -> None:
+    for turns in range(12):
+        (await one.started("a")).release()
+        one.engine("a").may_close.set_result(None)
+        unloading = asyncio.create_task(one.pool.unload("a"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert (await one.pool.stats())["slots"]["total"] == 1
+        assert await unloading
+
+
+async def test_the_wait_for_another_engines_start_is_no_part_of_the_load_timeout() -> None:
+    async for bench in _bench(2, clock=time.monotonic, load_timeout=0.2):
+        hung, good = bench.ask("hung"), bench.ask("good")
+        await bench.settle()
+        bench.engine("hung").may_close.set_result(None)
+        with pytest.raises(EngineStartFailed, match="'hung' did not load") as caught:
+            await hung
+        assert caught.value.retry_after == 5
+        await asyncio.sleep(0.1)
+        bench.engine("good").started.set_result(None)
+        (await good).release()
+
+
+async def test_room_that_comes_free_anyway_is_waited_for(two: Bench) -> None:
+    (await two.started("a")).release()
+    unloading = asyncio.create_task(two.pool.unload("a"))
+    await two.settle()
+    two.has_room = {"c": lambda: "a" not in two.held}
+    asked = two.ask("c")
+    await two.settle()
+    two.engine("a").may_close.set_result(None)
+    await unloading
+    await two.settle()
+    two.engine("c").started.set_result(None)
+    (await asked).release()
+
+
+async def test_a_young_idle_engine_gives_its_disk_too() -> None:
+    async for bench in _bench(2, Policy(2, 3, min_residency=1e6)):
+        held = bench.held
+        (await bench.started("a")).release()
+        bench.has_room = {"c": lambda held=held: "a" not in held}  # type: ignore[misc]
+        asked = bench.ask("c")
+        await bench.settle()
+        bench.engine("a").may_close.set_result(None)
+        await bench.settle()
+        bench.engine("c").started.set_result(None)
+        (await asked).release()

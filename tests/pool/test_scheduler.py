@@ -410,10 +410,10 @@ def test_what_gives_way_where_something_else_than_a_slot_is_short() -> None:
     play = Play()
     play.serve("a", "b")
     assert play.scheduler.victims(play.now) == ["a", "b"]
-    assert play.scheduler.give_way(play.now) == Evict("a")
+    assert play.scheduler.give_way() == Evict("a")
     assert play.state("a") is EngineState.STOPPING
-    assert play.scheduler.give_way(play.now) == Evict("b")
-    assert play.scheduler.give_way(play.now) is None
+    assert play.scheduler.give_way() == Evict("b")
+    assert play.scheduler.give_way() is None
 
 
 def test_when_time_alone_changes_nothing() -> None:
@@ -421,3 +421,32 @@ def test_when_time_alone_changes_nothing() -> None:
     assert play.scheduler.next_look(play.now) is None
     play.serve("a", leases=1)
     assert play.scheduler.next_look(play.now) is None
+
+
+def test_11_a_drain_is_called_off_when_nobody_waits_for_its_slot_any_more() -> None:
+    play = Play(slots=1)
+    play.serve("a", leases=1)
+    play.ask("b")
+    assert play.later(10) == [Drain("a")]
+    assert play.ask("a") == []
+    assert play.tell(Left(2)) == [Grant(3, "a")], "b has left: a admits again"
+    assert play.state("a") is EngineState.READY
+
+
+def test_11_an_operators_drain_is_not() -> None:
+    play = Play(slots=1)
+    play.serve("a", leases=1)
+    play.ask("b")
+    assert play.later(10) == [Drain("a")]
+    assert play.tell(Unload("a")) == []
+    assert play.tell(Left(2)) == []
+    assert play.state("a") is EngineState.DRAINING
+
+
+def test_11_a_pin_calls_a_drain_off() -> None:
+    play = Play(slots=1)
+    play.serve("a", leases=1)
+    play.ask("b")
+    assert play.later(10) == [Drain("a")]
+    assert play.tell(Pinned("a", pinned=True)) == [Reject(2, Reason.NO_ROOM)]
+    assert play.state("a") is EngineState.READY
