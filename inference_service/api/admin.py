@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response, status
 
+from inference_service.api.process import process_stats
 from inference_service.api.service import Service, ServiceDep
 from inference_service.models.responses import Placement, Unloaded
 from inference_service.storage.model import Model, canonical_name
@@ -54,7 +55,7 @@ async def unpin(name: str, service: ServiceDep) -> Placement:
 
 @router.get("/stats")
 async def stats(service: ServiceDep) -> dict[str, Any]:
-    """Slots, budget, engines, leases and waiters; fetches and the disk; what cannot be served."""
+    """Slots, budget, engines, leases, waiters; fetches and the disk; what cannot be served; this process."""
     models = service.catalog.listed
     unservable = {model.name: model.unservable for model in models if model.unservable}
     return {
@@ -63,6 +64,7 @@ async def stats(service: ServiceDep) -> dict[str, Any]:
         "models": len(models),
         "unservable": unservable,
         "alias_conflicts": service.catalog.conflicts,
+        "process": process_stats(),
     }
 
 

@@ -15,10 +15,14 @@ from pathlib import Path
 
 import httpx2
 import openai
+import psutil
 import pytest
 
 from tests.fixtures.fakes import Fakes, ask
 from tests.fixtures.service_process import ServiceProcess, running_service
+
+# Memory may grow by what happens once.
+ANY_SIZE = {"resident_bytes": None}
 
 
 def body(**fields: object) -> dict[str, object]:
@@ -103,6 +107,19 @@ def test_metrics_have_known_models_only(fake_service: ServiceProcess) -> None:
     assert 'inference_generated_tokens_total{model="alpha"} 6.0' in metrics
     assert 'inference_time_to_first_token_seconds_count{model="alpha"} 1.0' in metrics
     assert "made-up" not in metrics
+
+
+def test_stats_tell_what_the_process_holds(fake_service: ServiceProcess) -> None:
+    before = fake_service.stats()["process"]
+    process = psutil.Process(fake_service.process.pid)
+    assert before["resident_bytes"] == pytest.approx(process.memory_info().rss, rel=0.1)
+    assert before["open_files"] == process.num_fds()
+    assert before["threads"] == process.num_threads()
+    with socket.create_connection(("127.0.0.1", fake_service.port)) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        fake_service.wait_until(lambda: fake_service.stats()["process"]["tasks"] > before["tasks"], 5)
+        assert fake_service.stats()["process"]["open_files"] == before["open_files"] + 1
+    fake_service.wait_until(lambda: fake_service.stats()["process"] | ANY_SIZE == before | ANY_SIZE, 5)
 
 
 @pytest.fixture
