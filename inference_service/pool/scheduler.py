@@ -111,7 +111,7 @@ class Scheduler:
        served for `min_residency` give way, as many as are needed.
     5. Not enough of them, and the oldest waiter has waited for `fairness_wait`: the least valuable busy
        engines (fewest requests, then least recently used) drain and give way too. An engine with leases is
-       never torn down.
+       never torn down, and one whose waiters only lack a lease, all being out, is left to serve them.
     6. A load that nobody waits for any more is cancelled.
     7. An engine that has been idle for `idle_ttl` is torn down.
     8. A request beyond those that run and those that may wait is rejected, and so is one whose model
@@ -352,12 +352,19 @@ class Scheduler:
         candidates = [
             engine
             for engine in self.engines.values()
-            if engine.state is EngineState.READY and not engine.pinned and self._settled(engine, now)
+            if engine.state is EngineState.READY
+            and not engine.pinned
+            and self._settled(engine, now)
+            and not self._kept_waiting(engine)
         ]
         return sorted(
             candidates,
             key=lambda engine: (engine.leases + self.waiting_for(engine.key), engine.last_used),
         )
+
+    def _kept_waiting(self, engine: EngineView) -> bool:
+        """It has served nobody for want of a lease, which another engine in its place would want as well."""
+        return engine.leases == 0 and self.running >= self.policy.concurrency
 
     def _load(self, key: str, now: float) -> Load:
         queue = self._queues[key]

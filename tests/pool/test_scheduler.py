@@ -231,6 +231,18 @@ def test_5_requests_that_wait_make_an_engine_valuable_too() -> None:
     assert play.later(10) == [Drain("busy")]
 
 
+def test_5_an_engine_that_has_served_nobody_for_want_of_a_lease_stays() -> None:
+    """Else it would be loaded and torn down again and again, for as long as another holds all leases."""
+    play = Play(concurrency=3)
+    play.serve("new")
+    play.serve("hangs", leases=3)
+    for key in ("new", "c", "d"):
+        assert play.ask(key) == []
+    assert play.later(10) == [Drain("hangs")], "for c, and new is not torn down for d"
+    assert play.later(1000) == []
+    assert play.tell(Released("hangs")) == [Grant(5, "new"), Drain("new")]
+
+
 def test_5_new_requests_are_not_admitted_to_a_draining_engine() -> None:
     play = Play(slots=1)
     play.serve("a", leases=1)
