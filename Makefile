@@ -1,4 +1,4 @@
-# The only commands: make run | test | check | model | bench-serve | bench-sync | bench-front | lock. Each does its own set-up.
+# The only commands: make run | test | check | model | bench-serve | bench-sync | bench-front | soak (DURATION=seconds) | lock. Each does its own set-up.
 SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
@@ -8,6 +8,7 @@ INSTALLED := $(VENV)/.installed
 DEMO := .demo
 DEMO_MODEL := $(DEMO)/models/smollm2-135m-instruct
 QUICK ?=
+DURATION ?= 600
 # Whether a setting is given, in the environment or in .env.
 given = $(or $($(1)),$(shell grep -s '^$(1)=.' .env))
 DEMO_SETTINGS := $(if $(call given,LISTEN_ADDRESS),,LISTEN_ADDRESS=127.0.0.1) \
@@ -22,7 +23,7 @@ else
 export UV_TORCH_BACKEND := cpu
 endif
 
-.PHONY: run model test test-gpu check format lock bench-serve bench-sync bench-front clean
+.PHONY: run model test test-gpu check format lock bench-serve bench-sync bench-front soak clean
 
 # The demo's bucket, unless one is set in the environment or in .env.
 run: model
@@ -58,6 +59,9 @@ bench-sync: $(INSTALLED)
 
 bench-front: $(INSTALLED)
 	$(BIN)/python -m benchmarks.front $(if $(QUICK),--quick)
+
+soak: $(INSTALLED)
+	$(BIN)/python -m benchmarks.soak --duration $(DURATION)
 
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile --python $(BIN)/python pyproject.toml --extra cpu --extra transformers --extra dev \

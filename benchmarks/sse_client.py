@@ -26,14 +26,14 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 def chat_request(model: str, tokens: int, *, stream: bool) -> bytes:
     messages = [{"role": "user", "content": "Tell me of the fox."}]
     body = {"model": model, "messages": messages, "max_tokens": tokens, "stream": stream}
-    return _request("POST", CHAT, json.dumps(body).encode())
+    return http_request("POST", CHAT, json.dumps(body).encode())
 
 
 def get_request(path: str) -> bytes:
-    return _request("GET", path, b"")
+    return http_request("GET", path, b"")
 
 
-def _request(method: str, path: str, body: bytes) -> bytes:
+def http_request(method: str, path: str, body: bytes) -> bytes:
     head = f"{method} {path} HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(body)}\r\n"
     return f"{head}content-type: application/json\r\n\r\n".encode() + body
 
@@ -108,6 +108,11 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._end(now(), whole=False)
 
+    def turn_deaf(self) -> None:
+        """Read nothing any more."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
     def cut(self) -> None:
         if self._transport is not None:
             self._transport.abort()
@@ -139,7 +144,7 @@ def read_stream(answer: Answer, tokens: int) -> Stream:
     """Compare the stream with what the fake engine says, word by word, up to its [DONE]."""
     times, words, done = [], [], False
     if answer.status == 200:
-        for arrived, event in _events(_payloads(answer.pieces)):
+        for arrived, event in events(payloads(answer.pieces)):
             if event == b"data: [DONE]":
                 done = True
                 continue
@@ -156,7 +161,7 @@ def expected_words(tokens: int) -> list[str]:
     return [first, *(f" {word}" for word in others)]
 
 
-def _payloads(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+def payloads(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
     """What the chunks of the transfer encoding hold, as far as they are whole."""
     buffer = b""
     for arrived, piece in pieces:
@@ -170,9 +175,10 @@ def _payloads(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, by
             buffer = buffer[end + 2 :]
 
 
-def _events(payloads: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+def events(contents: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """The whole server-sent events in the contents of a stream, with the time of each one's end."""
     rest = b""
-    for arrived, payload in payloads:
+    for arrived, payload in contents:
         *events, rest = (rest + payload).split(b"\n\n")
         for event in events:
             yield arrived, event

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.soak`: the whole service, for long, under every trouble at once."""
