@@ -40,7 +40,7 @@ class Troubles:
         self._dice = dice
         self._watch = watch
         self._server = server
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Future[None]] = set()
         self._stopped: set[psutil.Process] = set()
 
     async def brew(self, until: float) -> None:
@@ -61,7 +61,12 @@ class Troubles:
             trouble = self._dice.choices(list(kinds), list(kinds.values()))[0]
             task = asyncio.ensure_future(trouble())
             self._under_way.add(task)
-            task.add_done_callback(self._under_way.discard)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Future[None]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._ledger.complain("operator", f"trouble that failed: {task.exception()!r}")
 
     async def settle(self, seconds: float) -> None:
         """What lasts comes to its end."""
