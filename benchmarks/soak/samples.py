@@ -9,6 +9,8 @@ WARM_UP = 0.25
 # Memory is flat where the line through it rises by less than this from the end of the warm-up to the end of
 # the load: allocators keep this much more or less, while a leak grows with every request.
 FLAT_MIB = 3.0
+# A shorter soak ends while allocators still take what they then keep: its memory is told and not judged.
+JUDGED_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
