@@ -23,6 +23,7 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     ├── EngineError             502   the engine answered with an error of its own
     │   ├── EngineStartFailed   503   the engine could not be started; says the engine's reason
     │   │   └── LoadTimedOut          it did not start within LOAD_TIMEOUT
+    │   ├── LauncherGone        503   the launcher ended under the load; another is started
     │   ├── OutOfMemory         503   the device has no memory for it; says how much is missing
     │   ├── EngineUnloaded      503   the operator has unloaded it under the request
     │   └── EngineDied          503   the engine's process went away, or hangs, under the request
@@ -201,6 +202,11 @@ class EngineStartFailed(EngineError):
 
 class LoadTimedOut(EngineStartFailed):
     """The host is alive, as far as anybody knows."""
+
+
+class LauncherGone(EngineError):
+    status = 503
+    code = "engine_start_failed"
 
 
 class OutOfMemory(EngineError):

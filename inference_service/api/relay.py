@@ -86,15 +86,16 @@ class Relay(Response):
         except TimeoutError:
             return self._cause or RequestTimedOut(self._service.settings.request_timeout)
         except EngineError as error:
-            await self._suspect()
-            return error
+            return await self._death() or error
         except ServiceError as error:
             return error
         return None
 
-    async def _suspect(self) -> None:
-        if self._lease is not None and not self._client_left:
-            await self._service.pool.suspect(self._lease)
+    async def _death(self) -> ServiceError | None:
+        """What is to be told instead of the engine's error where the engine is dead."""
+        if self._lease is None or self._client_left:
+            return None
+        return await self._service.pool.suspect(self._lease)
 
     async def _run(self, send: Send) -> None:
         if self._body.stream:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
@@ -20,6 +21,7 @@ from inference_service.storage.registry import Registry
 
 logger = logging.getLogger(__name__)
 
+NOT_LOADED = "not loaded: %s"
 # For the error events of what ends with the shutdown; who does not read his is not waited for.
 LAST_EVENTS_SECONDS = 0.2
 
@@ -47,7 +49,6 @@ class Service:
     relays: set[UnderWay] = field(default_factory=set)
     stopping: bool = False
     _asking: set[asyncio.Task[Any] | None] = field(default_factory=set)
-    _loading: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def resolve(self, name: str, spent: float = 0.0) -> Model:
         """The bucket's model for `name`, servable or loaded; `spent`: seconds of the request so far."""
@@ -109,17 +110,16 @@ class Service:
         try:
             await self.load(await self.registry.resolve(name))
         except ServiceError as error:
-            logger.error("not loaded: %s", error, extra={"model": name})
+            logger.error(NOT_LOADED, error, extra={"model": name})
 
     def load_soon(self, model: Model) -> None:
-        """Load the model while nobody waits for it; what its load raises is in the log."""
-        loading = asyncio.create_task(self._load_or_log(model.name))
-        self._loading.add(loading)
-        loading.add_done_callback(self._loading.discard)
+        """Begin to load the model; what its load raises is in the log. Raises what refuses it at once."""
+        self.pool.order(model).add_done_callback(partial(_log_failure, model.name))
 
     async def load(self, model: Model) -> None:
         """Returns once the model's engine is ready; raises what its load raised."""
-        await self.pool.load(model)
+        # Shielded: others may wait for the same.
+        await asyncio.shield(self.pool.order(model))
 
     async def drain(self) -> None:
         """Stop admission and let running requests finish, until DRAIN_TIMEOUT ends the rest."""
@@ -135,6 +135,11 @@ class Service:
             async with asyncio.timeout_at(deadline + LAST_EVENTS_SECONDS):
                 while self.relays:
                     await asyncio.wait({relay.ended for relay in self.relays})
+
+
+def _log_failure(name: str, order: asyncio.Task[None]) -> None:
+    if not order.cancelled() and (error := order.exception()) is not None:
+        logger.error(NOT_LOADED, error, extra={"model": name})
 
 
 async def _service(request: Request) -> Service:

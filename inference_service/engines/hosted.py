@@ -18,7 +18,7 @@ from inference_service.engines.base import GRACE_SECONDS, HostSpec, Pulse, Snaps
 from inference_service.engines.host_log import HostLog
 from inference_service.engines.launcher import Host, Launcher, kill_group
 from inference_service.engines.reasons import in_plain_words
-from inference_service.errors import EngineDied, EngineStartFailed, ServiceError
+from inference_service.errors import EngineDied, EngineError, EngineStartFailed, LauncherGone, ServiceError
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class HostedEngine:
             await asyncio.wait({answer, death}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done() or answer.exception() is not None:
                 host.kill(signal.SIGKILL)
-                raise self._start_failure(await death)
+                raise self._start_failure(host, await death)
         finally:
             answer.cancel()
             death.cancel()
@@ -142,7 +142,12 @@ class HostedEngine:
         async with self._open_client.get("http://host/health") as response:
             response.raise_for_status()
 
-    def _start_failure(self, status: int) -> EngineStartFailed:
+    def _start_failure(self, host: Host, status: int) -> EngineError:
+        if host.with_launcher:
+            return LauncherGone(
+                f"The engine of '{self._spec.model}' did not start: the launcher ended meanwhile. Try again.",
+                retry_after=1,
+            )
         return EngineStartFailed(
             f"The engine of '{self._spec.model}' did not start: {self._death(status)}",
             param="model",

@@ -18,7 +18,7 @@ from typing import Any
 from inference_service.engines.base import HostSpec, decode_message, encode_message
 from inference_service.engines.host_log import HostLog
 from inference_service.engines.launcher_process import MAX_MESSAGE_BYTES
-from inference_service.errors import EngineStartFailed
+from inference_service.errors import EngineError, EngineStartFailed, LauncherGone
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ class Host:
         self._launcher = launcher
         self._exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.pid = pid
+        # Whether it ended because the launcher did.
+        self.with_launcher = False
 
     @property
     def alive(self) -> bool:
@@ -39,7 +41,8 @@ class Host:
         """Exit status, once no process of the host's group is left; negative for a signal."""
         return await asyncio.shield(self._exited)
 
-    def exited(self, status: int) -> None:
+    def exited(self, status: int, *, with_launcher: bool = False) -> None:
+        self.with_launcher = with_launcher
         self._exited.set_result(status)
 
     def kill(self, number: signal.Signals) -> None:
@@ -59,6 +62,7 @@ class Launcher:
         self._launching: dict[int, asyncio.Future[Host]] = {}
         self._hosts: dict[int, Host] = {}
         self._failure: str | None = None
+        self._imported = False
         self._control: socket.socket
         self._lifeline: int
         self._process: subprocess.Popen[bytes]
@@ -176,6 +180,7 @@ class Launcher:
     def _take(self, message: dict[str, Any]) -> None:
         match message:
             case {"imported": seconds}:
+                self._imported = True
                 logger.info("launcher is ready", extra={"import_seconds": seconds})
             case {"launched": order, "pid": pid}:
                 self._launched(order, pid)
@@ -212,12 +217,17 @@ class Launcher:
         self._detach()
         for launched in self._launching.values():
             if not launched.done():
-                launched.set_exception(EngineStartFailed(f"No engine can be started: {reason}"))
+                launched.set_exception(self._no_engine(reason))
         self._launching.clear()
         for pid, host in self._hosts.items():
             kill_group(pid)
-            host.exited(-signal.SIGKILL)
+            host.exited(-signal.SIGKILL, with_launcher=True)
         self._hosts.clear()
+
+    def _no_engine(self, reason: str) -> EngineError:
+        if self._imported:
+            return LauncherGone(f"No engine could be started: {reason}. Try again.", retry_after=1)
+        return EngineStartFailed(f"No engine can be started: {reason}")
 
 
 def kill_group(pid: int, number: signal.Signals = signal.SIGKILL) -> None:

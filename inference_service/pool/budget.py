@@ -27,7 +27,7 @@ class Budget:
     """Bytes on each device for all engines; `total` None: not known, and nothing is counted."""
 
     def __init__(self, device: Device, backend: Backend, utilization: float, slots: int) -> None:
-        self.total = int(device.memory_bytes * utilization) or None
+        self.total = max(1, int(device.memory_bytes * utilization)) if device.memory_bytes else None
         self._touched_at_start = device.kind is not DeviceKind.CUDA
         self._fixed, self._per_byte = _OVERHEAD.get((backend, device.kind), _OTHER_OVERHEAD)
         self._slots = slots

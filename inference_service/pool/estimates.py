@@ -44,7 +44,7 @@ class Estimates:
     def retry_after_queue(self, ahead: int) -> int:
         """Seconds until about so many requests have been served, at the rate of the last ones."""
         if len(self._ended) < 2:
-            return _bounded(ahead)
+            return _bounded(min(ahead, UNKNOWN_LOAD_SECONDS))
         # Up to the last one that ended: the idle hour before a rush says nothing of the rate.
         seconds = max(1e-3, self._ended[-1] - self._ended[0])
         return _bounded(ahead * seconds / (len(self._ended) - 1))

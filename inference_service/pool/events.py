@@ -9,12 +9,16 @@ from enum import StrEnum
 
 @dataclass(frozen=True)
 class Request:
-    """A request wants the engine of `key`, which would take `bytes` on its device."""
+    """A request wants the engine of `key`, which would take `bytes` on its device.
+
+    `order`: it is the operator's, who waits beside the clients' queue.
+    """
 
     number: int
     key: str
     bytes: int = 0
     pinned: bool = False
+    order: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,14 @@ class Released:
     """A lease of the engine `key` has come back."""
 
     key: str
+
+
+@dataclass(frozen=True)
+class Starting:
+    """The device's turn is the engine's now, whose files are there: `bytes` is what it will take."""
+
+    key: str
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ class TimePassed:
     """Nothing happened, but it is later."""
 
 
-EngineEvent = Released | Loaded | Failed | Died | Gone | Unload
+EngineEvent = Released | Starting | Loaded | Failed | Died | Gone | Unload
 Event = Request | Left | Pinned | TimePassed | EngineEvent
 
 

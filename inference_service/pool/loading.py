@@ -45,9 +45,10 @@ class Parts:
 class Loading:
     """The loads and teardowns of one device.
 
-    `departure` waits for an engine that is leaving anyway, False where none is. `make_room` is asked where so
-    many bytes on the disk, or memory (0), are missing: it tears one idle engine down and returns once it is
-    gone, or False where that would not help.
+    `starting` is told that the device's turn is a slot's, and of which snapshot. `departure` waits for an
+    engine that is leaving anyway, False where none is. `make_room` is asked where so many bytes on the disk,
+    or memory (0), are missing: it tears one idle engine down and returns once it is gone, or False where that
+    would not help.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Loading:
         load_timeout: float,
         stall_timeout: float,
         clock: Callable[[], float],
+        starting: Callable[[Slot, Snapshot], None],
         departure: Callable[[], Awaitable[bool]],
         make_room: Callable[[int], Awaitable[bool]],
     ) -> None:
@@ -63,6 +65,7 @@ class Loading:
         self._load_timeout = load_timeout
         self._stall_timeout = stall_timeout
         self._clock = clock
+        self._starting = starting
         self._departure = departure
         self._make_room = make_room
         self._device_turn = asyncio.Lock()
@@ -79,6 +82,7 @@ class Loading:
                 while True:
                     limit.reschedule(None)  # what others take in the device's turn is not this load's time
                     async with self._device_turn:
+                        self._starting(slot, slot.snapshot)
                         missing = await self._missing_memory(slot)
                         if missing <= 0:
                             limit.reschedule(loop.time() + left)
@@ -117,13 +121,16 @@ class Loading:
     async def end(self, slot: Slot, *, hurry: bool, last: bool) -> None:
         """Tear the slot's engine down; nothing of it is left then.
 
-        `hurry`: it is dead or hangs, so nothing is asked of it; `last`: the service itself ends.
+        `hurry`: it is dead or hangs, so nothing is asked of it; `last`: the service itself ends. These and
+        what the operator has ordered do not wait for the device's turn.
         """
         try:
             if slot.engine is None:
                 pass  # it was still being fetched
             elif hurry or last:
                 await slot.engine.close(0.0 if hurry else LAST_GRACE_SECONDS)
+            elif slot.unloaded:
+                await slot.engine.close()
             else:
                 async with self._device_turn:
                     await slot.engine.close()

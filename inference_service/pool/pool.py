@@ -10,10 +10,10 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from inference_service.engines.base import Engine, EngineState, Footprint
+from inference_service.engines.base import Engine, EngineState, Footprint, Snapshot
 from inference_service.errors import (
     EngineDied,
     EngineError,
@@ -52,6 +52,7 @@ from inference_service.pool.events import (
     Reject,
     Released,
     Request,
+    Starting,
     TimePassed,
     Unload,
 )
@@ -101,7 +102,13 @@ class Pool:
         self._clock = clock
         self._scheduler = Scheduler(policy)
         self._loading = Loading(
-            parts, limits.load_timeout, limits.stall_timeout, clock, self._departure, self._make_room
+            parts,
+            limits.load_timeout,
+            limits.stall_timeout,
+            clock,
+            self._starting,
+            self._departure,
+            self._make_room,
         )
         self._timer: asyncio.TimerHandle | None = None
         self._circuits = Circuits()
@@ -112,14 +119,45 @@ class Pool:
         self._numbers = itertools.count(1)
         self._events: deque[Event] = deque()
         self._telling = False
+        self._told_at = clock()
         self._closing = False
         self._ending = False
+        self._orders: dict[str, asyncio.Task[None]] = {}
+        self._ready: dict[str, asyncio.Future[None]] = {}
         # What the waiters of a failed load are told.
         self._load_errors: dict[str, ServiceError] = {}
 
-    async def load(self, model: Model) -> None:
-        """Returns once the model's engine is ready, however long that takes; raises as `lease` does."""
-        (await self._lease(model, None)).release()
+    def order(self, model: Model) -> asyncio.Task[None]:
+        """Load the model for the operator: one order a model, beside the clients' queue and its timeout.
+
+        The task is done once the engine is ready, and raises as `lease` does. Raises ShuttingDown, and the
+        error of a load that failed lately, at once.
+        """
+        order = self._orders.get(model.name)
+        if order is None:
+            self._admit(model)
+            order = asyncio.create_task(self._until_ready(model))
+            self._orders[model.name] = order
+            order.add_done_callback(lambda done: self._ordered(model.name, done))
+        return order
+
+    async def _until_ready(self, model: Model) -> None:
+        if self.state(model.name) is EngineState.READY:
+            return
+        ready = self._ready.setdefault(model.name, asyncio.get_running_loop().create_future())
+        asked = asyncio.create_task(self._lease(model, None, order=True))
+        either: set[asyncio.Future[Any]] = {asked, ready}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if asked.done():
+                asked.result().release()
+        finally:
+            asked.cancel()
+
+    def _ordered(self, name: str, order: asyncio.Task[None]) -> None:
+        del self._orders[name]
+        if not order.cancelled():
+            order.exception()  # whoever ordered it may have gone
 
     async def lease(self, model: Model) -> Lease:
         """A lease on the model's engine, loaded if need be.
@@ -129,13 +167,13 @@ class Pool:
         """
         return await self._lease(model, self._limits.queue_timeout)
 
-    async def _lease(self, model: Model, queue_timeout: float | None) -> Lease:
+    async def _lease(self, model: Model, queue_timeout: float | None, *, order: bool = False) -> Lease:
         self._admit(model)
         future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         waiter = Waiter(next(self._numbers), model, self._clock(), future)
         self._waiters[waiter.number] = waiter
         size = self._footprint(model).total
-        self._tell(Request(waiter.number, model.name, size, self.pinned(model)))
+        self._tell(Request(waiter.number, model.name, size, self.pinned(model), order))
         try:
             async with asyncio.timeout(queue_timeout):
                 return _of_the_revision(await future, model)
@@ -173,6 +211,7 @@ class Pool:
         slot = self._slots.get(name)
         if slot is None:
             return False
+        slot.unloaded = True
         if force:
             self._cut(slot, EngineUnloaded(f"'{name}' was unloaded by the operator. Send the request again."))
         self._tell(Unload(name, force))
@@ -213,18 +252,22 @@ class Pool:
                 self._tear_down(slot)
         await asyncio.gather(*(slot.gone.wait() for slot in slots))
 
-    async def suspect(self, lease: Lease) -> None:
-        """A request met an error of its engine's: if that is dead, nobody else is sent to it."""
+    async def suspect(self, lease: Lease) -> EngineDied | None:
+        """A request met an error of its engine's: if that is dead, nobody else is sent to it.
+
+        Returns what is to be told of an engine that is dead.
+        """
         slot = lease.slot
         if lease not in slot.leases or slot.engine is None:
-            return
+            return None
         try:
             async with asyncio.timeout(SUSPECT_SECONDS):
                 await slot.engine.pulse()
         except TimeoutError:
-            return  # it hangs, or has much to do: the watch over it will tell
+            return None  # it hangs, or has much to do: the watch over it will tell
         except EngineError:
-            self._died(slot, "it does not answer any more")
+            return self._died(slot, "its process ended or its core is dead; the log has the reason")
+        return None
 
     def count_by_state(self) -> dict[str, int]:
         """Number of engines in each state, zeros included."""
@@ -308,7 +351,8 @@ class Pool:
         self._telling = True
         try:
             while self._events:
-                for action in self._scheduler.handle(self._events.popleft(), self._clock()):
+                self._told_at = self._clock()
+                for action in self._scheduler.handle(self._events.popleft(), self._told_at):
                     if not self._ending:
                         self._carry_out(action)
         finally:
@@ -339,11 +383,11 @@ class Pool:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        now = self._clock()
-        at = None if self._ending else self._scheduler.next_look(now)
+        # As of the last event: what has become due since then is not to be missed.
+        at = None if self._ending else self._scheduler.next_look(self._told_at)
         if at is not None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(at - now + TICK_SECONDS, self.look)
+            self._timer = loop.call_later(max(0.0, at - self._clock()) + TICK_SECONDS, self.look)
 
     def _rejection(self, model: Model, reason: Reason) -> ServiceError:
         name = model.name
@@ -472,6 +516,11 @@ class Pool:
             reason = await self._loading.watch(slot, slot.engine)
             self._died(slot, reason)
 
+    def _starting(self, slot: Slot, snapshot: Snapshot) -> None:
+        if snapshot.revision != slot.model.revision:  # it was replaced while it was fetched
+            slot.footprint = self._footprint(replace(slot.model, revision=snapshot.revision))
+        self._tell(Starting(slot.model.name, slot.footprint.total))
+
     def _loaded(self, slot: Slot, seconds: float) -> None:
         name = slot.model.name
         slot.load_seconds = seconds
@@ -481,6 +530,8 @@ class Pool:
         self._metrics.loads.labels(name, "ok").inc()
         self._metrics.load_seconds.labels(name).observe(seconds)
         logger.info("loaded", extra={"model": name, "seconds": seconds})
+        if name in self._ready:
+            self._ready.pop(name).set_result(None)
         self._tell(Loaded(name, start_seconds))
 
     def _load_failed(self, slot: Slot, error: Exception) -> None:
@@ -498,18 +549,21 @@ class Pool:
         del self._load_errors[name]
         self._tear_down(slot, hurry=isinstance(told, LoadTimedOut))
 
-    def _died(self, slot: Slot, reason: str) -> None:
+    def _died(self, slot: Slot, reason: str) -> EngineDied | None:
         name = slot.model.name
         if not self._is(slot, EngineState.READY, EngineState.DRAINING):
-            return
+            return None
         logger.error("engine died: %s", reason, extra={"model": name})
         self._metrics.deaths.labels(name).inc()
-        error = (
+        told = EngineDied(
             f"The engine of '{name}' went away while it worked on this request: {reason}. Send it again: a "
+            "fresh engine is started.",
+            retry_after=1,
         )
-        self._cut(slot, EngineDied(f"{error}fresh engine is started.", retry_after=1))
+        self._cut(slot, told)
         self._tell(Died(name))
         self._tear_down(slot, hurry=True)
+        return told
 
     def _is(self, slot: Slot, *states: EngineState) -> bool:
         """Whether this very slot is still the model's, in one of these states."""

@@ -28,6 +28,7 @@ from inference_service.pool.events import (
     Reject,
     Released,
     Request,
+    Starting,
     TimePassed,
     Unload,
 )
@@ -60,6 +61,7 @@ class EngineView:
     `bytes`: what it takes on its device. `ready_at`: since when it serves; `load_seconds`: what its load
     took. A `pinned` engine is never torn down for another. A load is `awaited_until` then also where
     nobody waits for it at the moment. `gives_way`: it drains for a waiter, not for the operator.
+    `has_turn`: it is being started, and no other of its device starts or ends meanwhile.
     """
 
     key: str
@@ -72,6 +74,7 @@ class EngineView:
     load_seconds: float = 0.0
     awaited_until: float = 0.0
     gives_way: bool = False
+    has_turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,9 @@ class Scheduler:
     10. An unloaded engine drains; forced, it goes at once.
     11. An engine that drains for a waiter admits again once no cold model is waited for any more, or once it
        is pinned.
+
+    12. While an engine is being started none gives way: it would have to wait for the device's turn, and
+        serves meanwhile.
 
     Slots and bytes count until an engine is gone, so an engine that is stopping or draining still holds
     them, but also promises them: no second engine goes for the same waiter.
@@ -178,6 +184,8 @@ class Scheduler:
         match event:
             case Released():
                 yield from self._released(engine, now)
+            case Starting(_, count):
+                engine.bytes, engine.has_turn = count, True
             case Loaded(_, seconds):
                 self._loaded(engine, seconds, now)
             case Failed(key):
@@ -195,7 +203,8 @@ class Scheduler:
     def _request(self, request: Request, now: float) -> Iterator[Action]:
         engine = self.engines.get(request.key)
         warm = engine is not None and engine.state is EngineState.READY
-        if self.waiting >= self.policy.queued and not (warm and self.running < self.policy.concurrency):
+        full = self.waiting >= self.policy.queued and not request.order
+        if full and not (warm and self.running < self.policy.concurrency):
             yield Reject(request.number, Reason.OVERLOADED)
             return
         queue = self._queues.setdefault(request.key, _Queue(request.bytes, request.pinned))
@@ -221,6 +230,7 @@ class Scheduler:
 
     def _loaded(self, engine: EngineView, seconds: float, now: float) -> None:
         engine.state = EngineState.READY
+        engine.has_turn = False
         engine.load_seconds = seconds
         engine.ready_at = engine.last_used = now
 
@@ -255,8 +265,14 @@ class Scheduler:
                 continue
             if engine.state is EngineState.STARTING and engine.awaited_until <= now:
                 yield self._cancel(engine)
-            elif _idle(engine) and self._expired(engine, now):
+            elif _idle(engine) and self._expired(engine, now) and not self._turn_is_taken():
                 yield self._evict(engine)
+
+    def _turn_is_taken(self) -> bool:
+        """Case 12."""
+        return any(
+            engine.has_turn and engine.state is EngineState.STARTING for engine in self.engines.values()
+        )
 
     def _call_off_drains(self) -> None:
         """Case 11."""
@@ -294,7 +310,8 @@ class Scheduler:
                 case _Verdict.FITS:
                     yield self._load(key, now)
                 case _Verdict.LATER:
-                    yield from self._give_way_for(key, blocked, now)
+                    if not self._turn_is_taken():
+                        yield from self._give_way_for(key, blocked, now)
                     blocked.append(key)
 
     def _verdict(self, key: str, blocked: Sequence[str]) -> _Verdict:

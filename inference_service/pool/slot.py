@@ -24,7 +24,7 @@ class Slot:
     """The place of one engine, from the decision to load it until nothing of it is left.
 
     Its state is the scheduler's. `began` and `phase_began` are on the pool's clock; `tasks` is what runs for
-    it: its load and the watch over its process, then its teardown.
+    it: its load and the watch over its process, then its teardown. `unloaded`: by the operator.
     """
 
     model: Model
@@ -35,6 +35,7 @@ class Slot:
     snapshot: Snapshot | None = None
     engine: Engine | None = None
     load_seconds: float | None = None
+    unloaded: bool = False
     leases: set["Lease"] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     gone: asyncio.Event = field(default_factory=asyncio.Event)

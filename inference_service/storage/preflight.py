@@ -119,7 +119,8 @@ class Preflight:
         if fetch:
             self._check_disk(model)
         if self._backend is Backend.FAKE:  # nothing reads the insides of its models
-            return _Verdict(model.revision, None, shape_of_fake(model.bytes, model.serving))
+            shape = shape_of_fake(model.bytes, model.serving)
+            return _Verdict(model.revision, self._too_large(shape), shape)
         files = [stored for stored in model.objects if stored.filename.endswith(WEIGHTS)]
         (config_file,) = (stored for stored in model.objects if stored.filename == CONFIG)
         headers = list(self._readers.map(lambda stored: _header(reader, stored), files))

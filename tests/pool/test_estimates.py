@@ -26,6 +26,8 @@ def test_never_longer_than_a_client_waits() -> None:
     estimates = Estimates()
     estimates.loaded("m", 4000, 10)
     assert estimates.retry_after_load("m", 0, 0) == MAX_RETRY_SECONDS
+    for second in range(10):
+        estimates.ended(second)
     assert estimates.retry_after_queue(10_000) == MAX_RETRY_SECONDS
 
 

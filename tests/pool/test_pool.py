@@ -684,7 +684,7 @@ async def test_what_a_waiter_is_told_meanwhile(one: Bench) -> None:
 
 async def test_a_load_that_the_operator_asked_for_outlives_the_queue_timeout() -> None:
     async for bench in _bench(1, clock=time.monotonic, queue_timeout=0.02):
-        loading = asyncio.create_task(bench.pool.load(model("a")))
+        loading = bench.pool.order(model("a"))
         await asyncio.sleep(0.1)
         assert not loading.done()
         bench.engine("a").started.set_result(None)
@@ -752,3 +752,68 @@ async def test_a_young_idle_engine_gives_its_disk_too() -> None:
         await bench.settle()
         bench.engine("c").started.set_result(None)
         (await asked).release()
+
+
+async def test_an_order_needs_no_lease_and_waits_beside_the_queue() -> None:
+    async for bench in _bench(2, Policy(2, 1, queued=1, min_residency=0)):
+        busy = await bench.started("a")
+        queued = bench.ask("a")
+        await bench.settle()
+        await bench.pool.order(model("a"))
+        first, second = bench.pool.order(model("b")), bench.pool.order(model("b"))
+        assert first is second, "one order a model"
+        await bench.settle()
+        bench.engine("b").started.set_result(None)
+        await first
+        assert repr(bench.pool) == "<Pool a:ready(1) b:ready(0) | waiting: a>"
+        busy.release()
+        (await queued).release()
+
+
+async def test_a_failed_order_is_told(one: Bench) -> None:
+    order = one.pool.order(model("a"))
+    await one.settle()
+    one.engine("a").may_close.set_result(None)
+    one.engine("a").started.set_exception(EngineStartFailed("broken"))
+    with pytest.raises(EngineStartFailed, match="broken"):
+        await order
+
+
+async def test_a_warm_engine_serves_while_another_is_being_started(two: Bench) -> None:
+    (await two.started("a")).release()
+    slow = two.ask("slow")
+    await two.settle()
+    wanted = two.ask("c")
+    await two.settle()
+    assert repr(two.pool) == "<Pool a:ready(0) slow:starting(0) | waiting: slow c>", "a is not torn down yet"
+    (await two.ask("a")).release()
+    two.engine("slow").started.set_result(None)
+    (await slow).release()
+    await two.settle()
+    assert "a:stopping" in repr(two.pool)
+    two.engine("a").may_close.set_result(None)
+    await two.settle()
+    two.engine("c").started.set_result(None)
+    (await wanted).release()
+
+
+async def test_the_operator_does_not_wait_for_anothers_start(two: Bench) -> None:
+    (await two.started("a")).release()
+    slow = two.ask("slow")
+    await two.settle()
+    two.engine("a").may_close.set_result(None)
+    assert await asyncio.wait_for(two.pool.unload("a"), 1)
+    two.engine("slow").started.set_result(None)
+    (await slow).release()
+
+
+async def test_a_deadline_that_passes_while_the_pool_is_at_work_is_not_missed() -> None:
+    async for bench in _bench(1, Policy(1, 3, idle_ttl=1e-9), time.monotonic):
+        asked = bench.ask("a")
+        await bench.settle()
+        bench.engine("a").may_close.set_result(None)
+        bench.engine("a").started.set_result(None)
+        (await asked).release()
+        async with asyncio.timeout(5):
+            while bench.held:  # noqa: ASYNC110  (it is the pool's own timer that is waited for)
+                await asyncio.sleep(0.001)

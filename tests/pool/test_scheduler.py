@@ -21,6 +21,7 @@ from inference_service.pool.events import (
     Reject,
     Released,
     Request,
+    Starting,
     TimePassed,
     Unload,
 )
@@ -462,3 +463,31 @@ def test_11_a_pin_calls_a_drain_off() -> None:
     assert play.later(10) == [Drain("a")]
     assert play.tell(Pinned("a", pinned=True)) == [Reject(2, Reason.NO_ROOM)]
     assert play.state("a") is EngineState.READY
+
+
+def test_12_while_an_engine_is_being_started_none_gives_way() -> None:
+    play = Play(slots=2, idle_ttl=60)
+    play.serve("a")
+    assert play.ask("slow") == [Load("slow")]
+    assert play.tell(Starting("slow", MIB)) == []
+    assert play.ask("c") == []
+    assert play.later(100) == [], "nor after MODEL_IDLE_TTL or FAIRNESS_WAIT"
+    assert play.ask("a") == [Grant(4, "a")], "it serves meanwhile"
+    assert play.tell(Released("a")) == []
+    assert play.tell(Loaded("slow")) == [Grant(2, "slow"), Evict("a")]
+
+
+def test_an_operators_order_waits_beside_the_queue() -> None:
+    play = Play(concurrency=1, queued=1)
+    play.serve("a", leases=1)
+    assert play.ask("a") == []
+    assert play.ask("b") == [Reject(3, Reason.OVERLOADED)]
+    assert play.ask("b", order=True) == [Load("b")]
+
+
+def test_what_an_engine_takes_is_known_once_its_files_are_there() -> None:
+    play = Play(slots=3, memory=3 * MIB)
+    play.ask("a")
+    play.tell(Starting("a", 3 * MIB))
+    play.tell(Loaded("a"))
+    assert play.ask("b") == [], "a was replaced by a larger one while it was fetched"
