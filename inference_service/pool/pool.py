@@ -18,20 +18,14 @@ from inference_service.errors import (
     EngineDied,
     EngineError,
     EngineStartFailed,
-    EngineUnloaded,
     LoadTimedOut,
-    ModelNotServable,
-    NoRoom,
     OutOfMemory,
-    Overloaded,
     QueueTimedOut,
     ServiceError,
-    ShuttingDown,
     SnapshotCorrupt,
-    StillBusy,
-    readable_bytes,
 )
 from inference_service.metrics import Metrics
+from inference_service.pool import refusals
 from inference_service.pool.circuit import Circuits
 from inference_service.pool.estimates import Estimates
 from inference_service.pool.events import (
@@ -213,7 +207,7 @@ class Pool:
             return False
         slot.unloaded = True
         if force:
-            self._cut(slot, EngineUnloaded(f"'{name}' was unloaded by the operator. Send the request again."))
+            self._cut(slot, refusals.unloaded(name))
         self._tell(Unload(name, force))
         await slot.gone.wait()
         return True
@@ -235,7 +229,7 @@ class Pool:
         """Refuse every further lease and every waiter with ShuttingDown; leases go on."""
         self._closing = True
         for waiter in list(self._waiters.values()):
-            self._fail(waiter, _shutting_down())
+            self._fail(waiter, refusals.shutting_down())
             self._tell(Left(waiter.number, LINGER_SECONDS))
 
     async def close(self) -> None:
@@ -247,7 +241,7 @@ class Pool:
             if self._timer is not None:
                 self._timer.cancel()
             for slot in slots:
-                self._cut(slot, _shutting_down())
+                self._cut(slot, refusals.shutting_down())
                 # Those that are ending already get less time for it.
                 self._tear_down(slot)
         await asyncio.gather(*(slot.gone.wait() for slot in slots))
@@ -334,7 +328,7 @@ class Pool:
 
     def _admit(self, model: Model) -> None:
         if self._closing:
-            raise _shutting_down()
+            raise refusals.shutting_down()
         if self.state(model.name) in (EngineState.STOPPED, EngineState.STOPPING, EngineState.FAILED):
             refusal = self._circuits.refusal(model.name, model.revision, self._clock())
             if refusal is not None:
@@ -390,51 +384,21 @@ class Pool:
             self._timer = loop.call_later(max(0.0, at - self._clock()) + TICK_SECONDS, self.look)
 
     def _rejection(self, model: Model, reason: Reason) -> ServiceError:
-        name = model.name
+        scheduler, name = self._scheduler, model.name
         match reason:
             case Reason.OVERLOADED:
-                return self._overloaded()
+                retry_after = self._estimates.retry_after_queue(scheduler.waiting)
+                return refusals.overloaded(
+                    scheduler.policy, scheduler.running, scheduler.waiting, retry_after
+                )
             case Reason.NO_ROOM:
-                return self._no_room(model)
+                engines = list(scheduler.engines.values())
+                return refusals.no_room(name, self._footprint(model), scheduler.policy, engines)
             case Reason.UNLOADED:
-                return EngineUnloaded(f"'{name}' was unloaded by the operator while it was being loaded.")
+                return refusals.unloaded(name)
             case Reason.LOAD_FAILED:
                 error = self._load_errors[name]
                 return error.again(error.message, retry_after=error.retry_after)
-
-    def _overloaded(self) -> Overloaded:
-        policy, waiting = self._scheduler.policy, self._scheduler.waiting
-        retry_after = self._estimates.retry_after_queue(waiting)
-        return Overloaded(
-            f"{waiting} requests wait already, the most that this service takes (MAX_QUEUED_REQUESTS="
-            f"{policy.queued}), and {self._scheduler.running} run (MAX_CONCURRENT_REQUESTS="
-            f"{policy.concurrency}). Try again in {retry_after} s.",
-            retry_after=retry_after,
-        )
-
-    def _no_room(self, model: Model) -> NoRoom:
-        policy, footprint = self._scheduler.policy, self._footprint(model)
-        pinned = [engine for engine in self._scheduler.engines.values() if engine.pinned]
-        if policy.memory is not None and not pinned:
-            return NoRoom(
-                f"The model '{model.name}' needs {footprint}, and all engines together may use "
-                f"{readable_bytes(policy.memory)} (GPU_MEMORY_UTILIZATION).",
-                param="model",
-            )
-        if policy.memory is None or len(pinned) >= policy.slots:
-            lack = f"all {policy.slots} engines (MAX_CACHED_MODELS) are pinned"
-        else:
-            free = policy.memory - sum(engine.bytes for engine in pinned)
-            lack = (
-                f"it needs {footprint}, and beside the pinned engines {readable_bytes(free)} of "
-                f"{readable_bytes(policy.memory)} (GPU_MEMORY_UTILIZATION) are left"
-            )
-        held = ", ".join(f"{engine.key} ({readable_bytes(engine.bytes)})" for engine in pinned)
-        return NoRoom(
-            f"There is no room for the model '{model.name}': {lack}. Pinned: {held}. "
-            "Unpin one (POST /admin/unpin/MODEL, or its serving.json).",
-            param="model",
-        )
 
     def _grant(self, waiter: Waiter, slot: Slot) -> None:
         if waiter.lease.done():  # cancelled, and its task has not run since
@@ -453,30 +417,18 @@ class Pool:
 
     def _waited_too_long(self, waiter: Waiter) -> QueueTimedOut:
         """The client is told to come again, and its load goes on until it is done."""
-        name, now = waiter.model.name, self._clock()
-        if self.state(name) is EngineState.READY:
-            return self._still_busy(waiter)
-        loading = self.state(name) is EngineState.STARTING
+        name, now, timeout = waiter.model.name, self._clock(), self._limits.queue_timeout
+        scheduler, state = self._scheduler, self.state(name)
+        if state is EngineState.READY:
+            retry_after = self._estimates.retry_after_queue(scheduler.waiting)
+            told = refusals.still_busy(name, scheduler.running, scheduler.policy, timeout, retry_after)
+            self._abandon(waiter, 0.0)
+            return told
+        loading = state is EngineState.STARTING
         since = self._slots[name].began if loading else now
         retry_after = self._estimates.retry_after_load(name, since, now)
         self._abandon(waiter, self._limits.load_timeout)
-        state = "is being loaded" if loading else "waits for an engine"
-        return QueueTimedOut(
-            f"The model '{name}' {state}, for longer than QUEUE_TIMEOUT "
-            f"({self._limits.queue_timeout:g} s). Try again in {retry_after} s.",
-            retry_after=retry_after,
-        )
-
-    def _still_busy(self, waiter: Waiter) -> StillBusy:
-        running = self._scheduler.running
-        retry_after = self._estimates.retry_after_queue(self._scheduler.waiting)
-        self._abandon(waiter, 0.0)
-        return StillBusy(
-            f"The model '{waiter.model.name}' is ready, and {running} requests run (MAX_CONCURRENT_REQUESTS="
-            f"{self._scheduler.policy.concurrency}); this one has waited for longer than QUEUE_TIMEOUT "
-            f"({self._limits.queue_timeout:g} s). Try again in {retry_after} s.",
-            retry_after=retry_after,
-        )
+        return refusals.still_loading(name, loading=loading, queue_timeout=timeout, retry_after=retry_after)
 
     def _abandon(self, waiter: Waiter, linger: float) -> None:
         """The waiter's request is gone, perhaps in the moment in which its lease was granted.
@@ -541,7 +493,7 @@ class Pool:
         self._metrics.loads.labels(name, "failed").inc()
         expected = isinstance(error, ServiceError)
         logger.error("load failed: %s", error, extra={"model": name}, exc_info=not expected)
-        told = error if isinstance(error, ServiceError) else _unexplained(name, error)
+        told = error if isinstance(error, ServiceError) else refusals.unexplained(name, error)
         if isinstance(told, _LASTING):
             told.retry_after = self._circuits.failed(name, slot.model.revision, told, self._clock())
         self._load_errors[name] = told
@@ -555,11 +507,7 @@ class Pool:
             return None
         logger.error("engine died: %s", reason, extra={"model": name})
         self._metrics.deaths.labels(name).inc()
-        told = EngineDied(
-            f"The engine of '{name}' went away while it worked on this request: {reason}. Send it again: a "
-            "fresh engine is started.",
-            retry_after=1,
-        )
+        told = refusals.died(name, reason)
         self._cut(slot, told)
         self._tell(Died(name))
         self._tear_down(slot, hurry=True)
@@ -632,11 +580,7 @@ def _of_the_revision(lease: Lease, model: Model) -> Lease:
     if not model.exact or lease.revision == model.revision:
         return lease
     lease.release()
-    raise ModelNotServable(
-        model.name,
-        f"its revision {lease.revision} is loaded and not {model.revision}. POST /admin/unload/{model.name}, "
-        "and the next request loads the newer one.",
-    )
+    raise refusals.other_revision(model, lease.revision)
 
 
 async def _running(engine: Engine | None) -> int | None:
@@ -648,13 +592,3 @@ async def _running(engine: Engine | None) -> int | None:
             return (await engine.pulse()).running
     except (EngineError, TimeoutError):
         return None
-
-
-def _shutting_down() -> ShuttingDown:
-    return ShuttingDown("The service is shutting down. Try again.", retry_after=5)
-
-
-def _unexplained(name: str, error: Exception) -> EngineStartFailed:
-    return EngineStartFailed(
-        f"The model '{name}' could not be loaded: {type(error).__name__}: {error}", param="model"
-    )

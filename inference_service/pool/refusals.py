@@ -1,0 +1,99 @@
+"""What a request is told that the pool does not serve: what happened, to which model, what to do next."""
+
+from inference_service.engines.base import Footprint
+from inference_service.errors import (
+    EngineDied,
+    EngineStartFailed,
+    EngineUnloaded,
+    ModelNotServable,
+    NoRoom,
+    Overloaded,
+    QueueTimedOut,
+    ShuttingDown,
+    StillBusy,
+    readable_bytes,
+)
+from inference_service.pool.scheduler import EngineView, Policy
+from inference_service.storage.model import Model
+
+
+def shutting_down() -> ShuttingDown:
+    return ShuttingDown("The service is shutting down. Try again.", retry_after=5)
+
+
+def overloaded(policy: Policy, running: int, waiting: int, retry_after: int) -> Overloaded:
+    return Overloaded(
+        f"{waiting} requests wait already, the most that this service takes (MAX_QUEUED_REQUESTS="
+        f"{policy.queued}), and {running} run (MAX_CONCURRENT_REQUESTS={policy.concurrency}). Try again in "
+        f"{retry_after} s.",
+        retry_after=retry_after,
+    )
+
+
+def no_room(name: str, footprint: Footprint, policy: Policy, engines: list[EngineView]) -> NoRoom:
+    """The model cannot fit beside the pinned ones of `engines`, or not even alone."""
+    pinned = [engine for engine in engines if engine.pinned]
+    if policy.memory is not None and not pinned:
+        return NoRoom(
+            f"The model '{name}' needs {footprint}, and all engines together may use "
+            f"{readable_bytes(policy.memory)} (GPU_MEMORY_UTILIZATION).",
+            param="model",
+        )
+    if policy.memory is None or len(pinned) >= policy.slots:
+        lack = f"all {policy.slots} engines (MAX_CACHED_MODELS) are pinned"
+    else:
+        free = policy.memory - sum(engine.bytes for engine in pinned)
+        lack = (
+            f"it needs {footprint}, and beside the pinned engines {readable_bytes(free)} of "
+            f"{readable_bytes(policy.memory)} (GPU_MEMORY_UTILIZATION) are left"
+        )
+    held = ", ".join(f"{engine.key} ({readable_bytes(engine.bytes)})" for engine in pinned)
+    return NoRoom(
+        f"There is no room for the model '{name}': {lack}. Pinned: {held}. Unpin one (POST "
+        "/admin/unpin/MODEL, or its serving.json).",
+        param="model",
+    )
+
+
+def still_loading(name: str, *, loading: bool, queue_timeout: float, retry_after: int) -> QueueTimedOut:
+    state = "is being loaded" if loading else "waits for an engine"
+    return QueueTimedOut(
+        f"The model '{name}' {state}, for longer than QUEUE_TIMEOUT ({queue_timeout:g} s). Try again in "
+        f"{retry_after} s.",
+        retry_after=retry_after,
+    )
+
+
+def still_busy(name: str, running: int, policy: Policy, queue_timeout: float, retry_after: int) -> StillBusy:
+    return StillBusy(
+        f"The model '{name}' is ready, and {running} requests run (MAX_CONCURRENT_REQUESTS="
+        f"{policy.concurrency}); this one has waited for longer than QUEUE_TIMEOUT ({queue_timeout:g} s). "
+        f"Try again in {retry_after} s.",
+        retry_after=retry_after,
+    )
+
+
+def other_revision(model: Model, loaded: str) -> ModelNotServable:
+    return ModelNotServable(
+        model.name,
+        f"its revision {loaded} is loaded and not {model.revision}. POST /admin/unload/{model.name}, and the "
+        "next request loads the newer one.",
+    )
+
+
+def died(name: str, reason: str) -> EngineDied:
+    return EngineDied(
+        f"The engine of '{name}' went away while it worked on this request: {reason}. Send it again: a fresh "
+        "engine is started.",
+        retry_after=1,
+    )
+
+
+def unloaded(name: str) -> EngineUnloaded:
+    return EngineUnloaded(f"'{name}' was unloaded by the operator. Send the request again.")
+
+
+def unexplained(name: str, error: Exception) -> EngineStartFailed:
+    return EngineStartFailed(
+        f"The model '{name}' could not be loaded: {type(error).__name__}: {error}", param="model"
+    )
