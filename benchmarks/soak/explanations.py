@@ -100,6 +100,7 @@ def _stalled_beside_others(outcome: Outcome, chronicle: Chronicle) -> bool:
 EXPLANATIONS = (
     Explanation(429, "rate_limit_exceeded", "more wait than may; it says when to come back", _crowded),
     Explanation(503, "model_loading", "it has waited for QUEUE_TIMEOUT", _waited),
+    Explanation(503, "overloaded", "it has waited for a lease of a ready engine for QUEUE_TIMEOUT", _waited),
     Explanation(503, "no_room", "all slots are pinned", _all_pinned),
     Explanation(503, "engine_unloaded", "unloaded by force", _unloaded_by_force),
     Explanation(503, "engine_unloaded", "unloaded while it was being loaded", _unloaded_while_loading),

@@ -166,6 +166,7 @@ class _Fake:
     async def _tokens(self, count: int) -> AsyncIterator[str]:
         """Words in a fixed order, each at its time, however late the one before was."""
         self._running += 1
+        stalled = False
         try:
             started = time.monotonic()
             for number, word in enumerate(_words(count), start=1):
@@ -173,11 +174,13 @@ class _Fake:
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 self._steps += 1
                 yield word
-                self._stalled += number == self._script.stall_after
+                if number == self._script.stall_after:
+                    self._stalled += 1
+                    stalled = True
                 await self._script.after(number)
         finally:
             self._running -= 1
-            self._stalled = 0
+            self._stalled -= stalled
 
 
 class _Shape:

@@ -395,7 +395,7 @@ class Pool:
                 engines = list(scheduler.engines.values())
                 return refusals.no_room(name, self._footprint(model), scheduler.policy, engines)
             case Reason.UNLOADED:
-                return refusals.unloaded(name)
+                return refusals.load_unloaded(name)
             case Reason.LOAD_FAILED:
                 error = self._load_errors[name]
                 return error.again(error.message, retry_after=error.retry_after)

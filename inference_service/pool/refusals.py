@@ -89,6 +89,10 @@ def died(name: str, reason: str) -> EngineDied:
     )
 
 
+def load_unloaded(name: str) -> EngineUnloaded:
+    return EngineUnloaded(f"'{name}' was unloaded by the operator while it was being loaded. Send it again.")
+
+
 def unloaded(name: str) -> EngineUnloaded:
     return EngineUnloaded(f"'{name}' was unloaded by the operator. Send the request again.")
 
