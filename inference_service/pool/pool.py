@@ -164,7 +164,7 @@ class Pool:
     async def _lease(self, model: Model, queue_timeout: float | None, *, order: bool = False) -> Lease:
         self._admit(model)
         future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        waiter = Waiter(next(self._numbers), model, self._clock(), future)
+        waiter = Waiter(next(self._numbers), model, self._clock(), future, order)
         self._waiters[waiter.number] = waiter
         size = self._footprint(model).total
         self._tell(Request(waiter.number, model.name, size, self.pinned(model), order))
@@ -294,6 +294,7 @@ class Pool:
             "waiters": [
                 {
                     "model": waiter.model.name,
+                    "order": waiter.order,
                     "age_seconds": round(now - waiter.since, 3),
                     **self.progress(waiter.model).describe(),
                 }

@@ -81,6 +81,7 @@ class EngineView:
 class _Waiter:
     number: int
     since: float
+    order: bool
 
 
 @dataclass
@@ -209,8 +210,8 @@ class Scheduler:
             return
         queue = self._queues.setdefault(request.key, _Queue(request.bytes, request.pinned))
         queue.bytes, queue.pinned = request.bytes, request.pinned
-        queue.waiters[request.number] = _Waiter(request.number, now)
-        self.waiting += 1
+        queue.waiters[request.number] = _Waiter(request.number, now, request.order)
+        self.waiting += not request.order
 
     def _left(self, number: int, awaited_until: float) -> None:
         for key, queue in self._queues.items():
@@ -410,8 +411,7 @@ class Scheduler:
 
     def _forget(self, key: str, number: int) -> None:
         queue = self._queues[key]
-        del queue.waiters[number]
-        self.waiting -= 1
+        self.waiting -= not queue.waiters.pop(number).order
         if not queue.waiters:
             del self._queues[key]
 

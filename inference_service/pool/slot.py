@@ -73,12 +73,13 @@ class Lease:
 
 @dataclass(eq=False)
 class Waiter:
-    """A request that waits for a lease; `number` counts arrivals."""
+    """A request that waits for a lease, or the operator's order; `number` counts arrivals."""
 
     number: int
     model: Model
     since: float
     lease: asyncio.Future[Lease]
+    order: bool = False
 
 
 @dataclass(frozen=True)

@@ -483,6 +483,9 @@ def test_an_operators_order_waits_beside_the_queue() -> None:
     assert play.ask("a") == []
     assert play.ask("b") == [Reject(3, Reason.OVERLOADED)]
     assert play.ask("b", order=True) == [Load("b")]
+    assert play.scheduler.waiting == 1, "and takes no client's place"
+    assert play.tell(Left(2)) == []
+    assert play.ask("a") == []
 
 
 def test_what_an_engine_takes_is_known_once_its_files_are_there() -> None:
