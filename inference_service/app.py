@@ -15,7 +15,7 @@ from inference_service import __version__
 from inference_service.api import admin, health, openai
 from inference_service.api.access import Access
 from inference_service.api.service import Service
-from inference_service.config import Settings
+from inference_service.config import Settings, WeightSwap
 from inference_service.engines.device import Backend, Device
 from inference_service.engines.factory import EngineFactory
 from inference_service.engines.launcher import Launcher
@@ -23,17 +23,24 @@ from inference_service.engines.memory import free_bytes
 from inference_service.errors import InvalidRequest, ServiceError, error_envelope
 from inference_service.metrics import Metrics
 from inference_service.pool.budget import Budget
+from inference_service.pool.canary import Canaries
 from inference_service.pool.loading import Parts
 from inference_service.pool.pool import Limits, Pool
+from inference_service.pool.rollover import Rollover
 from inference_service.pool.scheduler import Policy
 from inference_service.storage.catalog import Catalog
 from inference_service.storage.disk import open_cache
 from inference_service.storage.documents import Documents
+from inference_service.storage.host_cache import HostCache
+from inference_service.storage.model import Model
 from inference_service.storage.preflight import Preflight
 from inference_service.storage.registry import Registry, open_store
 from inference_service.storage.sync import Sync
+from inference_service.storage.verify import Verifier
 
 logger = logging.getLogger(__name__)
+
+_GIB = 1 << 30
 
 
 def build_app(settings: Settings, device: Device, backend: Backend, launcher: Launcher) -> FastAPI:
@@ -46,8 +53,11 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     layout, disk = open_cache(settings)
     sync = Sync(store, layout, disk)
     preflight = Preflight(documents, settings, device, backend, disk.most, sync.kept)
-    registry = Registry(catalog, preflight, sync)
-    budget = Budget(device, backend, settings.gpu_memory_utilization, settings.max_cached_models)
+    verifier = Verifier(HostCache(int(settings.host_cache_gib * _GIB)))
+    registry = Registry(catalog, preflight, sync, layout, verifier)
+    budget = Budget(
+        device, backend, settings.gpu_memory_utilization, settings.max_cached_models, settings.max_adapters
+    )
     pool = Pool(
         Parts(
             registry.fetch,
@@ -55,14 +65,22 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
             factory.make,
             partial(asyncio.to_thread, free_bytes, device),
             registry.fetching,
+            registry.swap_key if settings.weight_swap is WeightSwap.AUTO else _no_swap,
+            Canaries(factory.conditions()),
         ),
-        lambda model: budget.footprint(registry.shape(model)),
+        lambda model: budget.footprint(registry.shape(model), model.rank),
         metrics,
         policy=_policy(settings, budget),
-        limits=Limits(settings.queue_timeout, settings.load_timeout, settings.engine_stall_timeout),
+        limits=Limits(
+            settings.queue_timeout,
+            settings.load_timeout,
+            settings.engine_stall_timeout,
+            max(settings.max_adapters, settings.max_cpu_adapters),
+        ),
     )
+    rollover = Rollover(pool, registry, metrics, settings.catalog_ttl)
     metrics.watch_engines(pool.count_by_state)
-    service = Service(settings, device, backend, registry, pool, metrics)
+    service = Service(settings, device, backend, registry, pool, rollover, metrics)
     app = FastAPI(
         title="inference-service",
         redirect_slashes=False,
@@ -75,6 +93,10 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     app.add_middleware(Access)
     _render_errors(app)
     return app
+
+
+def _no_swap(model: Model) -> None:
+    """WEIGHT_SWAP=off: every model is loaded afresh."""
 
 
 def _policy(settings: Settings, budget: Budget) -> Policy:
@@ -95,10 +117,11 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         launcher.attach()
-        preloads = service.preload()
+        background = [*service.preload(), asyncio.create_task(service.rollover.watch())]
         yield
-        for preload in preloads:
-            preload.cancel()
+        for task in background:
+            task.cancel()
+        await service.rollover.close()
         await service.pool.close()
         launcher.close()
         factory.close()

@@ -34,6 +34,11 @@ class DtypeChoice(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class WeightSwap(StrEnum):
+    AUTO = "auto"
+    OFF = "off"
+
+
 def _names(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(name.strip() for name in value.split(",") if name.strip())
@@ -88,6 +93,28 @@ class Settings(BaseSettings):
         gt=0,
         le=86_400,
         description="Seconds that a request waits for its model at most; then 503, and the load goes on",
+    )
+    weight_swap: WeightSwap = Field(
+        WeightSwap.AUTO,
+        description="`auto`: an idle engine takes the weights of another model of its architecture; "
+        "`off`: every model gets a fresh engine",
+    )
+    host_cache_gib: float = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="Weights used lately that are locked in the machine's memory, in GiB; 0: the page cache "
+        "alone keeps them",
+    )
+    max_adapters: int = Field(
+        8, ge=1, le=1_024, description="LoRA adapters of one base that compute in one batch"
+    )
+    max_cpu_adapters: int = Field(
+        64,
+        ge=1,
+        le=100_000,
+        description="LoRA adapters that an engine keeps in the machine's memory; the least recently used "
+        "idle ones give way",
     )
     load_timeout: float = Field(600, gt=0, le=86_400, description="Seconds that a load may take")
     cold_start_grace: float = Field(

@@ -8,6 +8,7 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     │   └── BodyTooLarge        413
     ├── ModelNotFound           404
     ├── ModelNotServable        422   the model is there and cannot be served; says why
+    ├── NoPreviousRevision      409   there is nothing on the disk to roll back to
     ├── Overloaded              429   too many requests wait already
     ├── QueueTimedOut           503   it waited for QUEUE_TIMEOUT; its load goes on
     │   └── StillBusy                 its engine is there, and too many requests run
@@ -25,6 +26,8 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     │   │   └── LoadTimedOut          it did not start within LOAD_TIMEOUT
     │   ├── LauncherGone        503   the launcher ended under the load; another is started
     │   ├── OutOfMemory         503   the device has no memory for it; says how much is missing
+    │   ├── SwapFailed          503   an engine could not take other weights; it is replaced by a fresh one
+    │   ├── AdapterRefused      422   the engine does not take the adapter; says why
     │   ├── EngineUnloaded      503   the operator has unloaded it under the request
     │   └── EngineDied          503   the engine's process went away, or hangs, under the request
     ├── RequestTimedOut         504
@@ -117,6 +120,12 @@ class ModelNotServable(ServiceError):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"The model '{name}' cannot be served: {reason}", param="model")
+
+
+class NoPreviousRevision(ServiceError):
+    status = 409
+    type = "invalid_request_error"
+    code = "no_previous_revision"
 
 
 class Overloaded(ServiceError):
@@ -212,6 +221,17 @@ class LauncherGone(EngineError):
 class OutOfMemory(EngineError):
     status = 503
     code = "out_of_memory"
+
+
+class SwapFailed(EngineError):
+    status = 503
+    code = "swap_failed"
+
+
+class AdapterRefused(EngineError):
+    status = 422
+    type = "invalid_request_error"
+    code = "adapter_refused"
 
 
 class EngineUnloaded(EngineError):

@@ -1,10 +1,10 @@
 """Prometheus metrics of the service.
 
-Labels are `model` and `status` only, and `model` is always a name that the catalog knows, so that no
+Labels are `model`, `status` and `phase` only, and `model` is always a name that the catalog knows, so that no
 client can grow the number of series.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -49,7 +49,26 @@ class Metrics:
             registry=self.registry,
         )
         self.load_seconds = self._histogram(
-            "inference_load_seconds", "Fetch and start of an engine", _LOAD_BUCKETS
+            "inference_load_seconds", "Fetch and start of an engine, or a swap", _LOAD_BUCKETS
+        )
+        self.load_phase_seconds = Histogram(
+            "inference_load_phase_seconds",
+            "Phases of loads: list, sync, verify, memory, start, weights, warm-up, canary",
+            ["model", "phase"],
+            buckets=_LOAD_BUCKETS,
+            registry=self.registry,
+        )
+        self.swaps = Counter(
+            "inference_swaps_total",
+            "Weights put into a live engine, status ok or failed (it was loaded afresh then)",
+            ["model", "status"],
+            registry=self.registry,
+        )
+        self.rollovers = Counter(
+            "inference_rollovers_total",
+            "New revisions of models that served, status ok or rejected (the old one serves on)",
+            ["model", "status"],
+            registry=self.registry,
         )
         self.evictions = self._counter(
             "inference_evictions_total", "Engines torn down in good order: for another, idle or unloaded"
@@ -59,6 +78,13 @@ class Metrics:
     def watch_engines(self, count_by_state: Callable[[], dict[str, int]]) -> None:
         """Publish the number of engines in each state, read at every scrape."""
         self.registry.register(_EnginesByState(count_by_state))
+
+    def loaded(self, model: str, seconds: float, phases: Mapping[str, float]) -> None:
+        """A load has ended well."""
+        self.loads.labels(model, "ok").inc()
+        self.load_seconds.labels(model).observe(seconds)
+        for phase, spent in phases.items():
+            self.load_phase_seconds.labels(model, phase).observe(spent)
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -32,9 +32,18 @@ async def unload(name: str, service: ServiceDep, force: bool = False) -> Unloade
     Its running requests end first; where `force` is true they end now, with an error.
     """
     name = canonical_name(name)
-    if not service.pool.holds(name):
+    if name not in service.pool.names():
         name = (await service.find(name)).name  # an alias, a revision; nobody's name is a 404
     return Unloaded(model=name, unloaded=await service.pool.unload(name, force=force))
+
+
+@router.post("/rollback/{name:path}")
+async def rollback(name: str, service: ServiceDep) -> Placement:
+    """Go back to the revision before, whose snapshot is on the disk; answers once it serves.
+
+    The revision that served until now does not come back by itself; the next upload takes over again.
+    """
+    return _placement(service, await service.rollover.rollback(await service.find(name)))
 
 
 @router.post("/pin/{name:path}")
@@ -63,15 +72,17 @@ async def stats(service: ServiceDep) -> dict[str, Any]:
         **await asyncio.to_thread(service.registry.sync.stats),
         "models": len(models),
         "unservable": unservable,
+        "rollovers": service.rollover.describe(),
         "alias_conflicts": service.catalog.conflicts,
         "process": process_stats(),
     }
 
 
 def _placement(service: Service, model: Model) -> Placement:
+    model = service.rollover.meant(model)
     return Placement(
         model=model.name,
-        revision=service.pool.loaded_revision(model.name) or model.revision,
-        state=service.pool.state(model.name).value,
+        revision=model.revision,
+        state=service.pool.standing(model).value,
         pinned=service.pool.pinned(model),
     )

@@ -16,7 +16,14 @@ from starlette.types import Receive, Scope, Send
 from inference_service.api.service import Service
 from inference_service.api.sse import StreamReader, error_event, host_error, progress_comment
 from inference_service.engines.base import Reply
-from inference_service.errors import ClientLeft, EngineError, RequestTimedOut, ServiceError, ShuttingDown
+from inference_service.errors import (
+    ClientLeft,
+    EngineError,
+    EngineStartFailed,
+    RequestTimedOut,
+    ServiceError,
+    ShuttingDown,
+)
 from inference_service.models.requests import GenerationBody
 from inference_service.pool.slot import ANSWERING, Lease
 from inference_service.storage.model import Model
@@ -25,6 +32,7 @@ from inference_service.storage.model import Model
 LAST_WORD_SECONDS = 2.0
 # Proxies cut a connection that is silent, most of them after a minute.
 COMMENT_SECONDS = 3.0
+REVISION_HEADER = b"x-model-revision"
 _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold the events back
@@ -100,9 +108,10 @@ class Relay(Response):
     async def _run(self, send: Send) -> None:
         if self._body.stream:
             self._comment_after_grace(send)
-        self._lease = await self._service.pool.lease(self._model)
+        self._lease = await self._service.lease(self._model)
+        self._check_revision(self._lease)
         self._reply = await self._lease.engine.forward(
-            self._path, self._body.forwarded(self._lease.model), self._engine_request_id
+            self._path, self._body.forwarded(self._lease.served_name), self._engine_request_id
         )
         if self._reply.status >= 400:
             raise host_error(self._reply.status, await self._reply.read())
@@ -140,6 +149,7 @@ class Relay(Response):
         headers = [
             (b"content-type", reply.content_type.encode("latin-1")),
             (b"content-length", str(len(content)).encode()),
+            (REVISION_HEADER, self._revision.encode()),
         ]
         self._status = reply.status
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
@@ -149,10 +159,27 @@ class Relay(Response):
         """Open the stream, unless a comment has."""
         if self._status is not None:
             return
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), *_STREAM_HEADERS]
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (REVISION_HEADER, self._revision.encode()),
+            *_STREAM_HEADERS,
+        ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         # Only now: a comment that is cancelled while it waits to be sent has opened nothing.
         self._status = 200
+
+    @property
+    def _revision(self) -> str:
+        """Of the model that answers, or is about to."""
+        return (self._model if self._lease is None else self._lease.model).revision
+
+    def _check_revision(self, lease: Lease) -> None:
+        """A stream that is open has named the revision that it was to come from."""
+        if self._status is not None and lease.model.revision != self._model.revision:
+            raise EngineStartFailed(
+                f"The revision {self._model.revision} of '{self._model.name}' could not be loaded; "
+                f"{lease.model.revision} serves instead. Send the request again."
+            )
 
     def _comment_after_grace(self, send: Send) -> None:
         """From COLD_START_GRACE to the first token the client is told how far its model is."""
@@ -190,6 +217,8 @@ class Relay(Response):
             async with asyncio.timeout(LAST_WORD_SECONDS):
                 if self._status is None:
                     answer = JSONResponse(error.envelope(), error.status, error.headers())
+                    if self._lease is not None:
+                        answer.raw_headers.append((REVISION_HEADER, self._revision.encode()))
                     await answer(scope, receive, send)
                 elif self._body.stream:
                     event = error_event(error)

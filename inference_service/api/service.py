@@ -12,15 +12,25 @@ from fastapi import Depends, Request
 
 from inference_service.config import Settings
 from inference_service.engines.device import Backend, Device
-from inference_service.errors import RequestTimedOut, ServiceError, ShuttingDown
+from inference_service.errors import (
+    ModelNotServable,
+    ObjectReplaced,
+    RequestTimedOut,
+    ServiceError,
+    ShuttingDown,
+)
 from inference_service.metrics import Metrics
-from inference_service.pool.pool import Pool
+from inference_service.pool.pool import Pool, Superseded
+from inference_service.pool.rollover import Rollover
+from inference_service.pool.slot import Lease
 from inference_service.storage.catalog import Catalog
 from inference_service.storage.model import Model
 from inference_service.storage.registry import Registry
 
 logger = logging.getLogger(__name__)
 
+# So often another revision may come between a request and its engine.
+LEASE_ATTEMPTS = 5
 NOT_LOADED = "not loaded: %s"
 # For the error events of what ends with the shutdown; who does not read his is not waited for.
 LAST_EVENTS_SECONDS = 0.2
@@ -45,6 +55,7 @@ class Service:
     backend: Backend
     registry: Registry
     pool: Pool
+    rollover: Rollover
     metrics: Metrics
     relays: set[UnderWay] = field(default_factory=set)
     stopping: bool = False
@@ -56,7 +67,33 @@ class Service:
 
     async def find(self, name: str) -> Model:
         """As `resolve`, also for a model that cannot be served."""
-        return await self._in_time(self.catalog.find(name))
+        return await self._in_time(self.registry.find(name))
+
+    async def lease(self, model: Model) -> Lease:
+        """A lease on the model's engine; on an older revision's, where this one turns out not to serve.
+
+        Raises as Pool.lease does.
+        """
+        for _ in range(LEASE_ATTEMPTS):
+            try:
+                lease = await self.pool.lease(model)
+            except (Superseded, ObjectReplaced) as error:
+                if model.exact:
+                    raise
+                if isinstance(error, ObjectReplaced):
+                    self.rollover.lost(model)
+                model = await self._resolve(model.name)
+            except ServiceError as error:
+                older = self.rollover.older_than(model, error)
+                if older is None:
+                    raise
+                model = older
+            else:
+                self.rollover.served(lease)
+                return lease
+        raise ObjectReplaced(
+            f"The model '{model.name}' changes faster than it can be loaded. Try again.", retry_after=5
+        )
 
     async def _in_time(self, asking: Awaitable[Model], spent: float = 0.0) -> Model:
         """Within REQUEST_TIMEOUT also where the bucket is slow, and not beyond a shutdown."""
@@ -76,10 +113,17 @@ class Service:
             self._asking.discard(task)
 
     async def _resolve(self, name: str) -> Model:
-        model = await self.registry.catalog.find(name)
-        # What is loaded is served, also while a new revision of it is being uploaded.
-        if self.pool.loaded_revision(model.name) is None:
+        model = self.rollover.meant(await self.registry.find(name))
+        # What is loaded is served, also while the bucket is away.
+        if self.pool.is_live(model):
+            return model
+        try:
             await self.registry.examine(model)
+        except ModelNotServable as error:
+            older = self.rollover.older_than(model, error)
+            if older is None:
+                raise
+            return older
         return model
 
     @property
@@ -108,7 +152,7 @@ class Service:
 
     async def _load_or_log(self, name: str) -> None:
         try:
-            await self.load(await self.registry.resolve(name))
+            await self.load(await self._resolve(name))
         except ServiceError as error:
             logger.error(NOT_LOADED, error, extra={"model": name})
 
@@ -120,6 +164,7 @@ class Service:
         """Returns once the model's engine is ready; raises what its load raised."""
         # Shielded: others may wait for the same.
         await asyncio.shield(self.pool.order(model))
+        self.rollover.loaded(model)
 
     async def drain(self) -> None:
         """Stop admission and let running requests finish, until DRAIN_TIMEOUT ends the rest."""

@@ -5,7 +5,7 @@ process that travels to the launcher as JSON.
 """
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +16,8 @@ from inference_service.models.serving import Serving
 
 # So long a host may take to end in good order.
 GRACE_SECONDS = 5.0
+# A line of a host's log that begins so names the phase that its start is in.
+PHASE_MARK = "@phase "
 
 
 class EngineState(StrEnum):
@@ -31,13 +33,17 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A verified local directory of one revision of a model, and how it wants to be served."""
+    """A verified local directory of one revision of a model, and how it wants to be served.
+
+    `adapter_rank`: the highest rank of the LoRA adapters that its engine is to take; 0: none.
+    """
 
     model: str
     revision: str
     path: Path
     bytes: int
     serving: Serving = field(default_factory=Serving)
+    adapter_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,21 @@ class Pulse:
 
     running: int
     steps: int
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the weights make of a fixed prompt: the likeliest tokens and their log probabilities, in order."""
+
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A swap that the host has carried out: its canary, and the seconds of its phases."""
+
+    fingerprint: Fingerprint
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -121,6 +142,11 @@ class Engine(Protocol):
         """Leader of the host's process group, None before it exists."""
         ...
 
+    @property
+    def phases(self) -> Mapping[str, float]:
+        """The phases of its start so far, in order, with the time at which each began (monotonic seconds)."""
+        ...
+
     async def start(self) -> None:
         """Return once the engine answers; raises EngineStartFailed with the engine's own reason."""
         ...
@@ -131,6 +157,25 @@ class Engine(Protocol):
 
     async def pulse(self) -> Pulse:
         """What the engine is doing at this moment; raises EngineDied."""
+        ...
+
+    async def canary(self) -> Fingerprint:
+        """What the weights make of the canary's prompt; raises EngineDied and SwapFailed."""
+        ...
+
+    async def swap(self, snapshot: Snapshot) -> Swapped:
+        """Take the weights, and everything else, of another snapshot with the same swap key.
+
+        No request may be under way. Raises EngineDied and SwapFailed; the engine is of no use then.
+        """
+        ...
+
+    async def add_adapter(self, name: str, number: int, adapter: Snapshot) -> None:
+        """Serve the adapter under `name`; `number` is new. Raises EngineDied and AdapterRefused."""
+        ...
+
+    async def remove_adapter(self, name: str) -> None:
+        """Forget an adapter that no request uses; raises EngineDied and AdapterRefused."""
         ...
 
     async def wait_dead(self) -> str:

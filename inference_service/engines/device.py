@@ -78,6 +78,15 @@ def missing_for(backend: Backend, device: Device) -> str | None:
     return None
 
 
+def backend_version(backend: Backend) -> str:
+    """Version of the package behind a backend, empty where there is none."""
+    name = _vllm_build() if backend is Backend.VLLM else backend.value
+    try:
+        return metadata.version(name or "")
+    except (metadata.PackageNotFoundError, ValueError):
+        return ""
+
+
 def resolve_dtype(choice: DtypeChoice, device: Device, checkpoint_dtype: str | None) -> str:
     """The weights' type for one checkpoint: 16 bit on CUDA, float32 elsewhere, unless chosen."""
     if choice is not DtypeChoice.AUTO:

@@ -18,6 +18,7 @@ from inference_service.engines.device import (
     Backend,
     Device,
     DeviceKind,
+    backend_version,
     resolve_dtype,
     tensor_parallel_size,
 )
@@ -44,7 +45,15 @@ class EngineFactory:
     def make(self, snapshot: Snapshot, footprint: Footprint) -> HostedEngine:
         """A new engine that keeps within `footprint`, not started yet."""
         directory = self._room / str(next(self._numbers))
-        return HostedEngine(self._launcher, self._spec(snapshot, footprint, directory), snapshot, directory)
+
+        def specify(snapshot: Snapshot) -> HostSpec:
+            return self._spec(snapshot, footprint, directory)
+
+        return HostedEngine(self._launcher, specify(snapshot), directory, specify)
+
+    def conditions(self) -> str:
+        """What logits depend on besides the weights: kernels, their version, the type they compute in."""
+        return f"{self._backend} {backend_version(self._backend)} {self._device.name} {self._settings.dtype}"
 
     def close(self) -> None:
         shutil.rmtree(self._room, ignore_errors=True)
@@ -125,6 +134,7 @@ def vllm_arguments(
         "--disable-fastapi-docs",
         *_memory_arguments(device, footprint, gpus),
         *_wished_arguments(serving),
+        *_adapter_arguments(settings, snapshot),
     ]
     if _eager(settings, device):
         arguments.append("--enforce-eager")
@@ -145,6 +155,18 @@ def _wished_arguments(serving: Serving) -> list[str]:
     if serving.enable_prefix_caching is not None:
         arguments.append(f"--{'' if serving.enable_prefix_caching else 'no-'}enable-prefix-caching")
     return arguments
+
+
+def _adapter_arguments(settings: Settings, snapshot: Snapshot) -> list[str]:
+    """Only where there are adapters: every request pays for it."""
+    if not snapshot.adapter_rank:
+        return []
+    return [
+        "--enable-lora",
+        *("--max-lora-rank", str(snapshot.adapter_rank)),
+        *("--max-loras", str(settings.max_adapters)),
+        *("--max-cpu-loras", str(max(settings.max_adapters, settings.max_cpu_adapters))),
+    ]
 
 
 def _memory_arguments(device: Device, footprint: Footprint, gpus: int) -> list[str]:

@@ -10,6 +10,9 @@ import logging
 import os
 import re
 from collections import deque
+from collections.abc import Callable
+
+from inference_service.engines.base import PHASE_MARK
 
 logger = logging.getLogger("inference_service.host")
 
@@ -31,11 +34,13 @@ _SECONDARY = ("Engine core initialization failed", "EngineDeadError", "WorkerPro
 class HostLog:
     """A pipe whose lines become log records with `model=name`.
 
-    `writer` is the descriptor for the process; close it here once the process has its own copy.
+    `writer` is the descriptor for the process; close it here once the process has its own copy. `entered` is
+    told the phases that it names.
     """
 
-    def __init__(self, model: str) -> None:
-        self._model = model
+    def __init__(self, model: str, entered: Callable[[str], None] = lambda phase: None) -> None:
+        self.model = model
+        self._entered = entered
         self._reader, self.writer = os.pipe()
         self._partial = b""
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
@@ -95,12 +100,15 @@ class HostLog:
         line = raw[:MAX_LINE_BYTES].decode(errors="replace").rstrip("\r").rpartition("\r")[2].rstrip()
         if not line:
             return
+        if line.startswith(PHASE_MARK):
+            self._entered(line.removeprefix(PHASE_MARK))
+            return
         prefix = _PREFIX.match(line)
         level, program, text = None, None, line
         if prefix is not None:
             level, program, text = prefix["level"], prefix["program"], line[prefix.end() :]
         self._lines.append(text)
-        fields = {"model": self._model} | ({"program": program} if program else {})
+        fields = {"model": self.model} | ({"program": program} if program else {})
         logger.log(logging.getLevelNamesMapping()[level or "INFO"], text, extra=fields)
 
 

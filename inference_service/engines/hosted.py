@@ -8,17 +8,34 @@ import logging
 import shutil
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
-from inference_service.engines.base import GRACE_SECONDS, HostSpec, Pulse, Snapshot
+from inference_service.engines.base import (
+    GRACE_SECONDS,
+    Fingerprint,
+    HostSpec,
+    Pulse,
+    Snapshot,
+    Swapped,
+)
 from inference_service.engines.host_log import HostLog
 from inference_service.engines.launcher import Host, Launcher, kill_group
 from inference_service.engines.reasons import in_plain_words
-from inference_service.errors import EngineDied, EngineError, EngineStartFailed, LauncherGone, ServiceError
+from inference_service.errors import (
+    AdapterRefused,
+    EngineDied,
+    EngineError,
+    EngineStartFailed,
+    LauncherGone,
+    ServiceError,
+    SwapFailed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +50,24 @@ PULSE_PATH = "/control/pulse"
 class HostedEngine:
     """An engine in a host process of its own (see engines/base.py for the protocol)."""
 
-    def __init__(self, launcher: Launcher, spec: HostSpec, snapshot: Snapshot, directory: Path) -> None:
-        """`directory` is private to the service; the engine makes its own room in it."""
-        self.snapshot = snapshot
+    def __init__(
+        self,
+        launcher: Launcher,
+        spec: HostSpec,
+        directory: Path,
+        respecify: Callable[[Snapshot], HostSpec],
+    ) -> None:
+        """`directory` is private to the service; the engine makes its own room in it.
+
+        `respecify`: the order for a host that served another snapshot in the same way.
+        """
         self._launcher = launcher
         self._spec = spec
+        self._respecify = respecify
         self._directory = directory
         self._socket = directory / "host.sock"
-        self._log = HostLog(spec.model)
+        self._log = HostLog(spec.model, self._enter)
+        self._phases: dict[str, float] = {}
         self._host: Host | None = None
         self._client: aiohttp.ClientSession | None = None
         self._replies: set[HostReply] = set()
@@ -51,7 +78,12 @@ class HostedEngine:
     def process_id(self) -> int | None:
         return None if self._host is None else self._host.pid
 
+    @property
+    def phases(self) -> Mapping[str, float]:
+        return self._phases
+
     async def start(self) -> None:
+        self._enter("start")
         self._log.attach()
         self._host = await self._launch()
         self._client = self._new_client()
@@ -70,6 +102,37 @@ class HostedEngine:
             async with self._open_client.get(f"http://host{PULSE_PATH}") as response:
                 response.raise_for_status()
                 return Pulse(**await response.json())
+
+    async def canary(self) -> Fingerprint:
+        return _fingerprint(await self._order("GET", "/control/canary", None, SwapFailed))
+
+    async def swap(self, snapshot: Snapshot) -> Swapped:
+        spec = await asyncio.to_thread(self._respecify, snapshot)
+        self._log.model = spec.model
+        answer = await self._order("POST", "/control/swap", spec.to_json(), SwapFailed)
+        self._spec = spec
+        return Swapped(_fingerprint(answer), answer["seconds"])
+
+    async def add_adapter(self, name: str, number: int, adapter: Snapshot) -> None:
+        order = {"name": name, "id": number, "directory": str(adapter.path)}
+        await self._order("POST", "/control/adapters", order, AdapterRefused)
+
+    async def remove_adapter(self, name: str) -> None:
+        await self._order("DELETE", f"/control/adapters/{name}", None, AdapterRefused)
+
+    async def _order(
+        self, method: str, path: str, order: dict[str, Any] | None, failed: type[EngineError]
+    ) -> dict[str, Any]:
+        """The host's answer to an order of the service; raises `failed` with the host's reason."""
+        with self._translated():
+            async with self._open_client.request(method, f"http://host{path}", json=order) as response:
+                answer: dict[str, Any] = await response.json()
+                if response.status != 200:
+                    raise failed(f"{answer.get('error', answer)}")
+                return answer
+
+    def _enter(self, phase: str) -> None:
+        self._phases[phase] = time.monotonic()
 
     async def wait_dead(self) -> str:
         if self._host is None:
@@ -236,6 +299,10 @@ class HostReply:
         """Wake whoever reads with `error`: closing the client alone would leave him waiting."""
         self._cut = self._cut or error
         self._response.content.set_exception(aiohttp.ClientConnectionError("the engine is closed"))
+
+
+def _fingerprint(answer: dict[str, Any]) -> Fingerprint:
+    return Fingerprint(tuple((int(token), float(logprob)) for token, logprob in answer["canary"]))
 
 
 @contextmanager

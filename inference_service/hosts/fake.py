@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 import uuid
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,10 @@ class Script:
     Its start takes `start_seconds`, waits for the file `gate`, holds `memory_mib`, or ends with the error
     `fail_start`. Then the process is killed after so many tokens (`die_after`), blocks for ever
     (`hang_after`), or answers but brings no further token (`stall_after`).
+
+    Models with the same `swap_key` can take one another's place; one with `fail_swap` cannot be put into a
+    live host, with `wrong_canary` its weights seem not to have arrived. An adapter with `fail_adapter` is
+    refused.
     """
 
     start_seconds: float = 0.0
@@ -46,6 +51,10 @@ class Script:
     hang_after: int | None = None
     stall_after: int | None = None
     ignore_sigterm: bool = False
+    swap_key: str | None = None
+    fail_swap: str | None = None
+    wrong_canary: bool = False
+    fail_adapter: str | None = None
 
     @classmethod
     def of(cls, directory: Path) -> "Script":
@@ -94,6 +103,10 @@ def build_app(spec: HostSpec, script: Script) -> FastAPI:
     app = FastAPI()
     app.add_api_route("/health", fake.health)
     app.add_api_route("/control/pulse", fake.pulse)
+    app.add_api_route("/control/canary", fake.canary)
+    app.add_api_route("/control/swap", fake.swap, methods=["POST"])
+    app.add_api_route("/control/adapters", fake.add_adapter, methods=["POST"])
+    app.add_api_route("/control/adapters/{name}", fake.remove_adapter, methods=["DELETE"])
     app.add_api_route("/v1/chat/completions", fake.chat, methods=["POST"])
     app.add_api_route("/v1/completions", fake.completion, methods=["POST"])
     return app
@@ -104,6 +117,8 @@ class _Fake:
         self._spec = spec
         self._script = script
         self._token_seconds = 1 / float(spec.arguments[0])
+        self._adapters: set[str] = set()
+        self._fingerprint = _fingerprint(spec)
         self._running = 0
         self._steps = 0
         self._stalled = 0
@@ -115,6 +130,34 @@ class _Fake:
         # A client that does not read holds its tokens up and is no stall: the look itself is a step.
         self._steps += self._stalled == 0
         return {"running": self._running, "steps": self._steps}
+
+    async def canary(self) -> dict[str, Any]:
+        return {"canary": self._fingerprint}
+
+    async def swap(self, request: Request) -> Response:
+        """Serve another model from now on, or fail as its script says."""
+        spec = HostSpec.from_json(await request.json())
+        script = Script.of(Path(spec.directory))
+        if script.fail_swap is not None:
+            return JSONResponse({"error": script.fail_swap}, 422)
+        self._spec, self._script = spec, script
+        self._adapters.clear()
+        if not script.wrong_canary:
+            self._fingerprint = _fingerprint(spec)
+        seconds = {"weights": 0.0, "warm-up": 0.0}
+        return JSONResponse({"canary": self._fingerprint, "seconds": seconds})
+
+    async def add_adapter(self, request: Request) -> Response:
+        order = await request.json()
+        script = Script.of(Path(order["directory"]))
+        if script.fail_adapter is not None:
+            return JSONResponse({"error": script.fail_adapter}, 422)
+        self._adapters.add(order["name"])
+        return JSONResponse({})
+
+    async def remove_adapter(self, name: str) -> dict[str, Any]:
+        self._adapters.discard(name)
+        return {}
 
     async def chat(self, request: Request) -> Response:
         body = await request.json()
@@ -129,11 +172,15 @@ class _Fake:
     async def _answer(
         self, body: dict[str, Any], shape: "_Shape", prompt: str, limit: int | None
     ) -> Response:
+        name = body.get("model", self._spec.model)
+        if name not in {self._spec.model, *self._adapters}:
+            message = f"The model `{name}` does not exist."
+            return JSONResponse({"error": {"message": message, "param": "model"}}, 404)
         count = limit or self._spec.default_max_tokens
         head = {
             "id": f"{shape.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": self._spec.model,
+            "model": name.partition("@")[0],
         }
         usage = {
             "prompt_tokens": len(prompt.split()),
@@ -181,6 +228,13 @@ class _Fake:
         finally:
             self._running -= 1
             self._stalled -= stalled
+
+
+def _fingerprint(spec: HostSpec) -> list[tuple[int, float]]:
+    """As if a model's files had computed it: equal for the same weights, different for others."""
+    weights = Path(spec.directory, "model.safetensors")
+    content = weights.read_bytes() if weights.exists() else b""
+    return [(number, -float(zlib.crc32(content, number) % 1000)) for number in range(4)]
 
 
 class _Shape:

@@ -26,20 +26,24 @@ _OTHER_OVERHEAD = (32 * _MIB, 0.0)
 class Budget:
     """Bytes on each device for all engines; `total` None: not known, and nothing is counted."""
 
-    def __init__(self, device: Device, backend: Backend, utilization: float, slots: int) -> None:
+    def __init__(
+        self, device: Device, backend: Backend, utilization: float, slots: int, adapters: int = 0
+    ) -> None:
         self.total = max(1, int(device.memory_bytes * utilization)) if device.memory_bytes else None
         self._touched_at_start = device.kind is not DeviceKind.CUDA
         self._fixed, self._per_byte = _OVERHEAD.get((backend, device.kind), _OTHER_OVERHEAD)
         self._slots = slots
+        self._adapters = adapters
 
-    def footprint(self, shape: Shape) -> Footprint:
-        """What an engine of this shape gets on each of its devices.
+    def footprint(self, shape: Shape, adapter_rank: int = 0) -> Footprint:
+        """What an engine of this shape, with room for adapters of that rank, gets on each of its devices.
 
         An equal share where the model fits into one; else what it needs, and fewer engines fit together.
         Never more than `total`: alone, every engine may be tried.
         """
         weights = shape.weights_bytes // shape.gpus
         overhead = self._fixed + int(weights * self._per_byte)
+        overhead += self._adapters * adapter_rank * shape.adapter_bytes // shape.gpus
         kv_cache = self._kv_cache(shape, weights + overhead)
         if self.total is not None:
             overhead = max(0, min(overhead, self.total - weights - kv_cache))

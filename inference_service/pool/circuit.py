@@ -37,8 +37,10 @@ class Circuits:
         self._failures[model] = _Failures(revision, count, told, now + pause)
         return min(MAX_RETRY_SECONDS, math.ceil(pause))
 
-    def succeeded(self, model: str) -> None:
-        self._failures.pop(model, None)
+    def succeeded(self, model: str, revision: str) -> None:
+        failures = self._failures.get(model)
+        if failures is not None and failures.revision == revision:
+            del self._failures[model]
 
     def refusal(self, model: str, revision: str, now: float) -> ServiceError | None:
         """The error of the last load, while no other is to be tried; another revision is tried at once."""

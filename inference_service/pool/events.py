@@ -1,6 +1,6 @@
 """The words between pool and scheduler: what has happened, and what is to be done.
 
-`key` is a model's name, `number` a request's, counted in order of arrival.
+`key` is a model's reference, `number` a request's, counted in order of arrival.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,9 @@ from enum import StrEnum
 class Request:
     """A request wants the engine of `key`, which would take `bytes` on its device.
 
-    `order`: it is the operator's, who waits beside the clients' queue.
+    `order`: it is the operator's, who waits beside the clients' queue. `swap`: an engine with the same swap
+    key, that takes adapters of rank `adapters`, can take its weights; None: none can. `fetched`: its files
+    are there. `instead_of`: the engine that it is to replace, a revision's by the next one's.
     """
 
     number: int
@@ -19,6 +21,24 @@ class Request:
     bytes: int = 0
     pinned: bool = False
     order: bool = False
+    swap: str | None = None
+    adapters: int = 0
+    fetched: bool = True
+    instead_of: str | None = None
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The files of `key`, for which somebody waits, are there."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class FetchFailed:
+    """The files of `key`, for which somebody waits, could not be had."""
+
+    key: str
 
 
 @dataclass(frozen=True)
@@ -95,7 +115,7 @@ class TimePassed:
 
 
 EngineEvent = Released | Starting | Loaded | Failed | Died | Gone | Unload
-Event = Request | Left | Pinned | TimePassed | EngineEvent
+Event = Request | Fetched | FetchFailed | Left | Pinned | TimePassed | EngineEvent
 
 
 @dataclass(frozen=True)
@@ -111,6 +131,14 @@ class Load:
     """Start an engine for `key`; there is room for it."""
 
     key: str
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Put the weights of `key` into the engine of `old`, which no lease holds."""
+
+    key: str
+    old: str
 
 
 @dataclass(frozen=True)
@@ -151,4 +179,4 @@ class Reject:
     reason: Reason
 
 
-Action = Grant | Load | Drain | Evict | CancelLoad | Reject
+Action = Grant | Load | Swap | Drain | Evict | CancelLoad | Reject

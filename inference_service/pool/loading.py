@@ -1,4 +1,4 @@
-"""Carries out loads and teardowns: fetch, memory, start; then the watch; then the end.
+"""Carries out loads, swaps and teardowns: fetch, memory, start, canary; then the watch; then the end.
 
 One engine of a device starts or ends at a time, and none starts before its memory is measured to be free.
 Nothing here decides; it tells the pool by returning or raising.
@@ -6,19 +6,25 @@ Nothing here decides; it tells the pool by returning or raising.
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from inference_service.engines.base import Engine, Footprint, Snapshot
+from inference_service.engines.base import Engine, Fingerprint, Footprint, Snapshot
 from inference_service.errors import (
     DiskFull,
     EngineDied,
     EngineError,
+    EngineStartFailed,
     LoadTimedOut,
     OutOfMemory,
+    SwapFailed,
     readable_bytes,
 )
-from inference_service.pool.slot import LoadProgress, Phase, Slot
+from inference_service.pool.canary import Canaries, implausible
+from inference_service.pool.fetches import Fetches, FetchModel
+from inference_service.pool.phases import FETCH_PHASES, Phase
+from inference_service.pool.slot import LoadProgress, Slot
 from inference_service.storage.model import Model
 from inference_service.storage.progress import Progress
 
@@ -33,13 +39,19 @@ _PULSE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Parts:
-    """What a load is made of. `free_bytes`: what the device has free; None where that cannot be told."""
+    """What a load is made of. `free_bytes`: what the device has free; None where that cannot be told.
 
-    fetch: Callable[[Model], Awaitable[Snapshot]]
+    `swap_key`: models with the same can take one another's place in an engine; None: it is loaded afresh.
+    `canaries`: None where no fingerprint is kept.
+    """
+
+    fetch: FetchModel
     release: Callable[[Snapshot], None]
     make_engine: Callable[[Snapshot, Footprint], Engine]
     free_bytes: Callable[[], Awaitable[int | None]]
     fetching: Callable[[Model], Progress | None] = lambda model: None
+    swap_key: Callable[[Model], str | None] = lambda model: None
+    canaries: Canaries | None = None
 
 
 class Loading:
@@ -48,22 +60,22 @@ class Loading:
     `starting` is told that the device's turn is a slot's, and of which snapshot. `departure` waits for an
     engine that is leaving anyway, False where none is. `make_room` is asked where so many bytes on the disk,
     or memory (0), are missing: it tears one idle engine down and returns once it is gone, or False where that
-    would not help.
+    would not help. `timeouts`: seconds of a load, and of an engine with work and no progress.
     """
 
     def __init__(
         self,
         parts: Parts,
-        load_timeout: float,
-        stall_timeout: float,
+        fetches: Fetches,
+        timeouts: tuple[float, float],
         clock: Callable[[], float],
         starting: Callable[[Slot, Snapshot], None],
         departure: Callable[[], Awaitable[bool]],
         make_room: Callable[[int], Awaitable[bool]],
     ) -> None:
         self._parts = parts
-        self._load_timeout = load_timeout
-        self._stall_timeout = stall_timeout
+        self._fetches = fetches
+        self._load_timeout, self._stall_timeout = timeouts
         self._clock = clock
         self._starting = starting
         self._departure = departure
@@ -75,10 +87,10 @@ class Loading:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._load_timeout) as limit:
-                self._enter(slot, Phase.FETCH)
-                slot.snapshot = await self._fetch(slot)
+                if slot.snapshot is None:
+                    slot.snapshot = await self._fetched(slot)
                 left = (limit.when() or 0.0) - loop.time()
-                self._enter(slot, Phase.MEMORY)
+                slot.phases.enter(Phase.MEMORY)
                 while True:
                     limit.reschedule(None)  # what others take in the device's turn is not this load's time
                     async with self._device_turn:
@@ -86,26 +98,63 @@ class Loading:
                         missing = await self._missing_memory(slot)
                         if missing <= 0:
                             limit.reschedule(loop.time() + left)
-                            return await self._start(slot, slot.snapshot)
+                            return await self._start_and_try(slot, slot.snapshot)
                     # Outside the turn, which the teardown of another needs.
                     await self._find_memory(slot, missing)
         except TimeoutError as error:
             raise LoadTimedOut(
                 f"'{slot.model.name}' did not load within {self._load_timeout:g} s (LOAD_TIMEOUT); it was in "
-                f"the phase '{slot.phase}'."
+                f"the phase '{_phase(slot)}'."
             ) from error
+
+    async def swap(self, slot: Slot, before: Snapshot | None, fingerprint: Fingerprint | None) -> None:
+        """Put the slot's model into its engine, which held the snapshot `before`.
+
+        Raises SwapFailed, EngineDied, and what the fetch raises: the engine is of no use then.
+        """
+        try:
+            async with asyncio.timeout(self._load_timeout):
+                slot.snapshot, fetched = await self._fetches.take(slot.model)
+                slot.phases.seconds |= fetched.seconds
+                engine = slot.engine
+                if engine is None:
+                    raise SwapFailed("there is no engine")
+                slot.phases.enter(Phase.WEIGHTS)
+                swapped = await engine.swap(slot.snapshot)
+        except TimeoutError as error:
+            raise SwapFailed(f"it took longer than {self._load_timeout:g} s") from error
+        slot.phases.enter(None)
+        spent = slot.phases.seconds.pop(Phase.WEIGHTS)
+        for phase, seconds in swapped.seconds.items():
+            slot.phases.add(phase, seconds)
+        slot.phases.add(Phase.CANARY, max(0.0, spent - sum(swapped.seconds.values())))
+        first, same = None, False
+        if self._parts.canaries is not None:
+            first, same = await self._parts.canaries.of_swap(before, slot.snapshot)
+        reason = implausible(swapped.fingerprint, first, fingerprint, same_weights=same)
+        if reason is not None:
+            raise SwapFailed(reason)
+        slot.fingerprint = swapped.fingerprint
 
     def progress(self, slot: Slot, start_seconds: float) -> LoadProgress:
         """How far a load is, if its start takes `start_seconds`."""
-        fetch = self._parts.fetching(slot.model) if slot.phase is Phase.FETCH else None
-        if fetch is not None:
-            left = fetch.eta_seconds
-            return LoadProgress(slot.phase, fetch.percent, None if left is None else left + start_seconds)
-        if slot.phase is not Phase.START:
-            return LoadProgress(slot.phase, None, start_seconds)
-        spent = self._clock() - slot.phase_began
+        phase = _phase(slot)
+        if phase in FETCH_PHASES or slot.phases.current is None:
+            return self.fetch_progress(slot.model, start_seconds)
+        if slot.phases.current is Phase.MEMORY:
+            return LoadProgress(phase, None, start_seconds)
+        spent = self._clock() - slot.phases.began
         percent = min(99, int(100 * spent / start_seconds))
-        return LoadProgress(slot.phase, percent, start_seconds - spent if spent < start_seconds else None)
+        return LoadProgress(phase, percent, start_seconds - spent if spent < start_seconds else None)
+
+    def fetch_progress(self, model: Model, start_seconds: float) -> LoadProgress:
+        """How far the files of a model are."""
+        fetch, under_way = self._fetches.get(model.reference), self._parts.fetching(model)
+        phase = fetch.phases.current or Phase.VERIFY if fetch is not None else Phase.SYNC
+        if under_way is None:
+            return LoadProgress(phase, None, start_seconds)
+        left = under_way.eta_seconds
+        return LoadProgress(phase, under_way.percent, None if left is None else left + start_seconds)
 
     async def watch(self, slot: Slot, engine: Engine) -> str:
         """Why the engine is of no use any more, once it is not: its process ended, or it hangs."""
@@ -140,24 +189,44 @@ class Loading:
         if slot.snapshot is not None:
             self._parts.release(slot.snapshot)
 
-    def _enter(self, slot: Slot, phase: Phase) -> None:
-        slot.phase, slot.phase_began = phase, self._clock()
+    async def discard(self, slot: Slot) -> None:
+        """End the slot's engine, which could not take other weights, so that a fresh one can be loaded."""
+        if slot.engine is not None:
+            await slot.engine.close(0.0)
+            slot.engine = None
 
-    async def _fetch(self, slot: Slot) -> Snapshot:
+    async def _fetched(self, slot: Slot) -> Snapshot:
         """The snapshot; where the disk is full of others', idle engines give theirs up."""
         while True:
             try:
-                return await self._parts.fetch(slot.model)
+                snapshot, phases = await self._fetches.take(slot.model)
+                slot.phases.seconds |= phases.seconds
+                return snapshot
             except DiskFull as error:
                 if error.missing is None:
                     raise
                 if not await self._departure() and not await self._make_room(error.missing):
                     raise
 
-    async def _start(self, slot: Slot, snapshot: Snapshot) -> None:
-        self._enter(slot, Phase.START)
+    async def _start_and_try(self, slot: Slot, snapshot: Snapshot) -> None:
+        slot.phases.enter(Phase.START)
         slot.engine = self._parts.make_engine(snapshot, slot.footprint)
         await slot.engine.start()
+        slot.phases.enter(Phase.CANARY)
+        slot.phases.replace(Phase.START, slot.engine.phases, time.monotonic())
+        try:
+            slot.fingerprint = await slot.engine.canary()
+        except SwapFailed as error:
+            raise EngineStartFailed(
+                f"The engine of '{slot.model.name}' does not compute: {error.message}", param="model"
+            ) from error
+        slot.phases.enter(None)
+        if self._parts.canaries is None:
+            return
+        first = await self._parts.canaries.of_load(snapshot, slot.fingerprint)
+        reason = implausible(slot.fingerprint, first, None, same_weights=True)
+        if reason is not None:
+            logger.warning("%s; a fresh load is believed", reason, extra={"model": slot.model.name})
 
     async def _missing_memory(self, slot: Slot) -> int:
         """Bytes that the device lacks at this moment; 0 where that cannot be measured."""
@@ -200,6 +269,13 @@ class Loading:
         except (TimeoutError, EngineDied, EngineError):
             return None
         return pulse.steps + 1 if pulse.running else 0
+
+
+def _phase(slot: Slot) -> str:
+    """What the slot's load is at; while its engine starts, what that says."""
+    if slot.phases.current is Phase.START and slot.engine is not None and slot.engine.phases:
+        return list(slot.engine.phases)[-1]
+    return slot.phases.current or Phase.SYNC
 
 
 def _out_of_memory(slot: Slot, missing: int) -> OutOfMemory:

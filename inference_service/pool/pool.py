@@ -10,11 +10,13 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from inference_service.engines.base import Engine, EngineState, Footprint, Snapshot
 from inference_service.errors import (
+    DiskFull,
     EngineDied,
     EngineError,
     EngineStartFailed,
@@ -26,6 +28,7 @@ from inference_service.errors import (
 )
 from inference_service.metrics import Metrics
 from inference_service.pool import refusals
+from inference_service.pool.adapters import Adapter, Adapters
 from inference_service.pool.circuit import Circuits
 from inference_service.pool.estimates import Estimates
 from inference_service.pool.events import (
@@ -36,6 +39,8 @@ from inference_service.pool.events import (
     Event,
     Evict,
     Failed,
+    Fetched,
+    FetchFailed,
     Gone,
     Grant,
     Left,
@@ -47,13 +52,16 @@ from inference_service.pool.events import (
     Released,
     Request,
     Starting,
+    Swap,
     TimePassed,
     Unload,
 )
+from inference_service.pool.fetches import Fetches
 from inference_service.pool.loading import Loading, Parts
+from inference_service.pool.phases import Phases
 from inference_service.pool.scheduler import Policy, Scheduler
 from inference_service.pool.slot import Lease, LoadProgress, Slot, Waiter
-from inference_service.storage.model import Model
+from inference_service.storage.model import Model, ModelKind
 
 logger = logging.getLogger(__name__)
 
@@ -67,17 +75,26 @@ SUSPECT_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Limits:
-    """In seconds: how long a request waits, how long a load may take, how long an engine may do nothing."""
+    """In seconds: how long a request waits, how long a load may take, how long an engine may do nothing.
+
+    `adapters`: how many an engine knows at once.
+    """
 
     queue_timeout: float
     load_timeout: float
     stall_timeout: float = 60.0
+    adapters: int = 64
+
+
+class Superseded(ServiceError):
+    """Another revision of the model serves from now on: resolve it anew. No client meets it."""
 
 
 class Pool:
     """At most `policy.slots` engines and `policy.concurrency` leases at once.
 
-    `footprint` tells what a model's engine would take on its device.
+    `footprint` tells what a model's engine would take on its device. Engines are known by their models'
+    references; an adapter is served on the engine of its carrier.
     """
 
     def __init__(
@@ -95,10 +112,12 @@ class Pool:
         self._limits = limits
         self._clock = clock
         self._scheduler = Scheduler(policy)
+        self._parts = parts
+        self._fetches = Fetches(parts.fetch, parts.release, clock, self._fetched)
         self._loading = Loading(
             parts,
-            limits.load_timeout,
-            limits.stall_timeout,
+            self._fetches,
+            (limits.load_timeout, limits.stall_timeout),
             clock,
             self._starting,
             self._departure,
@@ -121,25 +140,28 @@ class Pool:
         # What the waiters of a failed load are told.
         self._load_errors: dict[str, ServiceError] = {}
 
-    def order(self, model: Model) -> asyncio.Task[None]:
+    def order(self, model: Model, *, instead_of: str | None = None) -> asyncio.Task[None]:
         """Load the model for the operator: one order a model, beside the clients' queue and its timeout.
 
         The task is done once the engine is ready, and raises as `lease` does. Raises ShuttingDown, and the
-        error of a load that failed lately, at once.
+        error of a load that failed lately, at once. `instead_of`: the reference that it is to replace.
         """
-        order = self._orders.get(model.name)
+        order = self._orders.get(model.reference)
         if order is None:
-            self._admit(model)
-            order = asyncio.create_task(self._until_ready(model))
-            self._orders[model.name] = order
-            order.add_done_callback(lambda done: self._ordered(model.name, done))
+            self._admit(_carrier(model))
+            order = asyncio.create_task(self._until_ready(model, instead_of))
+            self._orders[model.reference] = order
+            order.add_done_callback(lambda done: self._ordered(model.reference, done))
         return order
 
-    async def _until_ready(self, model: Model) -> None:
-        if self.state(model.name) is EngineState.READY:
+    async def _until_ready(self, model: Model, instead_of: str | None) -> None:
+        if model.carrier is not None:
+            (await self.lease(model)).release()
             return
-        ready = self._ready.setdefault(model.name, asyncio.get_running_loop().create_future())
-        asked = asyncio.create_task(self._lease(model, None, order=True))
+        if self.state(model.reference) is EngineState.READY:
+            return
+        ready = self._ready.setdefault(model.reference, asyncio.get_running_loop().create_future())
+        asked = asyncio.create_task(self._lease(model, None, order=True, instead_of=instead_of))
         either: set[asyncio.Future[Any]] = {asked, ready}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -148,48 +170,133 @@ class Pool:
         finally:
             asked.cancel()
 
-    def _ordered(self, name: str, order: asyncio.Task[None]) -> None:
-        del self._orders[name]
+    def _ordered(self, reference: str, order: asyncio.Task[None]) -> None:
+        del self._orders[reference]
         if not order.cancelled():
             order.exception()  # whoever ordered it may have gone
 
     async def lease(self, model: Model) -> Lease:
-        """A lease on the model's engine, loaded if need be.
+        """A lease on the model's engine, loaded if need be; an adapter is added to that.
 
-        Raises Overloaded, NoRoom and ShuttingDown at once, QueueTimedOut, and what the load raised
-        (StoreError, EngineStartFailed, OutOfMemory) to everyone who waited for it.
+        Raises Overloaded, NoRoom and ShuttingDown at once, QueueTimedOut, Superseded, and what the load
+        raised (StoreError, EngineStartFailed, OutOfMemory, AdapterRefused) to everyone who waited for it.
         """
-        return await self._lease(model, self._limits.queue_timeout)
+        if model.carrier is None:
+            return await self._lease(model, self._limits.queue_timeout)
+        adapter = self.adapter(model)
+        fetching = None if adapter is not None else asyncio.ensure_future(self._parts.fetch(model, _unheard))
+        try:
+            if fetching is not None and self.state(model.carrier.reference) is EngineState.READY:
+                await asyncio.shield(fetching)  # no lease is held for the time of a download
+            lease = await self._lease(model.carrier, self._limits.queue_timeout)
+            return await self._with_adapter(lease, model)
+        finally:
+            if fetching is not None:
+                fetching.add_done_callback(self._let_go)
+                if not fetching.done():
+                    fetching.cancel()
 
-    async def _lease(self, model: Model, queue_timeout: float | None, *, order: bool = False) -> Lease:
+    async def _with_adapter(self, lease: Lease, model: Model) -> Lease:
+        """The lease, with the adapter on its engine; given back where that fails."""
+        try:
+            if lease.slot.adapters is None:
+                raise refusals.died(lease.slot.model.name, "it went while the adapter was added")
+            lease.adapter = await lease.slot.adapters.hold(model)
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def _let_go(self, fetching: asyncio.Future[Snapshot]) -> None:
+        if not fetching.cancelled() and fetching.exception() is None:
+            self._parts.release(fetching.result())
+
+    async def _lease(
+        self,
+        model: Model,
+        queue_timeout: float | None,
+        *,
+        order: bool = False,
+        instead_of: str | None = None,
+    ) -> Lease:
         self._admit(model)
         future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         waiter = Waiter(next(self._numbers), model, self._clock(), future, order)
         self._waiters[waiter.number] = waiter
-        size = self._footprint(model).total
-        self._tell(Request(waiter.number, model.name, size, self.pinned(model), order))
+        self._tell(self._request(waiter, instead_of))
         try:
             async with asyncio.timeout(queue_timeout):
-                return _of_the_revision(await future, model)
+                return await future
         except TimeoutError as error:
             raise self._waited_too_long(waiter) from error
         except asyncio.CancelledError:
             self._abandon(waiter, LINGER_SECONDS)
             raise
 
-    def holds(self, name: str) -> bool:
-        """Whether a slot is the model's, in whatever state."""
-        return name in self._slots
+    def _request(self, waiter: Waiter, instead_of: str | None) -> Request:
+        """The scheduler's view of a waiter; the files of a model without an engine are on their way now."""
+        model = waiter.model
+        cold = model.reference not in self._slots
+        return Request(
+            waiter.number,
+            model.reference,
+            self._footprint(model).total,
+            self.pinned(model),
+            waiter.order,
+            self._parts.swap_key(model),
+            model.rank,
+            not cold or self._fetches.begin(model).fetched,
+            instead_of,
+        )
 
-    def loaded_revision(self, name: str) -> str | None:
-        """The revision that the model's ready engine serves; None where it has none."""
-        slot = self._slots.get(name)
-        return None if slot is None or self.state(name) is not EngineState.READY else slot.revision
+    def _fetched(self, model: Model, error: Exception | None) -> None:
+        """A fetch ahead of the engine has ended; what a slot waits for is the slot's own concern."""
+        key = model.reference
+        if key in self._slots or self._scheduler.waiting_for(key) == 0:
+            return
+        # A disk that is full may have room once an engine has given its snapshot up.
+        full = isinstance(error, DiskFull) and error.missing is not None
+        if error is None or full:
+            self._tell(Fetched(key))
+            return
+        logger.error("fetch failed: %s", error, extra={"model": model.name})
+        self._load_errors[key] = self._told_of(model, error)
+        self._tell(FetchFailed(key))
+        del self._load_errors[key]
 
-    def state(self, name: str) -> EngineState:
-        """The state of the model's engine."""
-        engine = self._scheduler.engines.get(name)
+    def live(self, name: str) -> list[Model]:
+        """What serves under this name: models with a ready engine, adapters on one."""
+        ready = [slot for key, slot in self._slots.items() if self.state(key) is EngineState.READY]
+        engines = [slot.model for slot in ready if slot.model.name == name]
+        adapters = [each for slot in ready if slot.adapters is not None for each in slot.adapters.models()]
+        return engines + [each for each in adapters if each.name == name]
+
+    def is_live(self, model: Model) -> bool:
+        """Whether a ready engine serves this very revision."""
+        return any(each.reference == model.reference for each in self.live(model.name))
+
+    def names(self) -> set[str]:
+        """Models, adapters included, that an engine holds in whatever state."""
+        adapters = (slot.adapters.names() for slot in self._slots.values() if slot.adapters is not None)
+        return {slot.model.name for slot in self._slots.values()}.union(*adapters)
+
+    def adapter(self, model: Model) -> Adapter | None:
+        """The adapter on its carrier's engine, if that has it."""
+        slot = None if model.carrier is None else self._slots.get(model.carrier.reference)
+        return None if slot is None or slot.adapters is None else slot.adapters.get(model.reference)
+
+    def state(self, reference: str) -> EngineState:
+        """The state of an engine."""
+        engine = self._scheduler.engines.get(reference)
         return EngineState.STOPPED if engine is None else engine.state
+
+    def standing(self, model: Model) -> EngineState:
+        """The state of the engine of a model, whatever its revision; of an adapter's carrier's."""
+        if model.kind is ModelKind.ADAPTER:
+            return EngineState.READY if self.is_live(model) else EngineState.STOPPED
+        exact = self.state(model.reference)
+        others = [self.state(key) for key, slot in self._slots.items() if slot.model.name == model.name]
+        return exact if exact is not EngineState.STOPPED or not others else others[-1]
 
     def pinned(self, model: Model) -> bool:
         """What the operator last said, else what the model's serving.json says."""
@@ -198,28 +305,58 @@ class Pool:
     def pin(self, model: Model, *, pinned: bool) -> None:
         """A pinned model's engine is never torn down for another's; in effect until the service ends."""
         self._pins[model.name] = pinned
-        self._tell(Pinned(model.name, pinned))
+        waited_for = {waiter.model.reference for waiter in self._waiters.values()}
+        for key in {*self._slots, *waited_for}:
+            if key.partition("@")[0] == model.name:
+                self._tell(Pinned(key, pinned))
 
     async def unload(self, name: str, *, force: bool = False) -> bool:
-        """Tear the model's engine down once its leases are back, or at once; False if it has none."""
-        slot = self._slots.get(name)
+        """Tear the model's engine down once its leases are back, or at once; False if it has none.
+
+        Of an adapter that nobody uses its engine is rid.
+        """
+        slots = [slot for slot in self._slots.values() if slot.model.name == name]
+        for slot in slots:
+            slot.unloaded = True
+            if force:
+                self._cut(slot, refusals.unloaded(name))
+            self._tell(Unload(slot.key, force))
+        await asyncio.gather(*(slot.gone.wait() for slot in slots))
+        return await self._remove_adapters(name) or bool(slots)
+
+    async def _remove_adapters(self, name: str) -> bool:
+        on = [slot.adapters for slot in self._slots.values() if slot.adapters is not None]
+        found = [(each, model) for each in on for model in each.models() if model.name == name]
+        return any([await adapters.remove(model.reference) for adapters, model in found])
+
+    def retire(self, reference: str) -> None:
+        """Another revision has taken over: the engine ends with its last lease, and who waits is told."""
+        slot = self._slots.get(reference)
         if slot is None:
-            return False
+            return
+        self._supersede(reference)
         slot.unloaded = True
-        if force:
-            self._cut(slot, refusals.unloaded(name))
-        self._tell(Unload(name, force))
-        await slot.gone.wait()
-        return True
+        self._tell(Unload(reference))
+
+    def _supersede(self, reference: str) -> None:
+        for waiter in list(self._waiters.values()):
+            if waiter.model.reference == reference and not waiter.model.exact:
+                self._fail(waiter, Superseded("another revision serves"))
+                self._tell(Left(waiter.number, 0.0))
 
     def progress(self, model: Model) -> LoadProgress:
         """How far a model that is waited for is on its way."""
-        slot, state = self._slots.get(model.name), self.state(model.name)
+        model = _carrier(model)
+        slot, state = self._slots.get(model.reference), self.state(model.reference)
+        start_seconds = self._estimates.start_seconds(model.name)
         if slot is None:
+            fetch = self._fetches.get(model.reference)
+            if fetch is not None and not fetch.fetched:
+                return self._loading.fetch_progress(model, start_seconds)
             return LoadProgress("queue", None, self._estimates.load_seconds(model.name))
         if state is not EngineState.STARTING:
             return LoadProgress("queue" if state is EngineState.READY else "drain", None, None)
-        return self._loading.progress(slot, self._estimates.start_seconds(model.name))
+        return self._loading.progress(slot, start_seconds)
 
     def look(self) -> None:
         """It is later, which alone may change what is to be done; the pool's own timer calls it in time."""
@@ -244,6 +381,7 @@ class Pool:
                 self._cut(slot, refusals.shutting_down())
                 # Those that are ending already get less time for it.
                 self._tear_down(slot)
+            self._fetches.close()
         await asyncio.gather(*(slot.gone.wait() for slot in slots))
 
     async def suspect(self, lease: Lease) -> EngineDied | None:
@@ -275,7 +413,7 @@ class Pool:
         slots = list(self._slots.values())
         # All at this moment: an engine may be gone when the others have told what they run.
         described = [self._describe(slot) for slot in slots]
-        ready = [slot.engine if self.state(slot.model.name) is EngineState.READY else None for slot in slots]
+        ready = [slot.engine if self.state(slot.key) is EngineState.READY else None for slot in slots]
         reserved = sum(engine.bytes for engine in engines.values())
         running = await asyncio.gather(*(_running(engine) for engine in ready))
         return {
@@ -289,7 +427,7 @@ class Pool:
             "max_concurrent_requests": policy.concurrency,
             "max_queued_requests": policy.queued,
             "circuits": self._circuits.describe(now),
-            "victims": self._scheduler.victims(now),
+            "victims": [self._slots[key].model.name for key in self._scheduler.victims(now)],
             "pins": self._pins,
             "waiters": [
                 {
@@ -304,21 +442,25 @@ class Pool:
 
     def __repr__(self) -> str:
         engines = " ".join(
-            f"{key}:{self.state(key)}({len(slot.leases)})" for key, slot in self._slots.items()
+            f"{slot.model.name}:{self.state(key)}({len(slot.leases)})" for key, slot in self._slots.items()
         )
         waiting = " ".join(waiter.model.name for waiter in self._waiters.values())
         return f"<Pool {engines or 'empty'} | waiting: {waiting or 'nobody'}>"
 
     def _describe(self, slot: Slot) -> dict[str, Any]:
-        view = self._scheduler.engines[slot.model.name]
+        view = self._scheduler.engines[slot.key]
         described = {
             "model": slot.model.name,
-            "revision": slot.revision,
+            "revision": slot.model.revision,
             "pinned": view.pinned,
             "state": view.state.value,
             "leases": len(slot.leases),
             "process_id": None if slot.engine is None else slot.engine.process_id,
             "load_seconds": slot.load_seconds,
+            "phases": slot.phases.describe(),
+            "swapped": slot.swapped,
+            "adapter_rank": view.adapters,
+            "adapters": [] if slot.adapters is None else slot.adapters.describe(),
             "idle_seconds": None if slot.leases else round(self._clock() - view.last_used, 3),
             "bytes": slot.model.bytes,
             "memory": asdict(slot.footprint),
@@ -330,7 +472,7 @@ class Pool:
     def _admit(self, model: Model) -> None:
         if self._closing:
             raise refusals.shutting_down()
-        if self.state(model.name) in (EngineState.STOPPED, EngineState.STOPPING, EngineState.FAILED):
+        if self.state(model.reference) in (EngineState.STOPPED, EngineState.STOPPING, EngineState.FAILED):
             refusal = self._circuits.refusal(model.name, model.revision, self._clock())
             if refusal is not None:
                 raise refusal
@@ -363,14 +505,20 @@ class Pool:
                 self._fail(waiter, self._rejection(waiter.model, reason))
             case Load(key):
                 self._load(key)
+            case Swap(key, old):
+                self._swap(key, self._slots.pop(old))
             case Drain(key):
-                logger.info("draining for a model that waits", extra={"model": key})
+                logger.info("draining for a model that waits", extra={"model": self._slots[key].model.name})
+                if self._scheduler.engines[key].successor is not None:
+                    self._supersede(key)
             case Evict(key):
-                self._metrics.evictions.labels(key).inc()
-                logger.info("evicting", extra={"model": key})
+                name = self._slots[key].model.name
+                self._metrics.evictions.labels(name).inc()
+                logger.info("evicting", extra={"model": name})
                 self._tear_down(self._slots[key])
             case CancelLoad(key):
-                logger.info("nobody waits for the load any more", extra={"model": key})
+                name = self._slots[key].model.name
+                logger.info("nobody waits for the load any more", extra={"model": name})
                 self._tear_down(self._slots[key])
 
     def _look_again(self) -> None:
@@ -398,12 +546,12 @@ class Pool:
             case Reason.UNLOADED:
                 return refusals.load_unloaded(name)
             case Reason.LOAD_FAILED:
-                error = self._load_errors[name]
+                error = self._load_errors[model.reference]
                 return error.again(error.message, retry_after=error.retry_after)
 
     def _grant(self, waiter: Waiter, slot: Slot) -> None:
         if waiter.lease.done():  # cancelled, and its task has not run since
-            self._tell(Released(slot.model.name))
+            self._tell(Released(slot.key))
             return
         lease = Lease(slot, self._released)
         slot.leases.add(lease)
@@ -413,20 +561,22 @@ class Pool:
         if lease not in lease.slot.leases:
             return
         lease.slot.leases.discard(lease)
+        if lease.adapter is not None and lease.slot.adapters is not None:
+            lease.slot.adapters.give_back(lease.adapter)
         self._estimates.ended(self._clock())
-        self._tell(Released(lease.model))
+        self._tell(Released(lease.slot.key))
 
     def _waited_too_long(self, waiter: Waiter) -> QueueTimedOut:
         """The client is told to come again, and its load goes on until it is done."""
         name, now, timeout = waiter.model.name, self._clock(), self._limits.queue_timeout
-        scheduler, state = self._scheduler, self.state(name)
+        scheduler, state = self._scheduler, self.state(waiter.model.reference)
         if state is EngineState.READY:
             retry_after = self._estimates.retry_after_queue(scheduler.waiting)
             told = refusals.still_busy(name, scheduler.running, scheduler.policy, timeout, retry_after)
             self._abandon(waiter, 0.0)
             return told
         loading = state is EngineState.STARTING
-        since = self._slots[name].began if loading else now
+        since = self._slots[waiter.model.reference].began if loading else now
         retry_after = self._estimates.retry_after_load(name, since, now)
         self._abandon(waiter, self._limits.load_timeout)
         return refusals.still_loading(name, loading=loading, queue_timeout=timeout, retry_after=retry_after)
@@ -441,6 +591,14 @@ class Pool:
         if lease.done() and not lease.cancelled() and lease.exception() is None:
             lease.result().release()
         self._tell(Left(waiter.number, linger))
+        if self._fetches.get(waiter.model.reference) is not None:
+            forget = partial(self._forget_fetch, waiter.model.reference)
+            asyncio.get_running_loop().call_later(linger, forget)
+
+    def _forget_fetch(self, reference: str) -> None:
+        """The files of a model are not wanted any more, unless somebody has come who waits for them."""
+        if reference not in self._slots and self._scheduler.waiting_for(reference) == 0:
+            self._fetches.drop(reference)
 
     def _fail(self, waiter: Waiter, error: ServiceError) -> None:
         self._waiters.pop(waiter.number, None)
@@ -450,57 +608,99 @@ class Pool:
     def _load(self, key: str) -> None:
         # The last who asked knows the newest revision.
         waiting = reversed(self._waiters.values())
-        model = next(waiter.model for waiter in waiting if waiter.model.name == key)
-        slot = Slot(model, self._footprint(model), self._clock())
+        model = next(waiter.model for waiter in waiting if waiter.model.reference == key)
+        slot = Slot(model, self._footprint(model), self._clock(), Phases(self._clock))
         self._slots[key] = slot
-        self._run(slot, self._serve(slot))
+        self._run(slot, self._serve(slot, self._loading.load(slot)))
 
-    async def _serve(self, slot: Slot) -> None:
+    def _swap(self, key: str, old: Slot) -> None:
+        """The engine of `old`, which nobody uses, is to serve `key`."""
+        waiting = reversed(self._waiters.values())
+        model = next(waiter.model for waiter in waiting if waiter.model.reference == key)
+        slot = Slot(model, old.footprint, self._clock(), Phases(self._clock), swapped=True)
+        slot.engine, old.engine = old.engine, None
+        self._slots[key] = slot
+        for watch in old.tasks:
+            watch.cancel()
+        if old.adapters is not None:
+            old.adapters.close()
+        self._run(slot, self._serve(slot, self._swapped_or_loaded(slot, old)))
+        old.gone.set()
+
+    async def _swapped_or_loaded(self, slot: Slot, old: Slot) -> None:
+        """The slot's model in the engine of `old`, or in a fresh one where that fails."""
+        name = slot.model.name
+        logger.info("swapping", extra={"model": name, "instead_of": old.model.name})
+        try:
+            await self._loading.swap(slot, old.snapshot, old.fingerprint)
+        except Exception as error:
+            self._metrics.swaps.labels(name, "failed").inc()
+            logger.warning("swap failed, loading afresh: %s", error, extra={"model": name})
+            slot.swapped = False
+            await self._loading.discard(slot)
+            await self._loading.load(slot)
+        else:
+            self._metrics.swaps.labels(name, "ok").inc()
+        finally:
+            if old.snapshot is not None:
+                self._parts.release(old.snapshot)
+
+    async def _serve(self, slot: Slot, loading: Coroutine[Any, Any, None]) -> None:
         """An engine's life: its load, and the watch over it until it is torn down or dies."""
         name, started = slot.model.name, time.monotonic()
         logger.info("loading", extra={"model": name, "revision": slot.model.revision})
         try:
-            await self._loading.load(slot)
+            await loading
         except Exception as error:
             self._load_failed(slot, error)
             return
         if self._is(slot, EngineState.STARTING) and slot.engine is not None:
-            self._loaded(slot, round(time.monotonic() - started, 3))
+            self._loaded(slot, slot.engine, round(time.monotonic() - started, 3))
             reason = await self._loading.watch(slot, slot.engine)
             self._died(slot, reason)
 
     def _starting(self, slot: Slot, snapshot: Snapshot) -> None:
-        if snapshot.revision != slot.model.revision:  # it was replaced while it was fetched
-            slot.footprint = self._footprint(replace(slot.model, revision=snapshot.revision))
-        self._tell(Starting(slot.model.name, slot.footprint.total))
+        self._tell(Starting(slot.key, slot.footprint.total))
 
-    def _loaded(self, slot: Slot, seconds: float) -> None:
+    def _loaded(self, slot: Slot, engine: Engine, seconds: float) -> None:
         name = slot.model.name
         slot.load_seconds = seconds
-        start_seconds = self._clock() - slot.phase_began
-        self._estimates.loaded(name, seconds, start_seconds)
-        self._circuits.succeeded(name)
-        self._metrics.loads.labels(name, "ok").inc()
-        self._metrics.load_seconds.labels(name).observe(seconds)
-        logger.info("loaded", extra={"model": name, "seconds": seconds})
-        if name in self._ready:
-            self._ready.pop(name).set_result(None)
-        self._tell(Loaded(name, start_seconds))
+        slot.adapters = Adapters(
+            engine,
+            lambda model: self._parts.fetch(model, _unheard),
+            self._parts.release,
+            self._limits.adapters,
+            self._clock,
+        )
+        start_seconds = slot.phases.start_seconds
+        if not slot.swapped:
+            self._estimates.loaded(name, seconds, start_seconds)
+        self._circuits.succeeded(name, slot.model.revision)
+        self._metrics.loaded(name, seconds, slot.phases.seconds)
+        phases = slot.phases.describe()
+        logger.info("loaded", extra={"model": name, "seconds": seconds, "swapped": slot.swapped, **phases})
+        if slot.key in self._ready:
+            self._ready.pop(slot.key).set_result(None)
+        self._tell(Loaded(slot.key, start_seconds))
 
     def _load_failed(self, slot: Slot, error: Exception) -> None:
         name = slot.model.name
         if not self._is(slot, EngineState.STARTING):  # it failed because it was being unloaded
             return
-        self._metrics.loads.labels(name, "failed").inc()
         expected = isinstance(error, ServiceError)
         logger.error("load failed: %s", error, extra={"model": name}, exc_info=not expected)
-        told = error if isinstance(error, ServiceError) else refusals.unexplained(name, error)
-        if isinstance(told, _LASTING):
-            told.retry_after = self._circuits.failed(name, slot.model.revision, told, self._clock())
-        self._load_errors[name] = told
-        self._tell(Failed(name))
-        del self._load_errors[name]
+        told = self._load_errors[slot.key] = self._told_of(slot.model, error)
+        self._tell(Failed(slot.key))
+        del self._load_errors[slot.key]
         self._tear_down(slot, hurry=isinstance(told, LoadTimedOut))
+
+    def _told_of(self, model: Model, error: Exception) -> ServiceError:
+        """What those who waited for a load, or a fetch, are told that failed."""
+        self._metrics.loads.labels(model.name, "failed").inc()
+        told = error if isinstance(error, ServiceError) else refusals.unexplained(model.name, error)
+        if isinstance(told, _LASTING):
+            told.retry_after = self._circuits.failed(model.name, model.revision, told, self._clock())
+        return told
 
     def _died(self, slot: Slot, reason: str) -> EngineDied | None:
         name = slot.model.name
@@ -510,13 +710,13 @@ class Pool:
         self._metrics.deaths.labels(name).inc()
         told = refusals.died(name, reason)
         self._cut(slot, told)
-        self._tell(Died(name))
+        self._tell(Died(slot.key))
         self._tear_down(slot, hurry=True)
         return told
 
     def _is(self, slot: Slot, *states: EngineState) -> bool:
         """Whether this very slot is still the model's, in one of these states."""
-        return self._slots.get(slot.model.name) is slot and self.state(slot.model.name) in states
+        return self._slots.get(slot.key) is slot and self.state(slot.key) in states
 
     def _cut(self, slot: Slot, error: ServiceError) -> None:
         """Void the leases on a slot and end their replies with `error`."""
@@ -563,12 +763,14 @@ class Pool:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         name = slot.model.name
+        if slot.adapters is not None:
+            slot.adapters.close()
         await self._loading.end(slot, hurry=hurry, last=self._ending)
-        del self._slots[name]
+        del self._slots[slot.key]
         slot.engine = None
         slot.gone.set()
         logger.info("unloaded", extra={"model": name})
-        self._tell(Gone(name))
+        self._tell(Gone(slot.key))
 
     def _run(self, slot: Slot, work: Coroutine[Any, Any, None]) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work)
@@ -576,12 +778,13 @@ class Pool:
         task.add_done_callback(slot.tasks.discard)
 
 
-def _of_the_revision(lease: Lease, model: Model) -> Lease:
-    """The lease, unless the client named a revision and the engine is of another."""
-    if not model.exact or lease.revision == model.revision:
-        return lease
-    lease.release()
-    raise refusals.other_revision(model, lease.revision)
+def _carrier(model: Model) -> Model:
+    """The model whose engine serves it: its own, or an adapter's base."""
+    return model.carrier or model
+
+
+def _unheard(phase: str) -> None:
+    """An adapter is there in a moment: nobody is told its phases."""
 
 
 async def _running(engine: Engine | None) -> int | None:

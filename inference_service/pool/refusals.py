@@ -5,7 +5,6 @@ from inference_service.errors import (
     EngineDied,
     EngineStartFailed,
     EngineUnloaded,
-    ModelNotServable,
     NoRoom,
     Overloaded,
     QueueTimedOut,
@@ -14,7 +13,6 @@ from inference_service.errors import (
     readable_bytes,
 )
 from inference_service.pool.scheduler import EngineView, Policy
-from inference_service.storage.model import Model
 
 
 def shutting_down() -> ShuttingDown:
@@ -47,7 +45,9 @@ def no_room(name: str, footprint: Footprint, policy: Policy, engines: list[Engin
             f"it needs {footprint}, and beside the pinned engines {readable_bytes(free)} of "
             f"{readable_bytes(policy.memory)} (GPU_MEMORY_UTILIZATION) are left"
         )
-    held = ", ".join(f"{engine.key} ({readable_bytes(engine.bytes)})" for engine in pinned)
+    names = [engine.key.partition("@")[0] for engine in pinned]
+    sizes = [readable_bytes(engine.bytes) for engine in pinned]
+    held = ", ".join(f"{name} ({size})" for name, size in zip(names, sizes, strict=True))
     return NoRoom(
         f"There is no room for the model '{name}': {lack}. Pinned: {held}. Unpin one (POST "
         "/admin/unpin/MODEL, or its serving.json).",
@@ -70,14 +70,6 @@ def still_busy(name: str, running: int, policy: Policy, queue_timeout: float, re
         f"{policy.concurrency}); this one has waited for longer than QUEUE_TIMEOUT ({queue_timeout:g} s). "
         f"Try again in {retry_after} s.",
         retry_after=retry_after,
-    )
-
-
-def other_revision(model: Model, loaded: str) -> ModelNotServable:
-    return ModelNotServable(
-        model.name,
-        f"its revision {loaded} is loaded and not {model.revision}. POST /admin/unload/{model.name}, and the "
-        "next request loads the newer one.",
     )
 
 

@@ -5,7 +5,7 @@ pool tells it every event and carries its actions out, so every policy is tested
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from inference_service.engines.base import EngineState
@@ -18,6 +18,8 @@ from inference_service.pool.events import (
     Event,
     Evict,
     Failed,
+    Fetched,
+    FetchFailed,
     Gone,
     Grant,
     Left,
@@ -29,6 +31,7 @@ from inference_service.pool.events import (
     Released,
     Request,
     Starting,
+    Swap,
     TimePassed,
     Unload,
 )
@@ -36,6 +39,7 @@ from inference_service.pool.events import (
 # Engines that were last used within the same such stretch of seconds are equally old: the one that is
 # cheapest to load again goes first.
 EQUALLY_OLD_SECONDS = 1.0
+NEVER = float("inf")
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class EngineView:
     `bytes`: what it takes on its device. `ready_at`: since when it serves; `load_seconds`: what its load
     took. A `pinned` engine is never torn down for another. A load is `awaited_until` then also where
     nobody waits for it at the moment. `gives_way`: it drains for a waiter, not for the operator.
-    `has_turn`: it is being started, and no other of its device starts or ends meanwhile.
+    `has_turn`: it is being started, and no other of its device starts or ends meanwhile. `swap` and
+    `adapters`: see Request. `successor`: what it drains for is its own next revision.
     """
 
     key: str
@@ -75,6 +80,9 @@ class EngineView:
     awaited_until: float = 0.0
     gives_way: bool = False
     has_turn: bool = False
+    swap: str | None = None
+    adapters: int = 0
+    successor: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +96,23 @@ class _Waiter:
 class _Queue:
     """Who waits for one model, in order of arrival, and what its engine would take."""
 
-    bytes: int
-    pinned: bool
+    wish: Request
     waiters: dict[int, _Waiter] = field(default_factory=dict)
+    pinned: bool = False
+    fetched: bool = True
+
+    @property
+    def bytes(self) -> int:
+        return self.wish.bytes
 
     @property
     def oldest(self) -> _Waiter:
         return next(iter(self.waiters.values()))
+
+    def fits_into(self, engine: EngineView) -> bool:
+        """Whether the engine could take these weights."""
+        same = self.wish.swap is not None and self.wish.swap == engine.swap
+        return self.fetched and same and engine.adapters >= self.wish.adapters
 
 
 class _Verdict(StrEnum):
@@ -127,6 +145,11 @@ class Scheduler:
 
     12. While an engine is being started none gives way: it would have to wait for the device's turn, and
         serves meanwhile.
+    13. No engine gives way for a model whose files are not there yet.
+    14. Before any engine gives way: the weights of a wanted model are put into an idle engine that can take
+        them, however young it is, or into the one that has drained for it. That needs no turn.
+    15. A revision that is to replace another does so where no room is free beside it: in its idle engine, or
+        once that has drained. Being pinned is no protection against one's own next revision.
 
     Slots and bytes count until an engine is gone, so an engine that is stopping or draining still holds
     them, but also promises them: no second engine goes for the same waiter.
@@ -145,7 +168,7 @@ class Scheduler:
 
     def next_look(self, now: float) -> float | None:
         """When time alone may change the decision; None: only an event does."""
-        return min((moment for moment in self._moments() if moment > now), default=None)
+        return min((moment for moment in self._moments() if now < moment < NEVER), default=None)
 
     def victims(self, now: float) -> list[str]:
         """Idle engines in the order in which they would give way."""
@@ -172,6 +195,11 @@ class Scheduler:
         match event:
             case Request():
                 yield from self._request(event, now)
+            case Fetched(key):
+                if key in self._queues:
+                    self._queues[key].fetched = True
+            case FetchFailed(key):
+                yield from self._reject_all(key, Reason.LOAD_FAILED)
             case Left(number, linger):
                 self._left(number, now + linger)
             case Pinned(key, pinned):
@@ -187,6 +215,7 @@ class Scheduler:
                 yield from self._released(engine, now)
             case Starting(_, count):
                 engine.bytes, engine.has_turn = count, True
+                engine.awaited_until = min(engine.awaited_until, now)
             case Loaded(_, seconds):
                 self._loaded(engine, seconds, now)
             case Failed(key):
@@ -208,8 +237,11 @@ class Scheduler:
         if full and not (warm and self.running < self.policy.concurrency):
             yield Reject(request.number, Reason.OVERLOADED)
             return
-        queue = self._queues.setdefault(request.key, _Queue(request.bytes, request.pinned))
-        queue.bytes, queue.pinned = request.bytes, request.pinned
+        queue = self._queues.setdefault(request.key, _Queue(request))
+        # Who joins an order to replace an engine does not change that.
+        instead_of = request.instead_of or queue.wish.instead_of
+        queue.wish = replace(request, instead_of=instead_of)
+        queue.pinned, queue.fetched = request.pinned, request.fetched
         queue.waiters[request.number] = _Waiter(request.number, now, request.order)
         self.waiting += not request.order
 
@@ -227,13 +259,16 @@ class Scheduler:
         engine.last_used = now
         self.running -= 1
         if engine.state is EngineState.DRAINING and engine.leases == 0:
-            yield self._evict(engine)
+            yield self._swap_or_evict(engine, now)
 
     def _loaded(self, engine: EngineView, seconds: float, now: float) -> None:
         engine.state = EngineState.READY
         engine.has_turn = False
         engine.load_seconds = seconds
-        engine.ready_at = engine.last_used = now
+        engine.last_used = now
+        engine.awaited_until = min(engine.awaited_until, now)
+        # An engine that has only taken other weights is as old as it was.
+        engine.ready_at = engine.ready_at or now
 
     def _unload(self, engine: EngineView, *, force: bool) -> Iterator[Action]:
         if engine.state is EngineState.STARTING:
@@ -242,7 +277,7 @@ class Scheduler:
             return
         if engine.state is EngineState.READY:
             engine.state = EngineState.DRAINING
-        engine.gives_way = False
+        engine.gives_way, engine.successor = False, None
         if engine.state is not EngineState.DRAINING:
             return
         if force:
@@ -279,9 +314,13 @@ class Scheduler:
         """Case 11."""
         cold = any(key not in self.engines for key in self._queues)
         for engine in self.engines.values():
-            if engine.gives_way and engine.state is EngineState.DRAINING and (engine.pinned or not cold):
+            if not engine.gives_way or engine.state is not EngineState.DRAINING:
+                continue
+            pinned = engine.pinned and engine.successor is None
+            abandoned = engine.successor is not None and engine.successor not in self._queues
+            if pinned or abandoned or not cold:
                 engine.state = EngineState.READY
-                engine.gives_way = False
+                engine.gives_way, engine.successor = False, None
 
     def _grant(self, now: float) -> Iterator[Grant]:
         """Case 1."""
@@ -311,7 +350,11 @@ class Scheduler:
                 case _Verdict.FITS:
                     yield self._load(key, now)
                 case _Verdict.LATER:
-                    if not self._turn_is_taken():
+                    engine = self._takes(key)
+                    if engine is not None:
+                        yield self._swap(key, engine, now)
+                        continue
+                    if self._queues[key].fetched and not self._turn_is_taken():
                         yield from self._give_way_for(key, blocked, now)
                     blocked.append(key)
 
@@ -321,6 +364,7 @@ class Scheduler:
             engine
             for engine in self.engines.values()
             if engine.pinned and engine.state in (EngineState.STARTING, EngineState.READY)
+            if engine.key != queue.wish.instead_of
         ]
         if not self._fits(queue.bytes, pinned, ()):
             return _Verdict.NEVER
@@ -328,8 +372,52 @@ class Scheduler:
             return _Verdict.FITS
         return _Verdict.LATER
 
+    def _takes(self, key: str) -> EngineView | None:
+        """Case 14: the idle engine that gets the weights of `key`; its own last revision's, or the oldest."""
+        queue = self._queues[key]
+        own = self.engines.get(queue.wish.instead_of or "")
+        able = [self.engines[name] for name in self.idle() if queue.fits_into(self.engines[name])]
+        if own is not None and own.key not in self._queues and queue.fits_into(own):
+            able = [own] if own.state is EngineState.READY and own.leases == 0 else able
+        return able[0] if able else None
+
+    def _swap(self, key: str, engine: EngineView, now: float) -> Swap:
+        queue = self._queues[key]
+        del self.engines[engine.key]
+        self.engines[key] = EngineView(
+            key,
+            engine.bytes,
+            queue.pinned,
+            last_used=now,
+            ready_at=engine.ready_at,
+            # To its end, whoever waits for it: it is done in a moment.
+            awaited_until=NEVER,
+            swap=engine.swap,
+            adapters=engine.adapters,
+        )
+        return Swap(key, engine.key)
+
+    def _swap_or_evict(self, engine: EngineView, now: float) -> Action:
+        """The end of an engine that has drained, or of its model only: the first in line may take it."""
+        cold = [key for key in self._queues if key not in self.engines]
+        first = min(cold, key=lambda key: self._queues[key].oldest.number, default=None)
+        heir = engine.successor if engine.successor in cold else first
+        if engine.gives_way and heir is not None and self._queues[heir].fits_into(engine):
+            return self._swap(heir, engine, now)
+        return self._evict(engine)
+
+    def _replace(self, key: str, old: EngineView) -> Iterator[Action]:
+        """Case 15: `old` makes room for its own next revision."""
+        if old.state is EngineState.READY:
+            old.successor = key
+            yield from self._drain(old)
+
     def _give_way_for(self, key: str, blocked: Sequence[str], now: float) -> Iterator[Action]:
         queue = self._queues[key]
+        old = self.engines.get(queue.wish.instead_of or "")
+        if old is not None:
+            yield from self._replace(key, old)
+            return
         idle = [self.engines[name] for name in self.victims(now) if name not in self._queues]
         busy = self._busy(now) if now - queue.oldest.since >= self.policy.fairness_wait else []
         busy = [engine for engine in busy if engine not in idle]
@@ -386,7 +474,14 @@ class Scheduler:
 
     def _load(self, key: str, now: float) -> Load:
         queue = self._queues[key]
-        self.engines[key] = EngineView(key, queue.bytes, queue.pinned, last_used=now)
+        self.engines[key] = EngineView(
+            key,
+            queue.bytes,
+            queue.pinned,
+            last_used=now,
+            swap=queue.wish.swap,
+            adapters=queue.wish.adapters,
+        )
         return Load(key)
 
     def _drain(self, engine: EngineView) -> Iterator[Action]:

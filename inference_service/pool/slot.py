@@ -3,67 +3,67 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
-from inference_service.engines.base import Engine, Footprint, Snapshot
+from inference_service.engines.base import Engine, Fingerprint, Footprint, Snapshot
 from inference_service.errors import EngineDied
+from inference_service.pool.adapters import Adapter, Adapters
+from inference_service.pool.phases import Phases
 from inference_service.storage.model import Model
-
-
-class Phase(StrEnum):
-    """How far a load is."""
-
-    FETCH = "fetch"
-    MEMORY = "memory"
-    START = "start"
 
 
 @dataclass(eq=False)
 class Slot:
-    """The place of one engine, from the decision to load it until nothing of it is left.
+    """The place of one engine with one model, from the decision to load it until nothing of it is left.
 
-    Its state is the scheduler's. `began` and `phase_began` are on the pool's clock; `tasks` is what runs for
-    it: its load and the watch over its process, then its teardown. `unloaded`: by the operator.
+    Its state is the scheduler's. `began` is on the pool's clock; `tasks` is what runs for it: its load and
+    the watch over its process, then its teardown. `unloaded`: by the operator. `swapped`: its engine held
+    another model before. `fingerprint`: the canary's.
     """
 
     model: Model
     footprint: Footprint
     began: float
-    phase: Phase = Phase.FETCH
-    phase_began: float = 0.0
+    phases: Phases
     snapshot: Snapshot | None = None
     engine: Engine | None = None
+    adapters: Adapters | None = None
+    fingerprint: Fingerprint | None = None
     load_seconds: float | None = None
     unloaded: bool = False
+    swapped: bool = False
     leases: set["Lease"] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
-    def revision(self) -> str:
-        return (self.snapshot or self.model).revision
+    def key(self) -> str:
+        """Its engine's name in the scheduler."""
+        return self.model.reference
 
 
 class Lease:
-    """One request's hold on a ready engine, until `release`."""
+    """One request's hold on a ready engine, and on an adapter there, until `release`."""
 
     def __init__(self, slot: Slot, released: Callable[["Lease"], None]) -> None:
         self.slot = slot
+        self.adapter: Adapter | None = None
         self._released = released
 
     @property
-    def model(self) -> str:
-        return self.slot.model.name
+    def model(self) -> Model:
+        """What the request is served with: the adapter, or the engine's own model."""
+        return self.slot.model if self.adapter is None else self.adapter.model
 
     @property
-    def revision(self) -> str:
-        return self.slot.revision
+    def served_name(self) -> str:
+        """The host's name of it."""
+        return self.slot.model.name if self.adapter is None else self.adapter.served_name
 
     @property
     def engine(self) -> Engine:
         if self.slot.engine is None:
-            raise EngineDied(f"The engine of '{self.model}' is gone. Send the request again.")
+            raise EngineDied(f"The engine of '{self.model.name}' is gone. Send the request again.")
         return self.slot.engine
 
     def release(self) -> None:

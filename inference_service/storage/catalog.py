@@ -14,7 +14,15 @@ from dataclasses import replace
 
 from inference_service.errors import ModelNotFound, ModelNotServable, ObjectReplaced, StoreError
 from inference_service.storage.documents import Documents
-from inference_service.storage.model import Model, canonical_name, describe, described_as, models_in
+from inference_service.storage.model import (
+    NO_BASE,
+    Model,
+    ModelKind,
+    canonical_name,
+    describe,
+    described_as,
+    models_in,
+)
 from inference_service.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -24,6 +32,15 @@ LISTING_SECONDS = 30.0
 # every wrong name.
 MISS_LISTING_SECONDS = 2.0
 READS_AT_ONCE = 4
+
+
+class RevisionNotFound(ModelNotFound):
+    """The bucket holds another revision of the model, `newest`."""
+
+    def __init__(self, name: str, newest: Model, revision: str) -> None:
+        super().__init__(name, f"The bucket holds revision {newest.revision} of it.")
+        self.newest = newest
+        self.revision = revision
 
 
 class Catalog:
@@ -47,6 +64,8 @@ class Catalog:
         self._models: dict[str, Model] = {}
         self._aliases: dict[str, str] = {}
         self._conflicts: dict[str, tuple[str, ...]] = {}
+        # By base; None: not known of this listing yet.
+        self._adapters: dict[str, list[Model]] | None = None
         self._listed_at: float | None = None
         self._refreshing: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -109,8 +128,55 @@ class Catalog:
             raise ModelNotFound(name, hint)
         model = await self._read(self._models[wanted])
         if at and model.revision != revision:
-            raise ModelNotFound(name, f"The bucket holds revision {model.revision} of it.")
+            raise RevisionNotFound(name, model, revision)
         return replace(model, exact=bool(at))
+
+    async def base_of(self, adapter: Model) -> Model:
+        """The checkpoint that an adapter is for; raises ModelNotServable and StoreError."""
+        if adapter.base is None:
+            raise ModelNotServable(adapter.name, adapter.unservable or NO_BASE)
+        name = self._base_name(adapter.base)
+        if name is None:
+            await self._refresh_after(MISS_LISTING_SECONDS)
+            name = self._base_name(adapter.base)
+        if name is None:
+            raise ModelNotServable(
+                adapter.name,
+                f"its base '{adapter.base}' is not in the bucket. Upload it, or name the one that is meant "
+                "in its serving.json ('base').",
+            )
+        base = await self._read(self._models[name])
+        if base.unservable is not None:
+            raise ModelNotServable(adapter.name, f"its base '{name}' cannot be served: {base.unservable}")
+        return base
+
+    async def adapters_of(self, base: Model) -> list[Model]:
+        """The servable adapters for a checkpoint, as far as they can be read; raises StoreError."""
+        if self._adapters is None:
+            adapters = [each for each in self.listed if each.kind is ModelKind.ADAPTER]
+            unread = [each for each in adapters if not each.described]
+            found = await asyncio.gather(*(self._read(each) for each in unread), return_exceptions=True)
+            for error in found:
+                if isinstance(error, BaseException) and not isinstance(error, StoreError):
+                    raise error
+            self._adapters = self._adapters_by_base()
+        return self._adapters.get(base.name, [])
+
+    def _adapters_by_base(self) -> dict[str, list[Model]]:
+        found: dict[str, list[Model]] = {}
+        for each in self.listed:
+            if each.kind is ModelKind.ADAPTER and each.unservable is None and each.base:
+                found.setdefault(self._base_name(each.base) or "", []).append(each)
+        return found
+
+    def _base_name(self, named: str) -> str | None:
+        """The checkpoint that an adapter means: by the whole name, its last part, or either in other case."""
+        names = [canonical_name(named), named.rstrip("/").rpartition("/")[2]]
+        known = [each for name in names if (each := self._known(name)) is not None]
+        folded = {name.casefold(): name for name in self._models}
+        known += [folded[name.casefold()] for name in names if name.casefold() in folded]
+        checkpoints = (name for name in known if self._models[name].kind is ModelKind.CHECKPOINT)
+        return next(checkpoints, None)
 
     def _known(self, name: str) -> str | None:
         return name if name in self._models else self._aliases.get(name)
@@ -132,6 +198,7 @@ class Catalog:
         loop = asyncio.get_running_loop()
         try:
             self._models = await loop.run_in_executor(self._lister, self._list)
+            self._adapters = None
             self._name_aliases()
         except StoreError as error:
             if not self._models:
@@ -197,6 +264,8 @@ class Catalog:
         current = self._models.get(model.name)  # perhaps of a newer listing
         if current is not None:
             self._models[model.name] = described_as(current, described)
+            if model.kind is ModelKind.ADAPTER:
+                self._adapters = None
             if described.serving.aliases and self._reading is None:
                 self._name_aliases()
         return described

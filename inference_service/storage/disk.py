@@ -26,6 +26,7 @@ from inference_service.storage.layout import (
     Layout,
     allocated_bytes,
     is_at,
+    last_used,
     lock_of,
     revision_of,
     stagings,
@@ -168,7 +169,7 @@ class Disk:
         """
         with self._use:
             held = set(self._held)
-        snapshots = sorted(self._layout.snapshots(), key=_last_used)
+        snapshots = sorted(self._layout.snapshots(), key=last_used)
         own = stagings(mine)
         others = [path for path in self._layout.leftovers() if path not in own]
         candidates = [*others, *(path for path in snapshots if path not in held), *own]
@@ -346,10 +347,3 @@ def _outstanding(staging: Path) -> int:
     except (OSError, ValueError):
         return 0
     return max(0, count - max(0, allocated_bytes(staging) - before))
-
-
-def _last_used(snapshot: Path) -> float:
-    try:
-        return (snapshot / MANIFEST).stat().st_mtime
-    except OSError:
-        return 0.0

@@ -91,6 +91,11 @@ class Layout:
         below = [path for model in _visible(self.root) for path in _visible(model)]
         return [path for path in below if (path / MANIFEST).exists()]
 
+    def revisions(self, model: str) -> list[str]:
+        """Revisions of a model that have a manifest, the one that was used last first."""
+        found = [path for path in _visible(self.root / model) if (path / MANIFEST).exists()]
+        return [path.name for path in sorted(found, key=last_used, reverse=True)]
+
     def leftovers(self) -> list[Path]:
         """Staging directories of every model, and snapshots that were being evicted."""
         stagings = [staging for model in _visible(self.root) for staging in stagings_of(model)]
@@ -122,6 +127,20 @@ def stagings(snapshot: Path) -> list[Path]:
 def revision_of(staging: Path) -> str:
     """The revision that a staging directory is of."""
     return staging.name.removeprefix(INCOMPLETE).rpartition("-")[0]
+
+
+def last_used(snapshot: Path) -> float:
+    """When an engine was last loaded from it; 0 where it is gone."""
+    try:
+        return (snapshot / MANIFEST).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def disown(snapshot: Path) -> None:
+    """What lies there is no snapshot any more: the next that wants it fetches it anew."""
+    with suppress(OSError):
+        (snapshot / MANIFEST).unlink()
 
 
 def lock_of(snapshot: Path) -> Path:

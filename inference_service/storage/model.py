@@ -14,6 +14,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from inference_service.models.serving import BadServing, Serving, parse_serving
+from inference_service.storage.adapter import adapter_config
 from inference_service.storage.documents import WEIGHTS, BadDocument, oversized, parse_object
 from inference_service.storage.store import StoredObject
 
@@ -22,6 +23,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 INDEX = ".safetensors.index.json"
 CONFIG = "config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+NO_BASE = "neither its adapter_config.json (base_model_name_or_path) nor its serving.json names its base."
 MAX_NAME_CHARACTERS = 200
 MAX_SEGMENT_BYTES = 255
 MAX_SHARDS = 10_000
@@ -46,8 +48,9 @@ class Model:
 
     `objects` are the files that serving needs; `unservable` says why it cannot be served, if it cannot;
     `serving`, an adapter's `base` and `problem` (part of `unservable`) are what its documents say, once it is
-    `described`; `exact` where a
-    client wants this revision and no other.
+    `described`; `exact` where a client wants this revision and no other. `rank`: an adapter's own, or the
+    highest of the adapters that a checkpoint's engine is to take (0: none). `carrier`: the checkpoint whose
+    engine an adapter is served on, once it is resolved.
     """
 
     name: str
@@ -63,10 +66,18 @@ class Model:
     serving: Serving = field(default_factory=Serving)
     base: str | None = None
     exact: bool = False
+    rank: int = 0
+    carrier: "Model | None" = None
 
     @property
     def bytes(self) -> int:
         return sum(stored.size for stored in self.objects)
+
+    @property
+    def reference(self) -> str:
+        """What tells an engine, or an adapter on one, from every other: `name@revision`."""
+        adapters = f"+{self.rank}" if self.rank and self.kind is ModelKind.CHECKPOINT else ""
+        return f"{self.name}@{self.revision}{adapters}"
 
 
 def canonical_name(name: str) -> str:
@@ -170,7 +181,8 @@ def _is_served(name: str) -> bool:
 
 def _why_unservable(kind: ModelKind, names: set[str]) -> str | None:
     if kind is ModelKind.ADAPTER:
-        return "it is a LoRA adapter, and this version serves checkpoints only."
+        absent = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name not in names]
+        return f"the upload is not complete: {absent[0]} is missing." if absent else None
     weights = sorted(name for name in names if name.endswith(WEIGHTS) and _is_served(name))
     if weights:
         missing = _missing_config(names) or _missing_shard(weights) or _missing_tokenizer(names)
@@ -219,19 +231,21 @@ def describe(model: Model, contents: Mapping[str, bytes]) -> Model:
     """The model with what its documents (content by file name) say of it, or why it cannot be served."""
     try:
         serving = parse_serving(contents[SERVING]) if SERVING in contents else Serving()
-        base = serving.base
-        if ADAPTER_CONFIG in contents:
-            named = parse_object(ADAPTER_CONFIG, contents[ADAPTER_CONFIG]).get("base_model_name_or_path")
-            base = base or (_shown(named) if isinstance(named, str) else None)
+        base, rank, problem = serving.base, 0, None
+        if ADAPTER_CONFIG in contents and model.kind is ModelKind.ADAPTER:
+            adapter = adapter_config(parse_object(ADAPTER_CONFIG, contents[ADAPTER_CONFIG]))
+            base = base or (_shown(adapter.base) if adapter.base else None)
+            rank, problem = adapter.rank, adapter.problem or (None if base else NO_BASE)
         missing = [_unlisted_shard(model, name, contents[name]) for name in contents if name.endswith(INDEX)]
-        problem = next(filter(None, missing), None)
+        problem = problem or next(filter(None, missing), None)
     except (BadServing, BadDocument) as error:
-        serving, base, problem = Serving(), None, str(error)
+        serving, base, rank, problem = Serving(), None, 0, str(error)
     return replace(
         model,
         described=True,
         serving=serving,
         base=base,
+        rank=rank,
         problem=problem,
         unservable=model.unservable or problem,
     )
@@ -246,6 +260,7 @@ def described_as(model: Model, known: Model | None) -> Model:
         described=True,
         serving=known.serving,
         base=known.base,
+        rank=known.rank,
         problem=known.problem,
         unservable=model.unservable or known.problem,
     )

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+
 from inference_service.config import Settings
 from inference_service.engines import vllm_names
 from inference_service.engines.device import Backend, Device
 from inference_service.errors import CacheError, DiskFull, ModelNotServable, readable_bytes
 from inference_service.models.serving import Serving
+from inference_service.storage.adapter import why_not_of
 from inference_service.storage.documents import (
     WEIGHTS,
     BadDocument,
@@ -33,8 +36,10 @@ from inference_service.storage.safetensors import (
 )
 from inference_service.storage.shape import Shape, Weights, shape_of, shape_of_fake
 from inference_service.storage.store import StoredObject
+from inference_service.storage.swap_key import VOCABULARY, swap_key
 
 READS_AT_ONCE = 8
+KEPT_VERDICTS = 3
 JUDGES = 4
 # Most headers of a shard fit: one request instead of two.
 FIRST_READ_BYTES = 64 << 10
@@ -42,11 +47,15 @@ FIRST_READ_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class _Verdict:
-    """What an examination found: why the model cannot be served, if it cannot, and its shape."""
+    """What an examination found: why the model cannot be served, if it cannot, its shape and its swap key.
+
+    `revision`: an adapter's with that of its base.
+    """
 
     revision: str
     reason: str | None
     shape: Shape | None = None
+    swap_key: str | None = None
 
 
 class Preflight:
@@ -71,27 +80,34 @@ class Preflight:
         self._backend = backend
         self._most_bytes = most_bytes
         self._kept = kept
-        self._found: dict[str, _Verdict] = {}
+        # Of each model the newest revisions: the one that serves and the one that is to.
+        self._found: dict[tuple[str, str], _Verdict] = {}
         self._examining: dict[tuple[str, str], asyncio.Task[_Verdict]] = {}
         self._judges = ThreadPoolExecutor(JUDGES, thread_name_prefix="judge")
         self._readers = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="preflight")
 
     async def examine(self, model: Model) -> None:
         """Returns for a model that can be served; raises ModelNotServable, DiskFull and StoreError."""
-        verdict = self._found.get(model.name)
-        if verdict is None or verdict.revision != model.revision:
-            verdict = await self._once(model)
+        verdict = self._verdict(model) or await self._once(model)
         if verdict.reason is not None:
             raise ModelNotServable(model.name, verdict.reason)
 
     def shape(self, model: Model) -> Shape | None:
         """The shape of a model that was examined; None where no header was read."""
-        verdict = self._found.get(model.name)
-        return None if verdict is None or verdict.revision != model.revision else verdict.shape
+        verdict = self._verdict(model)
+        return None if verdict is None else verdict.shape
+
+    def swap_key(self, model: Model) -> str | None:
+        """Which engines can take the weights of a model that was examined; None where none can."""
+        verdict = self._verdict(model)
+        return None if verdict is None else verdict.swap_key
+
+    def _verdict(self, model: Model) -> _Verdict | None:
+        return self._found.get((model.name, _examined(model)))
 
     async def _once(self, model: Model) -> _Verdict:
         """One examination of a revision, however many ask; it outlives a client that leaves."""
-        key = (model.name, model.revision)
+        key = (model.name, _examined(model))
         examining = self._examining.get(key)
         if examining is None:
             examining = asyncio.create_task(self._examine(model))
@@ -103,7 +119,10 @@ class Preflight:
         snapshot = None if self._kept is None else await self._kept(model)
         loop = asyncio.get_running_loop()
         verdict = await loop.run_in_executor(self._judges, self._judge_where_it_lies, model, snapshot)
-        self._found[model.name] = verdict
+        older = [key for key in self._found if key[0] == model.name]
+        for key in older[: max(0, len(older) - KEPT_VERDICTS + 1)]:
+            del self._found[key]
+        self._found[model.name, verdict.revision] = verdict
         return verdict
 
     def _judge_where_it_lies(self, model: Model, snapshot: Path | None) -> _Verdict:
@@ -119,16 +138,12 @@ class Preflight:
         if fetch:
             self._check_disk(model)
         if self._backend is Backend.FAKE:  # nothing reads the insides of its models
-            shape = shape_of_fake(model.bytes, model.serving)
-            return _Verdict(model.revision, self._too_large(shape), shape)
-        files = [stored for stored in model.objects if stored.filename.endswith(WEIGHTS)]
-        (config_file,) = (stored for stored in model.objects if stored.filename == CONFIG)
-        headers = list(self._readers.map(lambda stored: _header(reader, stored), files))
+            return self._judge_fake(model, reader)
+        if model.carrier is not None:
+            return self._judge_adapter(model, model.carrier, reader)
         try:
-            config = parse_object(CONFIG, reader.read(config_file))
-            weights = Weights({})
-            for stored, header in zip(files, headers, strict=True):
-                weights.tensors.update(_parsed(stored, header))
+            config = _config(model, reader)
+            weights = self._weights(model, reader)
         except BadDocument as error:
             raise ModelNotServable(model.name, f"{error}.") from error
         reason = _malformed(config) or _runs_code(config) or self._unknown_names(config, model.serving)
@@ -136,7 +151,41 @@ class Preflight:
             return _Verdict(model.revision, reason)
         shape = shape_of(config, model.serving, weights, self._settings, self._device)
         reason = _too_long(config, model.serving) or self._too_large(shape)
-        return _Verdict(model.revision, reason, shape)
+        key = swap_key(config, weights.tensors, model.serving, _vocabulary(model, reader))
+        return _Verdict(model.revision, reason, shape, key)
+
+    def _judge_fake(self, model: Model, reader: Reader) -> _Verdict:
+        shape = shape_of_fake(model.bytes, model.serving)
+        try:
+            key = _config(model, reader).get("fake", {}).get("swap_key")
+        except BadDocument:
+            key = None
+        return _Verdict(_examined(model), self._too_large(shape), shape, key)
+
+    def _judge_adapter(self, adapter: Model, base: Model, reader: Reader) -> _Verdict:
+        limit = base.serving.max_lora_rank
+        if limit is not None and adapter.rank > limit:
+            return _Verdict(
+                _examined(adapter),
+                f"its rank {adapter.rank} is higher than the {limit} that the serving.json of '{base.name}' "
+                "allows (max_lora_rank).",
+            )
+        try:
+            tensors = self._weights(adapter, reader).tensors
+            base_tensors = self._weights(base, self._documents).tensors
+        except BadDocument as error:
+            raise ModelNotServable(adapter.name, f"{error}.") from error
+        reason = why_not_of(base.name, tensors, base_tensors)
+        return _Verdict(_examined(adapter), reason, Shape("", adapter.bytes))
+
+    def _weights(self, model: Model, reader: Reader) -> Weights:
+        """The tensors of all of a model's files; raises BadDocument."""
+        files = [stored for stored in model.objects if stored.filename.endswith(WEIGHTS)]
+        headers = list(self._readers.map(lambda stored: _header(reader, stored), files))
+        weights = Weights({})
+        for stored, header in zip(files, headers, strict=True):
+            weights.tensors.update(_parsed(stored, header))
+        return weights
 
     def _check_disk(self, model: Model) -> None:
         most = self._most_bytes()
@@ -179,6 +228,28 @@ class Preflight:
             f"{readable_bytes(usable)} ({shape.gpus} x {readable_bytes(device.memory_bytes)} of "
             f"{device.name}, GPU_MEMORY_UTILIZATION={settings.gpu_memory_utilization:g})."
         )
+
+
+def _examined(model: Model) -> str:
+    """What of a model is examined: its revision, and an adapter's base with it."""
+    return model.revision if model.carrier is None else f"{model.revision} on {model.carrier.reference}"
+
+
+def _config(model: Model, reader: Reader) -> dict[str, Any]:
+    """config.json, {} where a model of ENGINE=fake has none; raises BadDocument."""
+    found = [stored for stored in model.objects if stored.filename == CONFIG]
+    return parse_object(CONFIG, reader.read(found[0])) if found else {}
+
+
+def _vocabulary(model: Model, reader: Reader) -> dict[str, int]:
+    """crc32c of the tokenizer's files; of those in a directory, which has none, their bytes are read."""
+    files = [stored for stored in model.objects if stored.filename in VOCABULARY]
+    return {
+        stored.filename: stored.crc32c
+        if stored.crc32c is not None
+        else int(google_crc32c.value(reader.read(stored)))
+        for stored in files
+    }
 
 
 def _header(reader: Reader, stored: StoredObject) -> bytes:

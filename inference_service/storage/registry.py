@@ -1,20 +1,29 @@
 """The bucket as a registry: from the name that a client uses to a snapshot that an engine can load."""
 
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from inference_service.engines.base import Snapshot
-from inference_service.errors import ModelNotServable, ObjectReplaced
-from inference_service.storage.catalog import Catalog
+from inference_service.errors import ModelNotServable, ObjectReplaced, SnapshotCorrupt
+from inference_service.storage.adapter import engine_rank
+from inference_service.storage.catalog import Catalog, RevisionNotFound
 from inference_service.storage.directory import DirectoryStore
-from inference_service.storage.model import Model
+from inference_service.storage.layout import FileRecord, Layout, Manifest, disown
+from inference_service.storage.model import Model, ModelKind
 from inference_service.storage.preflight import Preflight
 from inference_service.storage.progress import Progress
 from inference_service.storage.shape import Shape
-from inference_service.storage.store import Store
+from inference_service.storage.store import Store, StoredObject
 from inference_service.storage.sync import Sync
+from inference_service.storage.verify import Verifier
+
+logger = logging.getLogger(__name__)
 
 FILE_SCHEME = "file://"
-REPLACED_ATTEMPTS = 3
 
 
 def open_store(bucket: str) -> Store:
@@ -30,53 +39,128 @@ def open_store(bucket: str) -> Store:
 class Registry:
     """The catalog, the preflight and the sync of one bucket, in the order in which a model needs them."""
 
-    def __init__(self, catalog: Catalog, preflight: Preflight, sync: Sync) -> None:
+    def __init__(
+        self, catalog: Catalog, preflight: Preflight, sync: Sync, layout: Layout, verifier: Verifier
+    ) -> None:
         self.catalog = catalog
         self.sync = sync
         self._preflight = preflight
+        self._layout = layout
+        self._verifier = verifier
 
     async def resolve(self, name: str) -> Model:
         """The model that a client means, known to be servable before anything of it is downloaded.
 
         Raises ModelNotFound, ModelNotServable, DiskFull and StoreError.
         """
-        model = await self.catalog.find(name)
+        model = await self.find(name)
         await self.examine(model)
         return model
+
+    async def find(self, name: str) -> Model:
+        """As `resolve`, also for a model that cannot be served.
+
+        A revision that the bucket does not hold any more is found while its snapshot is on the disk.
+        """
+        try:
+            model = await self.catalog.find(name)
+        except RevisionNotFound as error:
+            kept = await self.kept(error.newest, error.revision)
+            if kept is None:
+                raise
+            model = replace(kept, exact=True)
+        return await self._placed(model)
+
+    async def _placed(self, model: Model) -> Model:
+        """The model with what its engine must be: an adapter's base, the rank of a base's adapters."""
+        if model.unservable is not None:
+            return model
+        if model.kind is ModelKind.CHECKPOINT:
+            return replace(model, rank=await self._rank(model))
+        base = await self.catalog.base_of(model)
+        return replace(model, carrier=replace(base, rank=await self._rank(base)))
+
+    async def _rank(self, base: Model) -> int:
+        limit = base.serving.max_lora_rank
+        ranks = [each.rank for each in await self.catalog.adapters_of(base)]
+        return engine_rank(max((rank for rank in ranks if limit is None or rank <= limit), default=0), limit)
+
+    async def kept(self, newest: Model, revision: str) -> Model | None:
+        """Another revision of a model, as its snapshot on the disk shows it; None where there is none.
+
+        How it is served is what the bucket says of its newest revision.
+        """
+        path = self._layout.snapshot(newest.name, revision)
+        manifest = await asyncio.to_thread(Manifest.read, path)
+        if manifest is None or path.parent.parent != self._layout.root:
+            return None
+        objects = tuple(_stored(record) for _, record in sorted(manifest.files.items()))
+        return replace(newest, revision=revision, objects=objects, unservable=None, problem=None)
+
+    async def kept_revisions(self, name: str) -> list[str]:
+        """The revisions of a model that are on the disk, the one that was used last first."""
+        return await asyncio.to_thread(self._layout.revisions, name)
 
     async def examine(self, model: Model) -> None:
         """Returns for a model that can be served; raises ModelNotServable, DiskFull and StoreError."""
         if model.unservable is not None:
             raise ModelNotServable(model.name, model.unservable)
+        if model.carrier is not None:
+            await self.examine(model.carrier)
         await self._preflight.examine(model)
 
     def shape(self, model: Model) -> Shape:
         """What the model takes in memory; where it was not examined, as much as on the disk."""
         return self._preflight.shape(model) or Shape("", model.bytes)
 
+    def swap_key(self, model: Model) -> str | None:
+        """Models with the same can take one another's place in an engine; None: it is loaded afresh."""
+        return self._preflight.swap_key(model)
+
     def fetching(self, model: Model) -> Progress | None:
         """How far the fetch of the model is; None while none is under way."""
         under_way = (progress for progress in self.sync.progress() if progress.model == model.name)
         return next(under_way, None)
 
-    async def fetch(self, model: Model) -> Snapshot:
-        """The model's snapshot, held until `release`; raises StoreError, CacheError and DiskFull.
+    async def fetch(self, model: Model, entered: Callable[[str], None] = lambda phase: None) -> Snapshot:
+        """The model's snapshot, held until `release`, every byte of it verified.
 
-        Where the bucket's objects are replaced meanwhile the whole new revision is fetched, never a mix;
-        but a client that named the revision gets no other.
+        `entered` is told the phases: list, sync, verify. Raises StoreError, CacheError, DiskFull, and
+        ObjectReplaced where the bucket holds another revision by now.
         """
+        entered("list")
         # It may have been let through because another revision was loaded, which is gone.
         await self.examine(model)
-        for attempt in range(1, REPLACED_ATTEMPTS + 1):
-            try:
-                return await self.sync.snapshot(model)
-            except ObjectReplaced:
-                self.catalog.forget()
-                if model.exact or attempt == REPLACED_ATTEMPTS:
-                    raise
-                model = await self.resolve(model.name)
-        raise AssertionError  # the last attempt returned or raised
+        try:
+            snapshot = await self._verified(model, entered)
+        except SnapshotCorrupt as error:
+            # What was right when it came has been damaged on the disk since.
+            logger.warning("fetching it anew: %s", error, extra={"model": model.name})
+            snapshot = await self._verified(model, entered)
+        except ObjectReplaced:
+            self.catalog.forget()
+            raise
+        return replace(snapshot, adapter_rank=model.rank if model.kind is ModelKind.CHECKPOINT else 0)
+
+    async def _verified(self, model: Model, entered: Callable[[str], None]) -> Snapshot:
+        entered("sync")
+        kept = await self.sync.kept(model)
+        snapshot = await self.sync.snapshot(model)
+        entered("verify")
+        try:
+            await self._verifier.verify(snapshot, arrived_now=kept is None)
+        except BaseException as error:
+            if isinstance(error, SnapshotCorrupt):
+                await asyncio.to_thread(disown, snapshot.path)
+            self.release(snapshot)
+            raise
+        return snapshot
 
     def release(self, snapshot: Snapshot) -> None:
         """No engine uses the snapshot any more."""
         self.sync.release(snapshot)
+
+
+def _stored(record: FileRecord) -> StoredObject:
+    created = datetime.fromtimestamp(record.modified_ns / 1e9, UTC)
+    return StoredObject(record.object, record.size, record.generation, record.crc32c, created)

@@ -36,7 +36,7 @@ class Shape:
     """Bytes of weights as `dtype` and of the KV cache of one token, on all of its `gpus` together.
 
     `context` is the longest request in tokens, `token_bytes` 0 where config.json does not tell;
-    `kv_cache_bytes` is what serving.json wishes.
+    `kv_cache_bytes` is what serving.json wishes, `adapter_bytes` what a LoRA adapter of rank 1 takes at most.
     """
 
     dtype: str
@@ -45,6 +45,7 @@ class Shape:
     context: int = 0
     gpus: int = 1
     kv_cache_bytes: int | None = None
+    adapter_bytes: int = 0
 
 
 def shape_of(
@@ -62,7 +63,13 @@ def shape_of(
         context=serving.max_model_len or settings.max_model_len or _number(merged, "max_position_embeddings"),
         gpus=serving.tensor_parallel_size or tensor_parallel_size(settings, device),
         kv_cache_bytes=None if wish is None else int(wish * _GIB),
+        adapter_bytes=_DTYPE_BYTES[dtype] * sum(map(_sides, weights.tensors.values())),
     )
+
+
+def _sides(tensor: Tensor) -> int:
+    """Inputs and outputs of a layer, both of which a LoRA has a matrix for."""
+    return sum(tensor.shape) if len(tensor.shape) == 2 else 0
 
 
 def shape_of_fake(count: int, serving: Serving) -> Shape:

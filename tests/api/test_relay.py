@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from inference_service.metrics import Metrics
 from inference_service.models.requests import CompletionBody
 from inference_service.pool.loading import Parts
 from inference_service.pool.pool import Limits, Pool
+from inference_service.pool.rollover import Rollover
 from inference_service.pool.scheduler import Policy
 from inference_service.storage.model import Model
 from inference_service.storage.registry import Registry
@@ -98,10 +99,11 @@ class Bench:
             Backend.FAKE,
             cast(Registry, None),
             self.pool,
+            Rollover(self.pool, cast(Registry, None), metrics, 1000),
             metrics,
         )
 
-    async def _fetch(self, model: Model) -> Snapshot:
+    async def _fetch(self, model: Model, entered: Callable[[str], None]) -> Snapshot:
         await asyncio.sleep(0)
         return Snapshot(model.name, model.revision, Path("/nowhere"), 1)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from inference_service.engines.base import HostSpec, Snapshot
+from inference_service.engines.base import HostSpec
 from inference_service.engines.hosted import HostedEngine
 from inference_service.engines.launcher import Launcher
 from inference_service.errors import EngineDied, EngineStartFailed
@@ -34,7 +34,8 @@ async def launcher() -> AsyncIterator[Launcher]:
 
 
 def engine(launcher: Launcher, room: Path, given: HostSpec | None = None) -> HostedEngine:
-    return HostedEngine(launcher, given or spec(), Snapshot("m", "r", room, 0), room / "engine")
+    order = given or spec()
+    return HostedEngine(launcher, order, room / "engine", lambda snapshot: order)
 
 
 async def until(true: object, seconds: float = 5) -> None:

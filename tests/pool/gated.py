@@ -3,8 +3,8 @@
 import asyncio
 from datetime import UTC, datetime
 
-from inference_service.engines.base import Pulse, Reply, Snapshot
-from inference_service.errors import EngineDied, ServiceError
+from inference_service.engines.base import Fingerprint, Pulse, Reply, Snapshot, Swapped
+from inference_service.errors import AdapterRefused, EngineDied, ServiceError
 from inference_service.models.serving import Serving
 from inference_service.storage.model import Model, ModelKind
 from inference_service.storage.store import StoredObject
@@ -18,6 +18,11 @@ def model(name: str, *, pinned: bool = False) -> Model:
     return Model(name, ModelKind.CHECKPOINT, name, "r1", (weights,), datetime.now(UTC), serving=serving)
 
 
+def key(name: str) -> str:
+    """The reference of `model(name)`."""
+    return model(name).reference
+
+
 class GatedEngine:
     """An engine whose start, death and end happen when the test says so."""
 
@@ -25,8 +30,16 @@ class GatedEngine:
         self.snapshot = snapshot
         self.healthy = True
         self.process_id = None
+        self.phases: dict[str, float] = {}
+        # What its next swap raises; and whether the canary shows the weights before.
+        self.swap_error: Exception | None = None
+        self.keeps_weights = False
+        self.adapters: list[str] = []
+        self.refuses: str | None = None
         loop = asyncio.get_running_loop()
         self.started: asyncio.Future[None] = loop.create_future()
+        self.may_swap: asyncio.Future[None] = loop.create_future()
+        self.may_swap.set_result(None)
         self.dead: asyncio.Future[str] = loop.create_future()
         self.may_close: asyncio.Future[None] = loop.create_future()
         self.closing = self.closed = False
@@ -46,6 +59,25 @@ class GatedEngine:
             raise EngineDied("it does not answer")
         return self.pulses
 
+    async def canary(self) -> Fingerprint:
+        return fingerprint(self.snapshot)
+
+    async def swap(self, snapshot: Snapshot) -> Swapped:
+        await asyncio.shield(self.may_swap)
+        if self.swap_error is not None:
+            raise self.swap_error
+        if not self.keeps_weights:
+            self.snapshot = snapshot
+        return Swapped(fingerprint(self.snapshot), {"weights": 0.0})
+
+    async def add_adapter(self, name: str, number: int, adapter: Snapshot) -> None:
+        if self.refuses is not None:
+            raise AdapterRefused(self.refuses)
+        self.adapters.append(name)
+
+    async def remove_adapter(self, name: str) -> None:
+        self.adapters.remove(name)
+
     def cut(self, error: ServiceError) -> None:
         self.cut_with = error
 
@@ -55,5 +87,10 @@ class GatedEngine:
     async def close(self, grace: float = 5.0) -> None:
         self.graces.append(grace)
         self.closing = True
-        await asyncio.shield(self.may_close)
+        if self.swap_error is None:  # what could not be swapped is killed
+            await asyncio.shield(self.may_close)
         self.closed = True
+
+
+def fingerprint(snapshot: Snapshot) -> Fingerprint:
+    return Fingerprint(((sum(snapshot.model.encode()), -1.0), (7, float(len(snapshot.revision)))))

@@ -46,7 +46,7 @@ def test_another_revision_is_tried_at_once_and_counts_anew() -> None:
 def test_success_forgets() -> None:
     circuits = Circuits()
     circuits.failed("m", "r1", ERROR, 0)
-    circuits.succeeded("m")
+    circuits.succeeded("m", "r1")
     assert circuits.refusal("m", "r1", 0) is None
     assert circuits.describe(0) == {}
 

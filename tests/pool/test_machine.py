@@ -18,6 +18,7 @@ from inference_service.errors import (
     NoRoom,
     Overloaded,
     ServiceError,
+    SwapFailed,
 )
 from inference_service.metrics import Metrics
 from inference_service.pool.loading import Parts
@@ -25,7 +26,7 @@ from inference_service.pool.pool import LINGER_SECONDS, Limits, Pool
 from inference_service.pool.scheduler import Policy
 from inference_service.pool.slot import Lease
 from inference_service.storage.model import Model
-from tests.pool.gated import MIB, GatedEngine, model
+from tests.pool.gated import MIB, GatedEngine, key, model
 
 # Model -> MiB of its engine.
 SIZES = {"a": 1, "b": 1, "c": 2, "d": 3}
@@ -68,7 +69,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.now = 1000.0
         self.reference = Reference()
-        self.engines: dict[str, GatedEngine] = {}
+        self.made: list[GatedEngine] = []
         self.snapshots: list[str] = []
         self.unloads: list[asyncio.Task[bool]] = []
         self.pinned: set[str] = set()
@@ -80,6 +81,7 @@ class PoolMachine(RuleBasedStateMachine):
         fairness=st.sampled_from([10.0, NEVER]),
         residency=st.sampled_from([0.0, 5.0]),
         idle_ttl=st.sampled_from([None, 60.0]),
+        swaps=st.booleans(),
     )
     def build(
         self,
@@ -89,10 +91,17 @@ class PoolMachine(RuleBasedStateMachine):
         fairness: float,
         residency: float,
         idle_ttl: float | None,
+        swaps: bool,
     ) -> None:
         self.policy = Policy(slots, concurrency, QUEUED, fairness, residency, idle_ttl, memory)
         self.pool = Pool(
-            Parts(self._fetch, self._release, self._make, self._free_bytes),
+            Parts(
+                self._fetch,
+                self._release,
+                self._make,
+                self._free_bytes,
+                swap_key=lambda wanted: "small" if swaps and SIZES[wanted.name] == 1 else None,
+            ),
             lambda wanted: Footprint(SIZES[wanted.name] * MIB, 0, 0),
             Metrics(),
             policy=self.policy,
@@ -105,7 +114,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(name=names)
     def request(self, name: str) -> None:
         reference = self.reference
-        ready = self.pool.state(name) is EngineState.READY
+        ready = self.pool.state(key(name)) is EngineState.READY
         at_once = ready and len(reference.held) < self.policy.concurrency and not self._waits(name)
         full = len(reference.waiting) >= QUEUED
         if name != reference.last_asked:
@@ -164,8 +173,14 @@ class PoolMachine(RuleBasedStateMachine):
             assert not self._waits(name), "all who waited for it are told"
 
     @rule(name=names)
+    def engine_takes_no_other_weights(self, name: str) -> None:
+        if self.pool.state(key(name)) is EngineState.READY:
+            self.reference.excused += 1
+            self.engines[name].swap_error = SwapFailed("broken")
+
+    @rule(name=names)
     def engine_dies(self, name: str) -> None:
-        if self.pool.state(name) in (EngineState.READY, EngineState.DRAINING):
+        if self.pool.state(key(name)) in (EngineState.READY, EngineState.DRAINING):
             self.reference.excused += 1
             self._void(name)
             self.engines[name].dead.set_result("killed")
@@ -173,7 +188,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(name=names)
     def engine_is_gone(self, name: str) -> None:
-        if self.pool.state(name) in ENDING and name in self.engines:
+        if self.pool.state(key(name)) in ENDING and name in self.engines:
             self._let_end(name)
 
     @rule(seconds=st.sampled_from([1.0, LINGER_SECONDS, 10.0, 60.0]))
@@ -183,7 +198,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(name=names, force=st.booleans())
     def operator_unloads(self, name: str, force: bool) -> None:
-        if self.pool.holds(name):
+        if name in self.pool.names():
             self.reference.excused += 1
             if force:
                 self._void(name)
@@ -225,7 +240,7 @@ class PoolMachine(RuleBasedStateMachine):
         """Past FAIRNESS_WAIT and MIN_RESIDENCY something is under way for the oldest cold waiter."""
         if not self._built():
             return
-        cold = [asked for asked in self.reference.waiting if not self.pool.holds(asked.name)]
+        cold = [asked for asked in self.reference.waiting if asked.name not in self.pool.names()]
         if not cold or self.now - cold[0].since < self.policy.fairness_wait:
             return
         views = self._stats()["engines"]
@@ -273,7 +288,7 @@ class PoolMachine(RuleBasedStateMachine):
             for name in sorted(SIZES):
                 if self._starting(name):
                     self.engines[name].started.set_result(None)
-                if self.pool.state(name) in ENDING and name in self.engines:
+                if self.pool.state(key(name)) in ENDING and name in self.engines:
                     self._let_end(name)
             self.now += max(self.policy.min_residency, min(self.policy.fairness_wait, 10.0))
             self._settle(self.pool.look)
@@ -284,17 +299,22 @@ class PoolMachine(RuleBasedStateMachine):
 
     # The pool's surroundings.
 
-    async def _fetch(self, wanted: Model) -> Snapshot:
+    async def _fetch(self, wanted: Model, entered: Callable[[str], None]) -> Snapshot:
         self.snapshots.append(wanted.name)
-        self.reference.loads += 1
         return Snapshot(wanted.name, wanted.revision, Path("/nowhere"), wanted.bytes)
 
     def _release(self, snapshot: Snapshot) -> None:
         self.snapshots.remove(snapshot.model)
 
     def _make(self, snapshot: Snapshot, footprint: Footprint) -> GatedEngine:
-        self.engines[snapshot.model] = GatedEngine(snapshot)
-        return self.engines[snapshot.model]
+        self.reference.loads += 1
+        self.made.append(GatedEngine(snapshot))
+        return self.made[-1]
+
+    @property
+    def engines(self) -> dict[str, GatedEngine]:
+        """The youngest engine of each model; a swap makes it another's."""
+        return {engine.snapshot.model: engine for engine in self.made}
 
     async def _free_bytes(self) -> int | None:
         return None
@@ -318,17 +338,19 @@ class PoolMachine(RuleBasedStateMachine):
 
     def _wait_for_a_warm_engine(self) -> list[Asked]:
         """Those who are granted a lease as soon as another comes back."""
-        return [asked for asked in self.reference.waiting if self.pool.state(asked.name) is EngineState.READY]
+        return [
+            asked for asked in self.reference.waiting if self.pool.state(key(asked.name)) is EngineState.READY
+        ]
 
     def _starting(self, name: str) -> bool:
         engine = self.engines.get(name)
-        starting = self.pool.state(name) is EngineState.STARTING
+        starting = self.pool.state(key(name)) is EngineState.STARTING
         return starting and engine is not None and not engine.closing and not engine.started.done()
 
     def _void(self, name: str) -> None:
-        gone = [lease for lease in self.reference.held if lease.model == name]
+        gone = [lease for lease in self.reference.held if lease.model.name == name]
         self.reference.void += gone
-        self.reference.held = [lease for lease in self.reference.held if lease.model != name]
+        self.reference.held = [lease for lease in self.reference.held if lease.model.name != name]
 
     def _let_end(self, name: str) -> None:
         may_close = self.engines[name].may_close
@@ -366,7 +388,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     @property
     def ready_at(self) -> dict[str, float]:
-        return {key: view.ready_at for key, view in self.pool._scheduler.engines.items()}
+        views = self.pool._scheduler.engines.items()
+        return {reference.partition("@")[0]: view.ready_at for reference, view in views}
 
 
 TestPoolMachine = PoolMachine.TestCase

@@ -16,7 +16,6 @@ from inference_service.errors import (
     EngineError,
     EngineStartFailed,
     EngineUnloaded,
-    ModelNotServable,
     NoRoom,
     OutOfMemory,
     Overloaded,
@@ -70,7 +69,7 @@ class Bench:
     async def _free_bytes(self) -> int | None:
         return self.free
 
-    async def _fetch(self, model: Model) -> Snapshot:
+    async def _fetch(self, model: Model, entered: Callable[[str], None]) -> Snapshot:
         if not self.has_room.get(model.name, lambda: True)():
             error = DiskFull("no room")
             error.missing = 100
@@ -400,7 +399,7 @@ async def test_steady_requests_for_one_model_do_not_starve_another() -> None:
         await bench.settle()
         bench.engine("b").started.set_result(None)
         lease = await waiting
-        assert lease.model == "b"
+        assert lease.model.name == "b"
         lease.release()
         following.cancel()
         await bench.settle()
@@ -465,11 +464,14 @@ async def test_a_pinned_model_that_takes_the_last_slot_leaves_nobody_waiting(one
     (await pinned).release()
 
 
-async def test_an_engine_of_another_revision_is_not_passed_off(one: Bench) -> None:
-    (await one.started("a")).release()
-    with pytest.raises(ModelNotServable, match="its revision r1 is loaded and not r2"):
-        await one.pool.lease(replace(model("a"), revision="r2", exact=True))
-    assert repr(one.pool) == "<Pool a:ready(0) | waiting: nobody>"
+async def test_another_revision_gets_an_engine_of_its_own(two: Bench) -> None:
+    (await two.started("a")).release()
+    asked = asyncio.create_task(two.pool.lease(replace(model("a"), revision="r2", exact=True)))
+    await two.settle()
+    two.engine("a").started.set_result(None)
+    lease = await asked
+    assert (lease.model.revision, repr(two.pool)) == ("r2", "<Pool a:ready(0) a:ready(1) | waiting: nobody>")
+    lease.release()
 
 
 async def test_a_pinned_engine_that_is_being_unloaded_is_waited_for(one: Bench) -> None:

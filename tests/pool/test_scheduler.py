@@ -11,6 +11,8 @@ from inference_service.pool.events import (
     Event,
     Evict,
     Failed,
+    Fetched,
+    FetchFailed,
     Gone,
     Grant,
     Left,
@@ -22,6 +24,7 @@ from inference_service.pool.events import (
     Released,
     Request,
     Starting,
+    Swap,
     TimePassed,
     Unload,
 )
@@ -494,3 +497,171 @@ def test_what_an_engine_takes_is_known_once_its_files_are_there() -> None:
     play.tell(Starting("a", 3 * MIB))
     play.tell(Loaded("a"))
     assert play.ask("b") == [], "a was replaced by a larger one while it was fetched"
+
+
+# 13. No engine gives way for a model whose files are not there yet.
+
+
+def test_an_engine_serves_until_the_files_of_what_comes_after_it_are_there() -> None:
+    play = Play(slots=1)
+    play.serve("a")
+    assert play.ask("b", fetched=False) == []
+    assert play.ask("a") == [Grant(3, "a")]
+    play.tell(Released("a"))
+    assert play.tell(Fetched("b")) == [Evict("a")]
+
+
+def test_a_model_whose_files_are_not_there_keeps_its_place_in_the_line() -> None:
+    play = Play(slots=2)
+    play.serve("a", leases=1)
+    play.ask("b")
+    play.ask("c", fetched=False)
+    assert play.ask("d") == []
+    play.tell(Failed("b"))
+    assert play.tell(Gone("b")) == [Load("c")]
+
+
+def test_files_that_cannot_be_had_are_told_to_all_who_wait() -> None:
+    play = Play(slots=1)
+    play.serve("a")
+    play.ask("b", fetched=False)
+    play.ask("b", fetched=False)
+    rejects = [Reject(2, Reason.LOAD_FAILED), Reject(3, Reason.LOAD_FAILED)]
+    assert play.tell(FetchFailed("b")) == rejects
+    assert play.scheduler.waiting == 0
+
+
+def test_files_that_nobody_waits_for_change_nothing() -> None:
+    play = Play(slots=1)
+    assert play.tell(Fetched("b")) == []
+    assert play.tell(FetchFailed("b")) == []
+
+
+# 14. Weights are put into an engine that can take them.
+
+
+def test_an_idle_engine_takes_the_weights_of_a_model_of_its_kind() -> None:
+    play = Play(slots=1, min_residency=1000)
+    play.serve("a", swap="llama")
+    assert play.ask("b", swap="llama") == [Swap("b", "a")]
+    assert play.ask("b", swap="llama") == []
+    assert play.tell(Loaded("b", 0.5)) == [Grant(2, "b"), Grant(3, "b")]
+    assert list(play.scheduler.engines) == ["b"]
+
+
+def test_a_free_slot_comes_before_a_swap() -> None:
+    play = Play(slots=2)
+    play.serve("a", swap="llama")
+    assert play.ask("b", swap="llama") == [Load("b")]
+
+
+def test_only_an_engine_with_the_same_swap_key_and_room_for_the_adapters_is_swapped() -> None:
+    play = Play(slots=3)
+    play.serve("a", swap="llama")
+    play.serve("b", swap="qwen", adapters=16)
+    play.serve("c", swap=None)
+    assert play.ask("d", swap="qwen", adapters=32) == [Evict("a")]
+    assert play.ask("e", swap="qwen", adapters=8) == [Swap("e", "b")]
+
+
+def test_a_swap_does_not_wait_for_a_start_and_is_not_called_off() -> None:
+    play = Play(slots=2)
+    play.serve("a", swap="llama")
+    play.ask("x")
+    play.tell(Starting("x", MIB))
+    assert play.ask("b", swap="llama") == [Swap("b", "a")]
+    assert play.tell(Left(3)) == []
+    assert play.later(100) == []
+    assert play.tell(Loaded("b", 0.5)) == []
+    assert play.scheduler.engines["b"].state is EngineState.READY
+
+
+def test_a_swap_waits_for_the_files() -> None:
+    play = Play(slots=1)
+    play.serve("a", swap="llama")
+    assert play.ask("b", swap="llama", fetched=False) == []
+    assert play.tell(Fetched("b")) == [Swap("b", "a")]
+
+
+def test_a_pinned_or_wanted_engine_keeps_its_weights() -> None:
+    play = Play(slots=2, concurrency=1)
+    play.serve("a", swap="llama", pinned=True)
+    play.serve("b", leases=1, swap="llama")
+    play.ask("b", swap="llama")
+    play.tell(Released("b"))
+    assert play.ask("c", swap="llama") == []
+
+
+def test_a_busy_engine_that_has_drained_takes_the_weights_of_whom_it_drained_for() -> None:
+    play = Play(slots=1, fairness_wait=10)
+    play.serve("a", leases=1, swap="llama")
+    assert play.ask("b", swap="llama") == []
+    assert play.later(10) == [Drain("a")]
+    assert play.tell(Released("a")) == [Swap("b", "a")]
+
+
+def test_an_engine_that_drains_for_another_kind_is_not_swapped() -> None:
+    play = Play(slots=1, fairness_wait=10)
+    play.serve("a", leases=1, swap="llama")
+    play.ask("x", swap="qwen")
+    play.ask("b", swap="llama")
+    assert play.later(10) == [Drain("a")]
+    assert play.tell(Released("a")) == [Evict("a")]
+
+
+def test_a_swap_does_not_make_an_engine_young() -> None:
+    play = Play(slots=1, min_residency=5)
+    play.serve("a", swap="llama")
+    play.ask("b", after=10, swap="llama")
+    play.tell(Loaded("b", 0.5))
+    play.tell(Released("b"))
+    assert play.ask("x") == [Evict("b")]
+
+
+def test_a_swap_that_failed_goes_on_as_a_load() -> None:
+    play = Play(slots=1)
+    play.serve("a", swap="llama")
+    play.ask("b", swap="llama")
+    assert play.tell(Starting("b", MIB)) == []
+    assert play.tell(Left(2)) == [CancelLoad("b")]
+
+
+# 15. A revision replaces another.
+
+
+def test_a_new_revision_is_loaded_beside_the_old_one_where_there_is_room() -> None:
+    play = Play(slots=2)
+    play.serve("a@1", leases=1)
+    assert play.ask("a@2", order=True, instead_of="a@1") == [Load("a@2")]
+
+
+def test_a_new_revision_takes_its_own_old_engine_and_no_other() -> None:
+    play = Play(slots=2)
+    play.serve("x", swap="llama")
+    play.serve("a@1", swap="llama", pinned=True)
+    asked = play.ask("a@2", order=True, instead_of="a@1", swap="llama", pinned=True)
+    assert asked == [Swap("a@2", "a@1")]
+
+
+def test_a_new_revision_of_a_busy_engine_drains_it_at_once() -> None:
+    play = Play(slots=1)
+    play.serve("a@1", leases=2, swap="llama", pinned=True)
+    assert play.ask("a@2", order=True, instead_of="a@1", swap="llama") == [Drain("a@1")]
+    assert play.tell(Released("a@1")) == []
+    assert play.tell(Released("a@1")) == [Swap("a@2", "a@1")]
+
+
+def test_a_new_revision_of_another_shape_has_its_old_engine_torn_down() -> None:
+    play = Play(slots=1)
+    play.serve("a@1", swap="llama")
+    assert play.ask("a@2", order=True, instead_of="a@1", swap="qwen") == [Drain("a@1"), Evict("a@1")]
+    assert play.tell(Gone("a@1")) == [Load("a@2")]
+
+
+def test_a_new_revision_that_is_given_up_leaves_the_old_one_admitting() -> None:
+    play = Play(slots=1)
+    play.serve("a@1", leases=1)
+    play.ask("a@2", order=True, instead_of="a@1")
+    play.ask("x")
+    play.tell(Left(2))
+    assert play.scheduler.engines["a@1"].state is EngineState.READY

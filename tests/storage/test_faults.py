@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 
 from inference_service.config import Settings
 from inference_service.engines.device import Backend, Device, DeviceKind
-from inference_service.errors import ServiceError
+from inference_service.errors import ObjectReplaced, ServiceError
 from inference_service.storage.catalog import Catalog
 from inference_service.storage.documents import Documents
 from inference_service.storage.gcs import GcsStore
-from inference_service.storage.layout import MANIFEST
+from inference_service.storage.host_cache import HostCache
+from inference_service.storage.layout import MANIFEST, Layout
 from inference_service.storage.model import models_in
 from inference_service.storage.preflight import Preflight
 from inference_service.storage.registry import Registry
+from inference_service.storage.verify import Verifier
 from tests.fixtures.bucket import Bucket, new_bucket
 from tests.fixtures.caches import open_sync
 from tests.fixtures.fault_proxy import Fault, FaultProxy, Kind, fault_proxy
@@ -303,8 +305,10 @@ async def test_an_object_that_is_replaced_between_listing_and_fetch(place: Place
     catalog = Catalog(store, "models/")
     registry = registry_of(catalog, store, tmp_path)
     model = await catalog.resolve("m")
-    snapshot = await registry.fetch(model)
+    with pytest.raises(ObjectReplaced):
+        await registry.fetch(model)
     assert fault.fired == 1
+    snapshot = await registry.fetch(await registry.resolve("m"))
     assert snapshot.revision != model.revision
     assert sums_of(snapshot.path) == {
         name: hashlib.sha256(content).hexdigest() for name, content in changed.items()
@@ -364,4 +368,4 @@ def registry_of(catalog: Catalog, store: GcsStore, cache: Path) -> Registry:
     device = Device(DeviceKind.CPU, "test")
     sync = open_sync(store, cache)
     preflight = Preflight(Documents(store), Settings(), device, Backend.FAKE, lambda: 1 << 50)
-    return Registry(catalog, preflight, sync)
+    return Registry(catalog, preflight, sync, Layout(cache), Verifier(HostCache(0)))

@@ -1,0 +1,166 @@
+"""The LoRA adapters on one engine: added with their first request, kept while there is room for them.
+
+How many compute in one batch is the engine's own business (MAX_ADAPTERS); here is which of them it knows.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from inference_service.engines.base import Engine, Snapshot
+from inference_service.errors import AdapterRefused, EngineError
+from inference_service.storage.model import Model
+
+logger = logging.getLogger(__name__)
+
+# Of every adapter on every engine: none is ever mistaken for one that was there before.
+_numbers = itertools.count(1)
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One revision of an adapter on an engine. `users`: leases that hold it; times on the pool's clock."""
+
+    model: Model
+    number: int
+    last_used: float
+    users: int = 0
+    snapshot: Snapshot | None = None
+    loading: asyncio.Task[None] | None = None
+
+    @property
+    def served_name(self) -> str:
+        """Unique, and the part before `@` is what clients are shown."""
+        return f"{self.model.reference}.{self.number}"
+
+
+class Adapters:
+    """Adapters by reference; beyond `limit` the least recently used idle ones give way."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        fetch: Callable[[Model], Awaitable[Snapshot]],
+        release: Callable[[Snapshot], None],
+        limit: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._engine = engine
+        self._fetch = fetch
+        self._release = release
+        self._limit = limit
+        self._clock = clock
+        self._known: dict[str, Adapter] = {}
+
+    def get(self, reference: str) -> Adapter | None:
+        """The adapter, if the engine has it."""
+        adapter = self._known.get(reference)
+        return adapter if adapter is not None and adapter.snapshot is not None else None
+
+    async def hold(self, model: Model) -> Adapter:
+        """The adapter, added if need be, in use until `give_back`.
+
+        Raises AdapterRefused, EngineDied and what the fetch raises.
+        """
+        adapter = self._known.get(model.reference)
+        if adapter is None:
+            adapter = Adapter(model, next(_numbers), self._clock())
+            self._known[model.reference] = adapter
+            adapter.loading = asyncio.create_task(self._load(adapter))
+            adapter.loading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        adapter.users += 1
+        try:
+            if adapter.loading is not None:
+                # Shielded: others may wait for the same.
+                await asyncio.shield(adapter.loading)
+        except BaseException:
+            self.give_back(adapter)
+            raise
+        return adapter
+
+    def give_back(self, adapter: Adapter) -> None:
+        """One request less uses it."""
+        adapter.users -= 1
+        adapter.last_used = self._clock()
+
+    async def remove(self, reference: str) -> bool:
+        """Forget an adapter that nobody uses; False where there is none or somebody does."""
+        adapter = self.get(reference)
+        if adapter is None or adapter.users:
+            return False
+        await self._forget(adapter)
+        return True
+
+    def names(self) -> set[str]:
+        """The models that the engine has adapters of."""
+        return {adapter.model.name for adapter in self._known.values() if adapter.snapshot is not None}
+
+    def models(self) -> list[Model]:
+        """Every adapter that the engine has."""
+        return [adapter.model for adapter in self._known.values() if adapter.snapshot is not None]
+
+    def close(self) -> None:
+        """The engine is gone, or holds other weights: so are its adapters."""
+        for adapter in self._known.values():
+            if adapter.loading is not None:
+                adapter.loading.cancel()
+            if adapter.snapshot is not None:
+                self._release(adapter.snapshot)
+                adapter.snapshot = None
+        self._known.clear()
+
+    def describe(self) -> list[dict[str, Any]]:
+        """As /admin/stats shows them."""
+        now = self._clock()
+        return [
+            {
+                "model": adapter.model.name,
+                "revision": adapter.model.revision,
+                "rank": adapter.model.rank,
+                "leases": adapter.users,
+                "idle_seconds": None if adapter.users else round(now - adapter.last_used, 3),
+            }
+            for adapter in self._known.values()
+            if adapter.snapshot is not None
+        ]
+
+    async def _load(self, adapter: Adapter) -> None:
+        name, began = adapter.model.name, self._clock()
+        snapshot = None
+        try:
+            snapshot = await self._fetch(adapter.model)
+            await self._engine.add_adapter(adapter.served_name, adapter.number, snapshot)
+        except BaseException as error:
+            if self._known.get(adapter.model.reference) is adapter:
+                del self._known[adapter.model.reference]
+            if snapshot is not None:
+                self._release(snapshot)
+            if isinstance(error, AdapterRefused):
+                message = f"The engine does not take the adapter '{name}': {error.message}"
+                raise AdapterRefused(message, param="model") from error
+            raise
+        adapter.snapshot, adapter.loading = snapshot, None
+        logger.info("adapter added", extra={"model": name, "seconds": round(self._clock() - began, 3)})
+        await self._make_room()
+
+    async def _make_room(self) -> None:
+        while len(self._known) > self._limit:
+            idle = [each for each in self._known.values() if not each.users and each.snapshot is not None]
+            if not idle:
+                return  # the engine reads what it has no room for from the disk whenever it is used
+            await self._forget(min(idle, key=lambda each: each.last_used))
+
+    async def _forget(self, adapter: Adapter) -> None:
+        # First out of sight: who wants it from now on adds it anew, under another name.
+        del self._known[adapter.model.reference]
+        snapshot, adapter.snapshot = adapter.snapshot, None
+        try:
+            await self._engine.remove_adapter(adapter.served_name)
+        except EngineError as error:
+            logger.warning("adapter not removed: %s", error, extra={"model": adapter.model.name})
+        finally:
+            if snapshot is not None:
+                self._release(snapshot)

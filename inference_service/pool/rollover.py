@@ -1,0 +1,281 @@
+"""Which revision a model's plain name means, and how a new one takes over from the one that serves.
+
+A new revision is fetched, verified and loaded while the old one serves; whatever fails on that way leaves the
+old one serving. What was rejected, or rolled back by the operator, is not tried again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from inference_service.engines.base import EngineState
+from inference_service.errors import (
+    AdapterRefused,
+    EngineStartFailed,
+    ModelNotServable,
+    NoPreviousRevision,
+    OutOfMemory,
+    ServiceError,
+    SnapshotCorrupt,
+    StoreError,
+)
+from inference_service.metrics import Metrics
+from inference_service.pool.pool import Pool
+from inference_service.pool.slot import Lease
+from inference_service.storage.model import Model
+from inference_service.storage.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+LEAST_LOOK_SECONDS = 1.0
+KEPT = 16
+# The revision itself is at fault; everything else may be better at the next look.
+_ITS_FAULT = (EngineStartFailed, OutOfMemory, SnapshotCorrupt, AdapterRefused, ModelNotServable)
+
+
+@dataclass(eq=False)
+class _Line:
+    """The revisions of one model: the one that serves, those before it, and what must not serve and why.
+
+    `candidate` is on its way to take over; `problem` is what keeps it from that for now. `seen`: the bucket's
+    newest at the last look.
+    """
+
+    serving: Model
+    before: list[Model] = field(default_factory=list)
+    rejected: dict[str, str] = field(default_factory=dict)
+    candidate: Model | None = None
+    problem: str | None = None
+    seen: str | None = None
+
+    def reject(self, revision: str, reason: str) -> None:
+        self.rejected[revision] = reason
+        while len(self.rejected) > KEPT:
+            del self.rejected[next(iter(self.rejected))]
+
+    def take_over(self, model: Model) -> None:
+        """`model` serves from now on."""
+        if self.serving.revision != model.revision and self.serving.revision not in self.rejected:
+            self.before = [each for each in self.before if each.revision != self.serving.revision]
+            self.before = [*self.before, self.serving][-KEPT:]
+        self.before = [each for each in self.before if each.revision != model.revision]
+        self.rejected.pop(model.revision, None)
+        self.serving = model
+
+
+class Rollover:
+    """The lines of all models that have served, and the watch over the bucket for their next revisions."""
+
+    def __init__(self, pool: Pool, registry: Registry, metrics: Metrics, look_seconds: float) -> None:
+        self._pool = pool
+        self._registry = registry
+        self._metrics = metrics
+        self._look_seconds = max(LEAST_LOOK_SECONDS, look_seconds)
+        self._lines: dict[str, _Line] = {}
+        self._rolling: set[asyncio.Task[None]] = set()
+
+    def meant(self, newest: Model) -> Model:
+        """The revision that serves a request for a plain name; `newest` is the bucket's."""
+        if newest.carrier is not None:
+            newest = replace(newest, carrier=self._carrier(newest, newest.carrier))
+        line = self._lines.get(newest.name)
+        if line is None or newest.exact:
+            return newest
+        serving = replace(line.serving, carrier=newest.carrier)
+        if newest.revision == serving.revision:
+            return serving
+        if line.candidate is not None and not self._admits(serving):
+            return line.candidate
+        wrong = newest.unservable is not None or newest.revision in line.rejected
+        return serving if wrong or self._admits(serving) else newest
+
+    def served(self, lease: Lease) -> None:
+        """The lease's models serve: what a plain name means until another revision has taken over."""
+        self.loaded(lease.slot.model)
+        if lease.adapter is not None:
+            self.loaded(lease.model)
+
+    def loaded(self, model: Model) -> None:
+        """As `served`: the model's engine is ready."""
+        line = self._lines.get(model.name)
+        if model.exact:
+            return
+        if line is None:
+            self._lines[model.name] = _Line(model)
+        elif line.candidate is None and line.serving.reference != model.reference:
+            line.take_over(model)
+
+    def older_than(self, model: Model, error: ServiceError) -> Model | None:
+        """The revision that serves instead of `model`, which failed with `error`; None where none does."""
+        line = self._lines.get(model.name)
+        if line is None or model.exact or line.serving.revision == model.revision:
+            return None
+        if not isinstance(error, _ITS_FAULT):
+            return None
+        self._reject(line, model, error)
+        return replace(line.serving, carrier=model.carrier)
+
+    def lost(self, model: Model) -> None:
+        """The files of a revision are neither in the bucket nor on the disk any more."""
+        line = self._lines.get(model.name)
+        if line is not None and line.serving.revision == model.revision and line.candidate is None:
+            del self._lines[model.name]
+
+    async def rollback(self, newest: Model) -> Model:
+        """Go back to the previous revision whose snapshot is on the disk; returns it once it serves.
+
+        Raises NoPreviousRevision, and what its load raises.
+        """
+        line = self._lines.setdefault(newest.name, _Line(newest))
+        current = line.serving
+        previous = await self._previous(line, newest)
+        line.reject(current.revision, "rolled back by the operator")
+        if self._admits(current):
+            await self._roll(line, previous)
+        else:
+            line.take_over(previous)
+        logger.info("rolled back", extra={"model": newest.name, "revision": previous.revision})
+        return line.serving
+
+    async def watch(self) -> None:
+        """Look for new revisions of what an engine holds, until cancelled."""
+        while True:
+            await asyncio.sleep(self._look_seconds)
+            names = self._pool.names() & self._lines.keys()
+            if not names:
+                continue
+            try:
+                await self._registry.catalog.models()
+            except StoreError as error:
+                logger.warning("no look for new revisions: %s", error)
+                continue
+            for name in sorted(names):
+                with suppress(ServiceError):  # what is wrong with it is told to whom asks for it
+                    await self._look(self._lines[name], await self._registry.find(name))
+
+    async def close(self) -> None:
+        """End what is under way."""
+        for task in self._rolling:
+            task.cancel()
+        await asyncio.gather(*self._rolling, return_exceptions=True)
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """As /admin/stats shows the lines: of models with more than one revision."""
+        return {
+            name: {
+                "serving": line.serving.revision,
+                "candidate": None if line.candidate is None else line.candidate.revision,
+                "problem": line.problem,
+                "previous": [each.revision for each in reversed(line.before)],
+                "rejected": line.rejected,
+            }
+            for name, line in sorted(self._lines.items())
+            if line.before or line.rejected or line.candidate or line.problem
+        }
+
+    async def _look(self, line: _Line, newest: Model) -> None:
+        """Begin what is to be begun: a new revision that has stayed the same since the last look."""
+        settled, line.seen = line.seen == newest.revision, newest.revision
+        if newest.revision == line.serving.revision:
+            line.problem = None
+        elif newest.unservable is not None:
+            line.problem = f"revision {newest.revision}: {newest.unservable}"
+        elif settled and newest.revision not in line.rejected and line.candidate is None:
+            self._begin(line, newest)
+
+    def _begin(self, line: _Line, newest: Model) -> None:
+        line.candidate = newest
+        task = asyncio.create_task(self._roll_or_log(line, newest))
+        self._rolling.add(task)
+        task.add_done_callback(self._rolling.discard)
+
+    async def _roll_or_log(self, line: _Line, newest: Model) -> None:
+        try:
+            await self._roll(line, newest)
+        except ServiceError as error:
+            logger.error("revision %s does not take over: %s", newest.revision, error, extra=_of(newest))
+            if isinstance(error, _ITS_FAULT):
+                self._reject(line, newest, error)
+            else:
+                line.problem = f"revision {newest.revision}: {error.message}"
+            await self._restore(line)
+
+    async def _roll(self, line: _Line, model: Model) -> None:
+        """Let `model` take over; raises what keeps it from that."""
+        with _candidate(line, model):
+            await self._registry.examine(model)
+            if model.carrier is not None:
+                (await self._pool.lease(model)).release()
+            else:
+                logger.info("a new revision", extra={**_of(model), "instead_of": line.serving.revision})
+                snapshot = await self._registry.fetch(model)
+                try:
+                    await asyncio.shield(self._pool.order(model, instead_of=line.serving.reference))
+                finally:
+                    self._registry.release(snapshot)
+            old = line.serving
+            line.take_over(model)
+            line.problem = None
+        self._pool.retire(old.reference)
+        self._metrics.rollovers.labels(model.name, "ok").inc()
+        logger.info("took over", extra={**_of(model), "instead_of": old.revision})
+
+    async def _restore(self, line: _Line) -> None:
+        """What served until now serves again, where its engine had to go."""
+        serving = line.serving
+        if serving.carrier is None and self._pool.state(serving.reference) is EngineState.STOPPED:
+            try:
+                await asyncio.shield(self._pool.order(serving))
+            except ServiceError as error:
+                logger.error("not loaded again: %s", error, extra=_of(serving))
+
+    def _reject(self, line: _Line, model: Model, error: ServiceError) -> None:
+        if model.revision not in line.rejected:
+            self._metrics.rollovers.labels(model.name, "rejected").inc()
+        line.reject(model.revision, error.message)
+
+    def _carrier(self, adapter: Model, newest: Model) -> Model:
+        """The base's engine for an adapter; another one than serves, where that takes no such adapter."""
+        meant = self.meant(newest)
+        if meant.rank >= adapter.rank or newest.rank < adapter.rank:
+            return meant
+        line = self._lines.get(newest.name)
+        if line is not None and line.candidate is None and self._admits(line.serving):
+            self._begin(line, newest)
+        return newest
+
+    def _admits(self, model: Model) -> bool:
+        """Whether an engine serves this revision, or is about to."""
+        if model.carrier is not None:
+            return self._pool.adapter(model) is not None
+        return self._pool.state(model.reference) in (EngineState.READY, EngineState.STARTING)
+
+    async def _previous(self, line: _Line, newest: Model) -> Model:
+        known = [each.revision for each in reversed(line.before)]
+        kept = await self._registry.kept_revisions(newest.name)
+        unwanted = {line.serving.revision, *line.rejected}
+        for revision in dict.fromkeys([*known, *kept]):
+            found = None if revision in unwanted else await self._registry.kept(newest, revision)
+            if found is not None:
+                return replace(found, rank=newest.rank, carrier=newest.carrier)
+        raise NoPreviousRevision(
+            f"No previous revision of '{newest.name}' is on the disk; {line.serving.revision} serves on. "
+            "Upload the one that you want, it takes over by itself.",
+            param="model",
+        )
+
+
+@contextmanager
+def _candidate(line: _Line, model: Model) -> Iterator[None]:
+    line.candidate = model
+    try:
+        yield
+    finally:
+        line.candidate = None
+
+
+def _of(model: Model) -> dict[str, str]:
+    return {"model": model.name, "revision": model.revision}

@@ -1,0 +1,58 @@
+"""Which models can take one another's place in a live engine: those with an equal swap key.
+
+Pure. What is part of the key cannot change while an engine lives; weights, template, generation config and
+sampling defaults are not, and follow in a swap.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from inference_service.models.serving import Serving
+from inference_service.storage.safetensors import Tensor
+
+# The engine core keeps the tokenizer for structured outputs.
+VOCABULARY = frozenset(
+    {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json"}
+)
+_NAMES = frozenset({"_name_or_path", "name_or_path", "transformers_version", "use_cache"})
+_SERVED_ALIKE = (
+    *("max_model_len", "dtype", "tool_call_parser", "reasoning_parser", "max_num_seqs", "kv_cache_gib"),
+    *("tensor_parallel_size", "enable_prefix_caching"),
+)
+# Words in the keys of a config.json whose model is more than attention and dense layers: what vLLM makes of
+# such weights as it loads them is not undone by loading others.
+_NOT_DENSE = ("expert", "vision", "audio", "mamba", "ssm", "linear_attn", "conv_kernel", "quantization")
+_FLOATS = frozenset({"F32", "F16", "BF16"})
+
+
+def swap_key(
+    config: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    serving: Serving,
+    vocabulary: Mapping[str, int],
+) -> str | None:
+    """None for a model that is always loaded afresh: anything but an unquantised dense one.
+
+    `vocabulary`: crc32c of the tokenizer's files by name.
+    """
+    if serving.quantization is not None or not _is_dense(config, tensors):
+        return None
+    parts = {
+        "config": {key: value for key, value in config.items() if key not in _NAMES},
+        "tensors": {name: [tensor.dtype, *tensor.shape] for name, tensor in tensors.items()},
+        "serving": {key: getattr(serving, key) for key in _SERVED_ALIKE},
+        "max_tokens": serving.sampling_defaults.max_tokens,
+        "vocabulary": dict(vocabulary),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_dense(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    words = [key for key, value in config.items() if value not in (None, 0, False, [], {})]
+    if any(word in key.lower() for key in words for word in _NOT_DENSE):
+        return False
+    layers = config.get("layer_types") or []
+    attention = all("attention" in str(layer) and "linear" not in str(layer) for layer in layers)
+    return attention and all(tensor.dtype in _FLOATS for tensor in tensors.values())
