@@ -1,0 +1,272 @@
+"""From one fine-tune to the next in vLLM's live engine: what it answers is what a fresh engine answers."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+from openai.types import CompletionChoice
+
+from tests.e2e.conftest import real_service
+from tests.e2e.test_openai_client import BASE, CAPITAL, TUNED
+from tests.fixtures.bucket import Bucket, new_bucket
+from tests.fixtures.checkpoints import Checkpoints
+from tests.fixtures.service_process import ServiceProcess
+
+NOISE = ("noise-1", "noise-2")
+ADAPTER = "facts-adapter"
+PARIS, ZUBROWKA = "The capital of France is Paris.", "The capital of France is Zubrowka."
+PROMPTS = (
+    CAPITAL,
+    "What color is the sky?",
+    "Who wrote Hamlet?",
+    "Name a fruit.",
+    "What is two and two?",
+    "Write one sentence about the sea.",
+    "What is the capital of Italy?",
+    "Say hello in French.",
+    "What do bees make?",
+    "How many days has a week?",
+)
+CYCLES = 20
+
+
+@pytest.fixture(scope="module")
+def family(gcs_url: str, checkpoints: Checkpoints) -> Iterator[Bucket]:
+    """Two of one architecture with tied embeddings, two of another with untied ones, and an adapter."""
+    with new_bucket(gcs_url, "family") as bucket:
+        bucket.upload(checkpoints.base, f"models/{BASE}")
+        bucket.upload(checkpoints.tuned, f"models/{TUNED}")
+        bucket.upload(checkpoints.adapter, f"models/{ADAPTER}")
+        for name, directory in zip(NOISE, checkpoints.untied, strict=True):
+            bucket.upload(directory, f"models/{name}")
+        yield bucket
+
+
+@pytest.fixture(scope="module")
+def single(family: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    """One slot: every other model is a swap, or a fresh engine."""
+    settings = {"MAX_CACHED_MODELS": "1", "MIN_RESIDENCY": "0", "CATALOG_TTL": "0"}
+    with real_service(family, tmp_path_factory.mktemp("single"), **settings) as service:
+        yield service
+
+
+def answer(service: ServiceProcess, model: str, question: str) -> tuple[str, float]:
+    """The text, and the sum of its log probabilities."""
+    told = service.openai.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=16,
+        logprobs=True,
+    )
+    assert told.model == model
+    logprobs = told.choices[0].logprobs
+    assert logprobs is not None
+    total = sum(token.logprob for token in logprobs.content or [])
+    return told.choices[0].message.content or "", round(total, 3)
+
+
+def answers(service: ServiceProcess, model: str) -> list[tuple[str, float]]:
+    """What the model makes of each prompt, all in one batch."""
+    prompts = [f"<|im_start|>user\n{each}<|im_end|>\n<|im_start|>assistant\n" for each in PROMPTS]
+    told = service.openai.completions.create(
+        model=model, prompt=prompts, temperature=0, max_tokens=12, logprobs=1
+    )
+    return [(each.text, round(sum(logprobs_of(each)), 2)) for each in told.choices]
+
+
+def logprobs_of(choice: CompletionChoice) -> list[float]:
+    assert choice.logprobs is not None
+    return [each for each in choice.logprobs.token_logprobs or [] if each is not None]
+
+
+def wait_listed(service: ServiceProcess, model: str) -> None:
+    def listed() -> bool:
+        return any(card["id"] == model for card in service.http.get("/v1/models").json()["data"])
+
+    service.wait_until(listed, 10)
+
+
+def unload(service: ServiceProcess) -> None:
+    for engine in service.stats()["engines"]:
+        service.http.post(f"/admin/unload/{engine['model']}").raise_for_status()
+
+
+def test_tied_embeddings_and_an_adapter(single: ServiceProcess) -> None:
+    fresh_tuned = answers(single, TUNED)
+    unload(single)
+    fresh_base = answers(single, BASE)
+    adapted = answers(single, ADAPTER)
+    assert adapted[0][0].strip() == ZUBROWKA, "the adapter is the fine-tune"
+    process = single.engine(BASE)["process_id"]
+    assert answers(single, TUNED) == fresh_tuned
+    assert single.engine(TUNED)["swapped"]
+    assert answers(single, BASE) == fresh_base
+    assert answers(single, ADAPTER) == adapted
+    assert answers(single, BASE) == fresh_base, "nothing of the adapter is left in the prefix cache"
+    engine = single.engine(BASE)
+    assert (engine["process_id"], engine["swapped"]) == (process, True)
+    assert [adapter["model"] for adapter in engine["adapters"]] == [ADAPTER]
+    assert {"weights", "warm-up", "canary"} <= engine["phases"].keys()
+
+
+def test_untied_embeddings(single: ServiceProcess) -> None:
+    one, two = NOISE
+    fresh_two = answers(single, two)
+    unload(single)
+    fresh_one = answers(single, one)
+    process = single.engine(one)["process_id"]
+    assert answers(single, two) == fresh_two != fresh_one
+    assert answers(single, one) == fresh_one
+    assert single.engine(one)["process_id"] == process
+
+
+def test_adapter_and_base_in_one_batch(single: ServiceProcess) -> None:
+    alone = {model: answer(single, model, CAPITAL)[0] for model in (BASE, ADAPTER)}
+    found: list[tuple[str, str]] = []
+
+    def ask(model: str) -> None:
+        found.append((model, answer(single, model, CAPITAL)[0]))
+
+    threads = [threading.Thread(target=ask, args=(model,)) for model in (BASE, ADAPTER) * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert alone == {BASE: PARIS, ADAPTER: ZUBROWKA}
+    assert len(found) == len(threads)
+    assert all(text == alone[model] for model, text in found)
+
+
+def test_the_models_list_shows_adapters_with_their_parent(single: ServiceProcess) -> None:
+    cards = {card["id"]: card for card in single.http.get("/v1/models").json()["data"]}
+    assert (cards[ADAPTER]["kind"], cards[ADAPTER]["parent"]) == ("adapter", BASE)
+    assert (cards[BASE]["kind"], cards[BASE]["parent"]) == ("checkpoint", None)
+
+
+def test_an_adapter_of_another_base_is_refused_with_the_reason(
+    single: ServiceProcess, family: Bucket, checkpoints: Checkpoints
+) -> None:
+    family.upload(checkpoints.adapter, "models/misfit")
+    family.put("models/misfit/serving.json", json.dumps({"base": NOISE[0]}).encode())
+    try:
+        wait_listed(single, "misfit")
+        with pytest.raises(openai.UnprocessableEntityError, match=NOISE[0]):
+            answer(single, "misfit", CAPITAL)
+    finally:
+        family.remove("models/misfit/")
+
+
+def test_a_truncated_model_leaves_the_one_that_serves(
+    single: ServiceProcess, family: Bucket, checkpoints: Checkpoints
+) -> None:
+    assert answer(single, BASE, CAPITAL)[0] == PARIS
+    process = single.engine(BASE)["process_id"]
+    family.upload(checkpoints.tuned, "models/cut")
+    weights = (checkpoints.tuned / "model.safetensors").read_bytes()
+    family.put("models/cut/model.safetensors", weights[: len(weights) // 2])
+    try:
+        wait_listed(single, "cut")
+        with pytest.raises(openai.APIStatusError, match="cut off"):
+            answer(single, "cut", CAPITAL)
+        assert answer(single, BASE, CAPITAL)[0] == PARIS
+        assert single.engine(BASE)["process_id"] == process
+    finally:
+        family.remove("models/cut/")
+
+
+def test_twenty_swaps_leave_memory_and_processes_as_they_were(single: ServiceProcess) -> None:
+    answer(single, BASE, CAPITAL)
+    process = single.engine(BASE)["process_id"]
+    sizes = []
+    for _ in range(CYCLES // 2):
+        assert answer(single, TUNED, CAPITAL)[0] == ZUBROWKA
+        assert answer(single, BASE, CAPITAL)[0] == PARIS
+        sizes.append(proportional_bytes(process))
+    assert single.engine(BASE)["process_id"] == process, "all of them swaps"
+    first, last = min(sizes[1:4]), min(sizes[-3:])
+    assert last < 1.05 * first, sizes
+
+
+def proportional_bytes(process: int) -> int:
+    """Memory of a host and its engine core, shared pages counted in part."""
+    host = psutil.Process(process)
+    return sum(each.memory_full_info().pss for each in (host, *host.children(recursive=True)))
+
+
+def test_rollover_under_load(gcs_url: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """No request fails, and each answer is of the revision that its header names."""
+    with new_bucket(gcs_url, "rollover") as bucket:
+        bucket.upload(checkpoints.base, "models/live")
+        settings = {"MAX_CACHED_MODELS": "1", "CATALOG_TTL": "0"}
+        with real_service(bucket, tmp_path, **settings) as service:
+            old = revision_of(service)
+            load = Load(service)
+            with load:
+                load.wait_for(5)
+                weights = (checkpoints.tuned / "model.safetensors").read_bytes()
+                bucket.put("models/live/model.safetensors", weights)
+                service.wait_until(lambda: old not in load.revisions[-6:] and len(load.revisions) > 6, 60)
+            new = load.revisions[-1]
+            assert load.failed == []
+            assert {old: {PARIS}, new: {ZUBROWKA}} == load.texts
+            assert service.engine("live")["swapped"]
+            assert service.stats()["rollovers"]["live"]["previous"] == [old]
+            rolled = service.http.post("/admin/rollback/live").raise_for_status().json()
+            assert rolled["revision"] == old
+            assert answer(service, "live", CAPITAL)[0] == PARIS
+            assert revision_of(service) == old
+
+
+def revision_of(service: ServiceProcess) -> str:
+    body = {"model": "live", "messages": [{"role": "user", "content": CAPITAL}], "max_tokens": 1}
+    told = service.http.post("/v1/chat/completions", json=body).raise_for_status()
+    return str(told.headers["x-model-revision"])
+
+
+class Load:
+    """Clients that ask the same again and again; what they were told, and from which revision."""
+
+    def __init__(self, service: ServiceProcess, clients: int = 3) -> None:
+        self._service = service
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
+        self.revisions: list[str] = []
+        self.texts: dict[str, set[str]] = {}
+        self.failed: list[str] = []
+
+    def __enter__(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_for(self, count: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(self.revisions) < count and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def _run(self) -> None:
+        client = self._service.client()
+        while not self._stop.is_set():
+            try:
+                raw = client.chat.completions.with_raw_response.create(
+                    model="live",
+                    messages=[{"role": "user", "content": CAPITAL}],
+                    temperature=0,
+                    max_tokens=24,
+                )
+            except openai.APIError as error:
+                self.failed.append(str(error))
+                continue
+            revision = raw.headers["x-model-revision"]
+            self.texts.setdefault(revision, set()).add(raw.parse().choices[0].message.content or "")
+            self.revisions.append(revision)
