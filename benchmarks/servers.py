@@ -70,14 +70,23 @@ class Server:
 @contextmanager
 def this_service(model: Path, settings: Settings) -> Iterator[Server]:
     """The service over the directory that holds `model`; loading begins with its first request."""
+    prefix = f"{model.parent.name}/"
+    with this_service_over(model.parent.parent, settings, GCS_MODEL_PREFIX=prefix) as server:
+        yield server
+
+
+@contextmanager
+def this_service_over(bucket: Path, settings: Settings, **more: str) -> Iterator[Server]:
+    """The service over a directory that is a bucket, with a cache of its own; `more` settings."""
     port = free_port()
     environment = {
-        "GCS_BUCKET": f"file://{model.parent.parent}",
-        "GCS_MODEL_PREFIX": f"{model.parent.name}/",
+        "GCS_BUCKET": f"file://{bucket}",
         "MAX_MODEL_LEN": str(settings.max_model_len),
+        "MAX_CACHED_MODELS": str(settings.max_cached_models),
         "LISTEN_ADDRESS": "127.0.0.1",
         "PORT": str(port),
         "LOG_LEVEL": "WARNING",
+        **more,
     }
     with tempfile.TemporaryDirectory() as room:
         environment["LOCAL_MODEL_CACHE"] = f"{room}/cache"
@@ -87,11 +96,11 @@ def this_service(model: Path, settings: Settings) -> Iterator[Server]:
 
 
 @contextmanager
-def vllm_server(name: str, model: Path, settings: Settings | None) -> Iterator[Server]:
+def vllm_server(name: str, model: Path, settings: Settings | None, *, tuned: bool = True) -> Iterator[Server]:
     """`python -m vllm.entrypoints.openai.api_server`.
 
-    With `settings`: the very arguments and environment that this service gives its engine. Without:
-    vLLM's defaults, but for the share of memory: by default it refuses to start unless 92 % of the
+    With `settings`: the very arguments, and if `tuned` environment, that this service gives its engine.
+    Without: vLLM's defaults, but for the share of memory: by default it refuses to start unless 92 % of the
     machine's memory is free, which it never is beside another server.
     """
     port = free_port()
@@ -105,7 +114,8 @@ def vllm_server(name: str, model: Path, settings: Settings | None) -> Iterator[S
         device = find_device()
         snapshot = Snapshot(model.name, "", model, 0)
         command += vllm_arguments(settings, device, snapshot, _footprint(settings, device, model))
-        environment = launcher_environment(choose_backend(settings.engine, device), device)
+        if tuned:
+            environment = launcher_environment(choose_backend(settings.engine, device), device)
     with (
         tempfile.TemporaryDirectory() as room,
         running(name, command, environment, port, Path(room), "/health") as server,

@@ -61,6 +61,7 @@ def main() -> None:
     _die_with(parent)
     _adopt_orphans()
     started = time.monotonic()
+    gc.disable()  # what is imported stays: collecting meanwhile costs an eighth of the time
     try:
         preload(backend, device)
     except Exception as error:
@@ -71,6 +72,7 @@ def main() -> None:
     # Pages that the collector never touches again stay shared with every host.
     gc.collect()
     gc.freeze()
+    gc.enable()
     _Launcher(control, lifeline).serve()
 
 

@@ -39,8 +39,8 @@ class Script:
     (`hang_after`), or answers but brings no further token (`stall_after`).
 
     Models with the same `swap_key` can take one another's place; one with `fail_swap` cannot be put into a
-    live host, with `wrong_canary` its weights seem not to have arrived. An adapter with `fail_adapter` is
-    refused.
+    live host, one with `die_in_swap` kills it, with `wrong_canary` its weights seem not to have arrived. An
+    adapter with `fail_adapter` is refused.
     """
 
     start_seconds: float = 0.0
@@ -53,6 +53,7 @@ class Script:
     ignore_sigterm: bool = False
     swap_key: str | None = None
     fail_swap: str | None = None
+    die_in_swap: bool = False
     wrong_canary: bool = False
     fail_adapter: str | None = None
 
@@ -138,6 +139,8 @@ class _Fake:
         """Serve another model from now on, or fail as its script says."""
         spec = HostSpec.from_json(await request.json())
         script = Script.of(Path(spec.directory))
+        if script.die_in_swap:
+            os.kill(os.getpid(), signal.SIGKILL)
         if script.fail_swap is not None:
             return JSONResponse({"error": script.fail_swap}, 422)
         self._spec, self._script = spec, script

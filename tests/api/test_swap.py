@@ -1,0 +1,289 @@
+"""Swaps, adapters and rollovers through HTTP, over engines whose script says how they behave."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from tests.fixtures.fakes import Fakes, ask
+from tests.fixtures.service_process import ServiceProcess
+
+KIN = {"swap_key": "kin"}
+ONE = {"MAX_CACHED_MODELS": "1", "MIN_RESIDENCY": "0", "CATALOG_TTL": "0"}
+
+
+def post(service: ServiceProcess, model: str, **fields: object) -> httpx2.Response:
+    return service.http.post("/v1/completions", json=ask(model, **fields))
+
+
+def put_adapter(fakes: Fakes, name: str, base: str, rank: int = 8, **script: object) -> None:
+    directory = fakes.root / "models" / name
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {"base_model_name_or_path": base, "r": rank, "peft_type": "LORA"}
+    (directory / "adapter_config.json").write_text(json.dumps(content))
+    (directory / "config.json").write_text(json.dumps({"fake": script}))
+    (directory / "adapter_model.safetensors").write_bytes(name.encode() * 100)
+
+
+def process_of(service: ServiceProcess, model: str) -> int:
+    return int(service.engine(model)["process_id"])
+
+
+def test_a_model_of_the_same_kind_takes_the_engine_over(fakes: Fakes) -> None:
+    fakes.put("a", script=KIN)
+    fakes.put("b", script=KIN)
+    with fakes.service(**ONE) as service:
+        assert post(service, "a").status_code == 200
+        process = process_of(service, "a")
+        answer = post(service, "b")
+        assert (answer.status_code, answer.json()["model"]) == (200, "b")
+        engine = service.engine("b")
+        assert (engine["process_id"], engine["swapped"], engine["state"]) == (process, True, "ready")
+        assert [each["model"] for each in service.stats()["engines"]] == ["b"]
+        metrics = service.http.get("/metrics").text
+        assert 'inference_swaps_total{model="b",status="ok"} 1.0' in metrics
+        assert 'inference_load_phase_seconds_count{model="b",phase="weights"} 1.0' in metrics
+
+
+def test_swaps_can_be_turned_off(fakes: Fakes) -> None:
+    fakes.put("a", script=KIN)
+    fakes.put("b", script=KIN)
+    with fakes.service(**ONE, WEIGHT_SWAP="off") as service:
+        post(service, "a")
+        process = process_of(service, "a")
+        assert post(service, "b").status_code == 200
+        assert process_of(service, "b") != process
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"fail_swap": "no"}, {"wrong_canary": True}, {"die_in_swap": True}],
+    ids=["error", "canary", "death"],
+)
+def test_a_swap_that_fails_is_a_fresh_engine_and_an_answer(fakes: Fakes, fault: dict[str, object]) -> None:
+    fakes.put("a", script=KIN)
+    fakes.put("b", script=KIN | fault)
+    with fakes.service(**ONE) as service:
+        post(service, "a")
+        process = process_of(service, "a")
+        assert post(service, "b").status_code == 200
+        engine = service.engine("b")
+        assert (engine["process_id"] != process, engine["swapped"]) == (True, False)
+        assert 'inference_swaps_total{model="b",status="failed"} 1.0' in service.http.get("/metrics").text
+        assert len(service.descendants()) == 2, "the launcher and one host"
+
+
+def test_an_adapter_is_served_on_its_base(fakes: Fakes) -> None:
+    fakes.put("base")
+    put_adapter(fakes, "org/tuned", "someone/base", rank=8)
+    with fakes.service() as service:
+        answer = post(service, "org-tuned")
+        assert (answer.status_code, answer.json()["model"]) == (200, "org-tuned")
+        assert post(service, "base").json()["model"] == "base"
+        engine = service.engine("base")
+        assert [(each["model"], each["leases"]) for each in engine["adapters"]] == [("org-tuned", 0)]
+        assert engine["adapter_rank"] == 16
+        card = service.http.get("/v1/models/org-tuned").json()
+        assert (card["kind"], card["parent"]) == ("adapter", "someone/base")
+        assert answer.headers["x-model-revision"] == card["revision"]
+        gone = service.http.post("/admin/unload/org-tuned").json()
+        assert gone == {"model": "org-tuned", "unloaded": True}
+        assert service.engine("base")["adapters"] == []
+
+
+def test_adapters_beyond_the_limit_give_way_when_idle(fakes: Fakes) -> None:
+    fakes.put("base")
+    for number in range(4):
+        put_adapter(fakes, f"t{number}", "base")
+    with fakes.service(MAX_ADAPTERS="2", MAX_CPU_ADAPTERS="2") as service:
+        for number in (0, 1, 0, 2, 3):
+            assert post(service, f"t{number}").status_code == 200
+        assert [each["model"] for each in service.engine("base")["adapters"]] == ["t2", "t3"]
+
+
+def test_an_adapter_that_came_after_its_base_was_loaded(fakes: Fakes) -> None:
+    """The engine takes no adapters: another that does takes over, and nobody is turned away."""
+    fakes.put("base")
+    with fakes.service(**ONE) as service:
+        assert post(service, "base").status_code == 200
+        process = process_of(service, "base")
+        put_adapter(fakes, "late", "base")
+        service.wait_until(lambda: service.http.get("/v1/models/late").status_code == 200, 10)
+        assert post(service, "late").status_code == 200
+        assert process_of(service, "base") != process
+        assert post(service, "base").status_code == 200
+        assert len(service.stats()["engines"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "bias"),
+        ({"r": 1024}, "1024"),
+        ({"base_model_name_or_path": "nobody/knows"}, "nobody/knows"),
+        ({"base_model_name_or_path": None}, "names its base"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"r": "eight"}, "rank"),
+    ],
+)
+def test_an_adapter_that_cannot_be_served_is_told_why(
+    fakes: Fakes, config: dict[str, object], words: str
+) -> None:
+    fakes.put("base")
+    put_adapter(fakes, "odd", "base")
+    file = fakes.root / "models" / "odd" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with fakes.service() as service:
+        answer = post(service, "odd")
+        assert answer.status_code == 422
+        assert words in answer.json()["error"]["message"]
+
+
+def test_an_adapter_that_the_engine_refuses_is_told_why(fakes: Fakes) -> None:
+    fakes.put("base")
+    put_adapter(fakes, "odd", "base", fail_adapter="it is odd")
+    with fakes.service() as service:
+        answer = post(service, "odd")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "adapter_refused")
+        assert "it is odd" in answer.json()["error"]["message"]
+        assert post(service, "base").status_code == 200
+        assert service.stats()["leases"] == 0
+
+
+class Crowd:
+    """Clients that ask for one model without a pause; the status and revision of each answer."""
+
+    def __init__(self, service: ServiceProcess, model: str) -> None:
+        self.answers: list[tuple[int, str | None]] = []
+        self._stop = threading.Event()
+        self._service, self._model = service, model
+        self._threads = [threading.Thread(target=self._run) for _ in range(4)]
+
+    def __enter__(self) -> "Crowd":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            answer = post(self._service, self._model)
+            self.answers.append((answer.status_code, answer.headers.get("x-model-revision")))
+
+    @property
+    def revision(self) -> str | None:
+        """Of the last answer."""
+        return self.answers[-1][1] if self.answers else None
+
+
+def revision(service: ServiceProcess, model: str) -> str:
+    return str(service.http.get(f"/v1/models/{model}").json()["revision"])
+
+
+@pytest.mark.parametrize("slots", ["1", "2"], ids=["in its place", "beside it"])
+@pytest.mark.parametrize("script", [{}, KIN], ids=["loaded", "swapped"])
+def test_a_new_revision_takes_over_under_load(fakes: Fakes, slots: str, script: dict[str, object]) -> None:
+    fakes.put("m", script=script)
+    with fakes.service(**ONE | {"MAX_CACHED_MODELS": slots}) as service, Crowd(service, "m") as crowd:
+        service.wait_until(lambda: len(crowd.answers) > 10, 10)
+        old = crowd.revision
+        fakes.put("m", script=script, start_seconds=0.2)
+        service.wait_until(lambda: crowd.revision not in (None, old), 20)
+        time.sleep(0.3)
+        stats = service.stats()
+        assert {status for status, _ in crowd.answers} == {200}
+        assert stats["rollovers"]["m"]["previous"] == [old]
+        service.wait_until(lambda: len(service.stats()["engines"]) == 1, 10)
+        assert 'inference_rollovers_total{model="m",status="ok"} 1.0' in service.http.get("/metrics").text
+
+
+@pytest.mark.parametrize("slots", ["1", "2"], ids=["in its place", "beside it"])
+def test_a_new_revision_that_does_not_load_never_replaces_the_old_one(fakes: Fakes, slots: str) -> None:
+    fakes.put("m")
+    with fakes.service(**ONE | {"MAX_CACHED_MODELS": slots}) as service, Crowd(service, "m") as crowd:
+        service.wait_until(lambda: len(crowd.answers) > 10, 10)
+        old = crowd.revision
+        fakes.put("m", fail_start="RuntimeError: broken weights")
+        service.wait_until(lambda: bool(service.stats()["rollovers"].get("m", {}).get("rejected")), 20)
+        rejected = service.stats()["rollovers"]["m"]
+        assert (rejected["serving"], list(rejected["rejected"])) == (old, [revision(service, "m")])
+        assert "broken weights" in next(iter(rejected["rejected"].values()))
+        service.wait_until(lambda: crowd.revision == old, 10)
+        time.sleep(0.5)
+        assert set(crowd.answers) == {(200, old)}
+        metrics = service.http.get("/metrics").text
+        assert 'inference_rollovers_total{model="m",status="rejected"} 1.0' in metrics
+
+
+def test_back_to_the_previous_revision_and_on_to_the_next(fakes: Fakes) -> None:
+    fakes.put("m")
+    with fakes.service(**ONE) as service:
+        first = post(service, "m").headers["x-model-revision"]
+        assert service.http.post("/admin/rollback/m").status_code == 409, "there is none"
+        fakes.put("m", start_seconds=0.01)
+        service.wait_until(lambda: post(service, "m").headers["x-model-revision"] != first, 20)
+        second = revision(service, "m")
+        answer = service.http.post("/admin/rollback/m").json()
+        assert (answer["revision"], answer["state"]) == (first, "ready")
+        assert post(service, "m").headers["x-model-revision"] == first
+        assert post(service, f"m@{second}").headers["x-model-revision"] == second
+        time.sleep(2.5)
+        assert post(service, "m").headers["x-model-revision"] == first, "it does not come back by itself"
+        assert service.http.post("/admin/rollback/m").status_code == 409
+        fakes.put("m", start_seconds=0.02)
+        service.wait_until(lambda: post(service, "m").headers["x-model-revision"] not in (first, second), 20)
+
+
+def test_an_older_revision_is_addressed_while_its_snapshot_is_on_the_disk(
+    fakes: Fakes, tmp_path: Path
+) -> None:
+    fakes.put("m")
+    with fakes.service(**ONE) as service:
+        first = post(service, "m").headers["x-model-revision"]
+        fakes.put("m", start_seconds=0.01)
+    with fakes.service(**ONE) as service:
+        assert post(service, "m").headers["x-model-revision"] != first
+        assert post(service, f"m@{first}").headers["x-model-revision"] == first
+        assert post(service, "m@0123456789ab").status_code == 404
+        service.http.post("/admin/unload/m")
+        for snapshot in (tmp_path / "cache" / "m" / first).iterdir():
+            snapshot.unlink()
+        assert post(service, f"m@{first}").status_code == 404
+
+
+def test_a_new_revision_of_an_adapter(fakes: Fakes) -> None:
+    fakes.put("base")
+    put_adapter(fakes, "t", "base")
+    with fakes.service(**ONE) as service, Crowd(service, "t") as crowd:
+        service.wait_until(lambda: len(crowd.answers) > 5, 10)
+        old, process = crowd.revision, process_of(service, "base")
+        put_adapter(fakes, "t", "base", rank=4)
+        service.wait_until(lambda: crowd.revision not in (None, old), 20)
+        assert {status for status, _ in crowd.answers} == {200}
+        assert process_of(service, "base") == process
+        put_adapter(fakes, "t", "base", fail_adapter="no")
+        service.wait_until(lambda: bool(service.stats()["rollovers"]["t"]["rejected"]), 20)
+        time.sleep(0.3)
+        assert {status for status, _ in crowd.answers} == {200}
+
+
+def test_the_files_come_while_another_model_serves(fakes: Fakes) -> None:
+    """One slot: the engine that serves goes on until the other's files are there."""
+    fakes.put("a", script=KIN)
+    fakes.put("b", script=KIN)
+    with fakes.service(**ONE) as service:
+        post(service, "a")
+        stream = threading.Thread(target=lambda: post(service, "a", max_tokens=60))
+        stream.start()
+        assert post(service, "b").status_code == 200
+        stream.join()
+        assert not (service.stats()["leases"])
