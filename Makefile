@@ -1,4 +1,4 @@
-# The only commands: make run | test | check | model | bench-serve | bench-sync | bench-front | soak (DURATION=seconds) | lock. Each does its own set-up.
+# The only commands: make run | test | check | model | bench-serve | bench-sync | bench-front | bench-swap | bench-trace | bench-adapters | soak (DURATION=seconds) | lock. Each does its own set-up.
 SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
@@ -23,7 +23,8 @@ else
 export UV_TORCH_BACKEND := cpu
 endif
 
-.PHONY: run model test test-gpu check format lock bench-serve bench-sync bench-front soak clean
+.PHONY: run model test test-gpu check format lock bench-serve bench-sync bench-front bench-swap bench-trace \
+  bench-adapters soak clean
 
 # The demo's bucket, unless one is set in the environment or in .env.
 run: model
@@ -59,6 +60,9 @@ bench-sync: $(INSTALLED)
 
 bench-front: $(INSTALLED)
 	$(BIN)/python -m benchmarks.front $(if $(QUICK),--quick)
+
+bench-swap bench-trace bench-adapters: bench-%: $(INSTALLED)
+	$(BIN)/python -m benchmarks.$* $(if $(QUICK),--quick)
 
 soak: $(INSTALLED)
 	$(BIN)/python -m benchmarks.soak --duration $(DURATION)
