@@ -10,7 +10,8 @@ d  as b with WEIGHT_SWAP=off
 e  this service, an adapter never seen before, with its base live
 f  from the start of the process to the first token, ours and vLLM's own server
 
-Every answer is compared with that of a fresh engine in the same run.
+One slot, and MIN_RESIDENCY=0: the models change as fast as they can. Every answer is compared with that of a
+fresh engine in the same run.
 """
 
 import argparse
@@ -30,6 +31,8 @@ ROUNDS = 5
 QUICK_ROUNDS = 2
 SWAPS = 11
 SETTINGS = Settings(max_model_len=2048, max_cached_models=1)
+# The models change at once here: none is to be kept for who may come back.
+AT_ONCE = {"MIN_RESIDENCY": "0"}
 QUESTION = "What is the capital of France?"
 
 
@@ -53,7 +56,7 @@ class Swaps:
 
     def fresh_answers(self) -> None:
         """Of fresh engines, each alone; not timed."""
-        with this_service_over(self.bucket, SETTINGS, WEIGHT_SWAP="off") as server:
+        with this_service_over(self.bucket, SETTINGS, **AT_ONCE, WEIGHT_SWAP="off") as server:
             for model in ("first", "second", "other"):
                 self.ask(server, model)
         self.fresh["adapter"] = self.fresh["second"]
@@ -81,7 +84,7 @@ class Swaps:
 
     def alternate(self, name: str, models: tuple[str, str], rounds: int, **settings: str) -> list[float]:
         """This service with one slot, asked for the one and the other."""
-        with this_service_over(self.bucket, SETTINGS, **settings) as server:
+        with this_service_over(self.bucket, SETTINGS, **AT_ONCE, **settings) as server:
             for model in models:
                 self.ask(server, model)
             found = [self.ask(server, models[number % 2]) for number in range(rounds)]

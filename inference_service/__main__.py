@@ -137,7 +137,8 @@ def _serve(settings: Settings, device: Device, backend: Backend, listener: socke
     from inference_service.logs import configure_logs
 
     configure_logs(settings.log_format, settings.log_level)
-    launcher = Launcher(backend.value, device.kind.value, launcher_environment(backend, device))
+    environment = launcher_environment(backend, device)
+    launcher = Launcher(backend.value, device.kind.value, environment, warm=settings.warm_launcher)
     try:
         import uvicorn
 

@@ -16,6 +16,7 @@ from inference_service.api import admin, health, openai
 from inference_service.api.access import Access
 from inference_service.api.service import Service
 from inference_service.config import Settings, WeightSwap
+from inference_service.engines import vllm_names
 from inference_service.engines.device import Backend, Device
 from inference_service.engines.factory import EngineFactory
 from inference_service.engines.launcher import Launcher
@@ -41,6 +42,7 @@ from inference_service.storage.verify import Verifier
 logger = logging.getLogger(__name__)
 
 _GIB = 1 << 30
+EXAMINED_AT_START = 32
 
 
 def build_app(settings: Settings, device: Device, backend: Backend, launcher: Launcher) -> FastAPI:
@@ -117,7 +119,11 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         launcher.attach()
-        background = [*service.preload(), asyncio.create_task(service.rollover.watch())]
+        background = [
+            *service.preload(),
+            asyncio.create_task(service.rollover.watch()),
+            asyncio.create_task(_preload_architectures(service, launcher)),
+        ]
         yield
         for task in background:
             task.cancel()
@@ -127,6 +133,18 @@ def _lifespan(
         factory.close()
 
     return lifespan
+
+
+async def _preload_architectures(service: Service, launcher: Launcher) -> None:
+    """Let the launcher import what the models of the bucket will need."""
+    if service.backend is not Backend.VLLM:
+        return
+    try:
+        found = await service.registry.newest_architectures(EXAMINED_AT_START)
+    except ServiceError as error:
+        logger.warning("no architecture is preloaded: %s", error)
+        return
+    launcher.preload(await asyncio.to_thread(vllm_names.modules_of, found))
 
 
 def _render_errors(app: FastAPI) -> None:

@@ -94,6 +94,10 @@ class Settings(BaseSettings):
         le=86_400,
         description="Seconds that a request waits for its model at most; then 503, and the load goes on",
     )
+    warm_launcher: bool = Field(
+        True,
+        description="Fork engines from a process that has imported the backend; false: each imports it anew",
+    )
     weight_swap: WeightSwap = Field(
         WeightSwap.AUTO,
         description="`auto`: an idle engine takes the weights of another model of its architecture; "

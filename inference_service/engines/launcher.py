@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from inference_service.engines.base import HostSpec, decode_message, encode_message
@@ -54,10 +55,13 @@ class Host:
 class Launcher:
     """One launcher process. Start it before any thread or event loop; attach it to the loop later."""
 
-    def __init__(self, backend: str, device: str, environment: dict[str, str]) -> None:
+    def __init__(self, backend: str, device: str, environment: dict[str, str], *, warm: bool = True) -> None:
+        """`warm`: it imports the backend, and hosts are forks of it; else each host imports it anew."""
         self._backend = backend
         self._device = device
         self._environment = environment
+        self._warm = warm
+        self._preloaded: dict[str, None] = {}
         self._orders = itertools.count()
         self._launching: dict[int, asyncio.Future[Host]] = {}
         self._hosts: dict[int, Host] = {}
@@ -109,6 +113,19 @@ class Launcher:
                 launched.result().kill(signal.SIGKILL)
             raise
 
+    def preload(self, modules: Iterable[str]) -> None:
+        """Import what the next hosts will need, now; each only once."""
+        for module in modules:
+            if module not in self._preloaded:
+                self._preloaded[module] = None
+                self._order_preload(module)
+
+    def _order_preload(self, module: str) -> None:
+        if self._failure is None:
+            # Where it does not take the order the host imports the module by itself.
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                self._control.send(encode_message({"preload": module}))
+
     def kill(self, pid: int, number: signal.Signals) -> None:
         if self._failure is not None:
             return
@@ -136,9 +153,9 @@ class Launcher:
         self._control = ours
         self._log = HostLog("launcher")
         command = [sys.executable, "-m", "inference_service.engines.launcher_process"]
-        arguments = [str(theirs.fileno()), str(watched), self._backend, self._device, str(os.getpid())]
+        arguments = [theirs.fileno(), watched, self._backend, self._device, os.getpid(), int(self._warm)]
         self._process = subprocess.Popen(
-            [*command, *arguments],
+            [*command, *map(str, arguments)],
             env=os.environ | self._environment,
             pass_fds=(theirs.fileno(), watched),
             stdin=subprocess.DEVNULL,
@@ -154,8 +171,11 @@ class Launcher:
         logger.warning("the launcher is gone, starting another")
         self.close()
         self._failure = None
+        self._imported = False
         self._start()
         self.attach()
+        for module in self._preloaded:
+            self._order_preload(module)
 
     def _detach(self) -> None:
         if self._control.fileno() < 0:
@@ -179,9 +199,12 @@ class Launcher:
 
     def _take(self, message: dict[str, Any]) -> None:
         match message:
-            case {"imported": seconds}:
+            case {"imported": seconds, "cold": cold}:
                 self._imported = True
                 logger.info("launcher is ready", extra={"import_seconds": seconds})
+                if cold is not None:
+                    level = logging.WARNING if self._warm else logging.INFO
+                    logger.log(level, "engines are started without a warm launcher, slower: %s", cold)
             case {"launched": order, "pid": pid}:
                 self._launched(order, pid)
             case {"refused": order, "reason": reason}:
@@ -223,6 +246,13 @@ class Launcher:
             kill_group(pid)
             host.exited(-signal.SIGKILL, with_launcher=True)
         self._hosts.clear()
+        if self._imported:
+            # It worked until now: the next load shall not have to wait for its imports.
+            asyncio.get_running_loop().call_soon(self._restart_after_death)
+
+    def _restart_after_death(self) -> None:
+        if self._failure is not None and self._lifeline >= 0:
+            self._restart()
 
     def _no_engine(self, reason: str) -> EngineError:
         if self._imported:

@@ -1,13 +1,15 @@
 """The launcher's program: imports the backend once, then forks a host per order.
 
-Runs as `python -m inference_service.engines.launcher_process CONTROL_FD LIFELINE_FD BACKEND DEVICE`
-and holds one thread, because a fork keeps only the thread that called it. It imports vLLM and never touches
-CUDA: a CUDA context does not survive a fork.
+Runs as `python -m inference_service.engines.launcher_process CONTROL_FD LIFELINE_FD BACKEND DEVICE PARENT
+WARM` and holds one thread, because a fork keeps only the thread that called it. It imports vLLM and never
+touches CUDA: a CUDA context does not survive a fork. Where a fork could go wrong (warmth.py), and where WARM
+is 0, a host imports everything by itself (cold_host.py).
 
 Messages (one SOCK_SEQPACKET datagram each, JSON):
     service -> launcher   {"launch": id, "spec": {...}}  with two descriptors: listener, log
                           {"kill": pid, "signal": n}     the host's whole process group
-    launcher -> service   {"imported": seconds} | {"failed": reason}
+                          {"preload": module}            the next hosts will need it
+    launcher -> service   {"imported": seconds, "cold": reason or null} | {"failed": reason}
                           {"launched": id, "pid": n} | {"refused": id, "reason": text}
                           {"exited": pid, "status": n}   once nothing of the group is left
 """
@@ -16,19 +18,21 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import json
 import os
 import selectors
 import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from types import FrameType
 from typing import Any, NoReturn
 
 from inference_service.engines.base import HostSpec, decode_message, encode_message
+from inference_service.engines.lifeline import end_group_with_service
+from inference_service.engines.warmth import why_cold
 
 # What a host of each backend imports; a name that is missing is only slower, never an error, except
 # for the first, without which the backend cannot run at all.
@@ -58,22 +62,26 @@ _PR_SET_CHILD_SUBREAPER = 36
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     lifeline, backend, device, parent = int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
+    cold: str | None = None if sys.argv[6] == "1" else "WARM_LAUNCHER is off"
     _die_with(parent)
     _adopt_orphans()
     started = time.monotonic()
     gc.disable()  # what is imported stays: collecting meanwhile costs an eighth of the time
     try:
-        preload(backend, device)
+        if cold is None:
+            preload(backend, device)
+            cold = why_cold(backend)
     except Exception as error:
         traceback.print_exc()
         control.send(encode_message({"failed": f"{type(error).__name__}: {error}"}))
         sys.exit(1)
-    control.send(encode_message({"imported": round(time.monotonic() - started, 2)}))
+    imported = round(time.monotonic() - started, 2)
+    control.send(encode_message({"imported": imported, "cold": cold}))
     # Pages that the collector never touches again stay shared with every host.
     gc.collect()
     gc.freeze()
     gc.enable()
-    _Launcher(control, lifeline).serve()
+    _Launcher(control, lifeline, cold=cold is not None).serve()
 
 
 def preload(backend: str, device: str) -> None:
@@ -81,16 +89,21 @@ def preload(backend: str, device: str) -> None:
     first, *others = PRELOAD[backend]
     importlib.import_module(first)
     for name in (*others, *(PRELOAD_CPU if (backend, device) == ("vllm", "cpu") else ())):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            _say(f"WARNING: {name} was not preloaded: {error}")
+        _preload(name)
+
+
+def _preload(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a host tells what it lacks itself
+        _say(f"WARNING: {name} was not preloaded: {type(error).__name__}: {error}")
 
 
 class _Launcher:
-    def __init__(self, control: socket.socket, lifeline: int) -> None:
+    def __init__(self, control: socket.socket, lifeline: int, *, cold: bool) -> None:
         self._control = control
         self._lifeline = lifeline
+        self._cold = cold
         self._hosts: set[int] = set()
         self._ending: dict[int, int] = {}
         self._wakeup_read, self._wakeup_write = os.pipe()
@@ -118,8 +131,10 @@ class _Launcher:
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
-        else:
+        elif "kill" in message:
             self._kill(message["kill"], message["signal"])
+        elif not self._cold:
+            _preload(message["preload"])
 
     def _launch(self, order: int, spec: dict[str, Any], listener: int, log: int) -> None:
         try:
@@ -144,8 +159,10 @@ class _Launcher:
             os.dup2(log, 2)
             for descriptor in (self._control.detach(), self._wakeup_read, self._wakeup_write, log):
                 os.close(descriptor)
-            _end_group_with_service(self._lifeline)
             os.environ.update(spec.environment)
+            if self._cold:
+                _become_cold_host(spec, listener, self._lifeline)
+            end_group_with_service(self._lifeline)
             tempfile.tempdir = None  # the host's own TMPDIR, not what the imports have looked up
             program = importlib.import_module(spec.program)
             program.run(spec, socket.socket(fileno=listener))
@@ -228,17 +245,12 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def _end_group_with_service(lifeline: int) -> None:
-    """Kill this host's group when the service is gone.
-
-    The service alone holds the pipe's other end, so the kernel closes it however the service ends.
-    """
-
-    def watch() -> None:
-        os.read(lifeline, 1)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+def _become_cold_host(spec: HostSpec, listener: int, lifeline: int) -> NoReturn:
+    for descriptor in (listener, lifeline):
+        os.set_inheritable(descriptor, True)
+    order = json.dumps(spec.to_json())
+    command = [sys.executable, "-m", "inference_service.engines.cold_host"]
+    os.execv(sys.executable, [*command, order, str(listener), str(lifeline)])  # noqa: S606
 
 
 def _say(line: str) -> None:

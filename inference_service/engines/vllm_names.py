@@ -6,6 +6,7 @@ table is not found (another release) the answer is None: nothing is refused on a
 
 import ast
 import importlib.util
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,26 @@ def architectures() -> _NAMES | None:
     return own.union(*(table for table in more if table is not None))
 
 
+def modules_of(names: Iterable[str]) -> list[str]:
+    """The modules of vLLM that hold these architectures."""
+    known = _modules()
+    return sorted({f"vllm.model_executor.models.{known[name]}" for name in names if name in known})
+
+
+@cache
+def _modules() -> dict[str, str]:
+    """Architecture -> module, of vLLM's own text models: `{"LlamaForCausalLM": ("llama", ...)}`."""
+    value = _value("vllm", "model_executor/models/registry.py", "_TEXT_GENERATION_MODELS")
+    if not isinstance(value, ast.Dict):
+        return {}
+    found = {}
+    for key, entry in zip(value.keys, value.values, strict=True):
+        match key, entry:
+            case ast.Constant(value=str(name)), ast.Tuple(elts=[ast.Constant(value=str(module)), *_]):
+                found[name] = module
+    return found
+
+
 @cache
 def tool_parsers() -> _NAMES | None:
     return _table("vllm", "tool_parsers/__init__.py", "_TOOL_PARSERS_TO_REGISTER")
@@ -45,6 +66,12 @@ def quantizations() -> _NAMES | None:
 
 def _table(package: str, file: str, variable: str) -> _NAMES | None:
     """The names in the module-level table `variable` of one source file."""
+    value = _value(package, file, variable)
+    return None if value is None else frozenset(_names(value)) or None
+
+
+def _value(package: str, file: str, variable: str) -> ast.expr | None:
+    """What the module-level `variable` of one source file is set to."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         return None
@@ -56,7 +83,7 @@ def _table(package: str, file: str, variable: str) -> _NAMES | None:
         targets = statement.targets if isinstance(statement, ast.Assign) else []
         if any(isinstance(target, ast.Name) and target.id == variable for target in targets):
             assert isinstance(statement, ast.Assign)  # noqa: S101  (for the type checker)
-            return frozenset(_names(statement.value)) or None
+            return statement.value
     return None
 
 

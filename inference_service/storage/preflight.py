@@ -56,6 +56,7 @@ class _Verdict:
     reason: str | None
     shape: Shape | None = None
     swap_key: str | None = None
+    architectures: tuple[str, ...] = ()
 
 
 class Preflight:
@@ -101,6 +102,11 @@ class Preflight:
         """Which engines can take the weights of a model that was examined; None where none can."""
         verdict = self._verdict(model)
         return None if verdict is None else verdict.swap_key
+
+    def architectures(self, model: Model) -> tuple[str, ...]:
+        """What config.json of a model that was examined names."""
+        verdict = self._verdict(model)
+        return () if verdict is None else verdict.architectures
 
     def _verdict(self, model: Model) -> _Verdict | None:
         return self._found.get((model.name, _examined(model)))
@@ -152,7 +158,7 @@ class Preflight:
         shape = shape_of(config, model.serving, weights, self._settings, self._device)
         reason = _too_long(config, model.serving) or self._too_large(shape)
         key = swap_key(config, weights.tensors, model.serving, _vocabulary(model, reader))
-        return _Verdict(model.revision, reason, shape, key)
+        return _Verdict(model.revision, reason, shape, key, tuple(config["architectures"]))
 
     def _judge_fake(self, model: Model, reader: Reader) -> _Verdict:
         shape = shape_of_fake(model.bytes, model.serving)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from inference_service.engines.base import Snapshot
-from inference_service.errors import ModelNotServable, ObjectReplaced, SnapshotCorrupt
+from inference_service.errors import ModelNotServable, ObjectReplaced, ServiceError, SnapshotCorrupt
 from inference_service.storage.adapter import engine_rank
 from inference_service.storage.catalog import Catalog, RevisionNotFound
 from inference_service.storage.directory import DirectoryStore
@@ -116,6 +116,23 @@ class Registry:
     def swap_key(self, model: Model) -> str | None:
         """Models with the same can take one another's place in an engine; None: it is loaded afresh."""
         return self._preflight.swap_key(model)
+
+    def architectures(self, model: Model) -> tuple[str, ...]:
+        """The architectures of a model that was examined."""
+        return self._preflight.architectures(model)
+
+    async def newest_architectures(self, count: int) -> set[str]:
+        """The architectures of the checkpoints that were uploaded last; what cannot be told is left out."""
+        models = [each for each in await self.catalog.described() if each.kind is ModelKind.CHECKPOINT]
+        newest = sorted(models, key=lambda each: each.created, reverse=True)[:count]
+        found: set[str] = set()
+        for model in newest:
+            try:
+                await self.examine(model)
+            except ServiceError:
+                continue
+            found |= set(self.architectures(model))
+        return found
 
     def fetching(self, model: Model) -> Progress | None:
         """How far the fetch of the model is; None while none is under way."""
