@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx2
+
 from benchmarks.first_token import first_token
 from benchmarks.report import median, print_result, print_table, say, spread
 from benchmarks.servers import Server, this_service_over, vllm_server
@@ -44,6 +46,12 @@ class Swaps:
         self.models = models
         self.fresh: dict[str, str] = {}
         self.wrong: list[str] = []
+        self.lags: list[float] = []
+
+    def loop_lag(self, server: Server) -> float:
+        """Seconds for which the service's event loop was held up at worst since the last look."""
+        process = httpx2.get(f"{server.url}/admin/stats").json()["process"]
+        return float(process["loop_lag_seconds"])
 
     def ask(self, server: Server, model: str) -> float:
         """Seconds to the first token; the whole answer is compared with the first fresh one."""
@@ -87,7 +95,9 @@ class Swaps:
         with this_service_over(self.bucket, SETTINGS, **AT_ONCE, **settings) as server:
             for model in models:
                 self.ask(server, model)
+            self.loop_lag(server)
             found = [self.ask(server, models[number % 2]) for number in range(rounds)]
+            self.lags.append(self.loop_lag(server))
         say(f"{name}  {' '.join(f'{seconds:.2f}' for seconds in found)} s")
         return found
 
@@ -145,10 +155,10 @@ def run(quick: bool) -> None:
         for name, part in parts.items():
             measured[name] = part()
         measured["a"], theirs = swaps.restarts(rounds)
-        report(measured, theirs, swaps.wrong)
+        report(measured, theirs, swaps)
 
 
-def report(measured: dict[str, list[float]], theirs: list[float], wrong: list[str]) -> None:
+def report(measured: dict[str, list[float]], theirs: list[float], swaps: Swaps) -> None:
     what = {
         "a": "vLLM's server restarted with the other model",
         "b": "this service, same architecture",
@@ -160,7 +170,7 @@ def report(measured: dict[str, list[float]], theirs: list[float], wrong: list[st
     rows = [[name, text, spread(measured[name]), str(len(measured[name]))] for name, text in what.items()]
     rows.append(["f", "vLLM's server, from the process's start", spread(theirs), str(len(theirs))])
     print_table(["", "seconds to the first token", "median (min-max)", "runs"], rows)
-    for line in wrong:
+    for line in swaps.wrong:
         print(f"WRONG  {line}")
     middle = {name: median(values) for name, values in measured.items()}
     print_result(
@@ -174,7 +184,8 @@ def report(measured: dict[str, list[float]], theirs: list[float], wrong: list[st
             "swap_s": middle["b"],
             "adapter_s": middle["e"],
             "launcher_s": middle["d"],
-            "outputs_equal": not wrong,
+            "loop_lag_s": max(swaps.lags),
+            "outputs_equal": not swaps.wrong,
         },
     )
 

@@ -3,9 +3,9 @@
     python -m benchmarks.trace [--quick] [--plot trace.png]
 
 Zipf-distributed requests, Poisson arrivals, over eight checkpoints of one architecture and four adapters, the
-same trace twice: this service as it is, and with swaps and the warm launcher off and every adapter merged into
-a checkpoint of its own. Ratios are the second's over the first's, of completed requests the first's over the
-second's.
+same trace twice: this service as it is, and with swaps and the warm launcher off and every adapter merged
+into a checkpoint of its own. Ratios are the second's over the first's, of completed requests the first's over
+the second's.
 """
 
 import argparse

@@ -122,6 +122,7 @@ def _lifespan(
         background = [
             *service.preload(),
             asyncio.create_task(service.rollover.watch()),
+            asyncio.create_task(service.loop_lag.watch()),
             asyncio.create_task(_preload_architectures(service, launcher)),
         ]
         yield

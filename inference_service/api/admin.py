@@ -74,7 +74,7 @@ async def stats(service: ServiceDep) -> dict[str, Any]:
         "unservable": unservable,
         "rollovers": service.rollover.describe(),
         "alias_conflicts": service.catalog.conflicts,
-        "process": process_stats(),
+        "process": {**process_stats(), "loop_lag_seconds": service.loop_lag.take()},
     }
 
 

@@ -5,9 +5,30 @@ import resource
 from pathlib import Path
 
 _SELF = Path("/proc/self")
+LOOK_SECONDS = 0.05
 
 
-def process_stats() -> dict[str, int | None]:
+class LoopLag:
+    """How late the event loop comes to what is due: what blocks it holds every stream up."""
+
+    def __init__(self) -> None:
+        self._worst = 0.0
+
+    async def watch(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + LOOK_SECONDS
+            await asyncio.sleep(LOOK_SECONDS)
+            self._worst = max(self._worst, loop.time() - due)
+
+    def take(self) -> float:
+        """The longest wait since the last call, in seconds."""
+        worst, self._worst = self._worst, 0.0
+        return round(worst, 4)
+
+
+def process_stats() -> dict[str, int | float | None]:
     """Memory, descriptors, the kernel's threads, the event loop's tasks; None where it cannot be told."""
     open_files = _entries("fd")
     return {

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
+from inference_service.api.process import LoopLag
 from inference_service.config import Settings
 from inference_service.engines.device import Backend, Device
 from inference_service.errors import (
@@ -57,6 +58,7 @@ class Service:
     pool: Pool
     rollover: Rollover
     metrics: Metrics
+    loop_lag: LoopLag = field(default_factory=LoopLag)
     relays: set[UnderWay] = field(default_factory=set)
     stopping: bool = False
     _asking: set[asyncio.Task[Any] | None] = field(default_factory=set)

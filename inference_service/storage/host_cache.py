@@ -48,6 +48,8 @@ class HostCache:
             if snapshot in self._locked:
                 self._locked.move_to_end(snapshot)
                 return
+            for left in [path for path in self._locked if not path.exists()]:
+                self._drop(self._locked.pop(left))
             wanted = sum((snapshot / name).stat().st_size for name in names)
             if wanted > self.quota:
                 return

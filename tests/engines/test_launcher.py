@@ -287,3 +287,58 @@ async def test_a_close_that_is_cancelled_can_be_begun_anew(launcher: Launcher, t
         await asyncio.wait_for(host.close(grace=0.3), 5)
         reply.close()
         await until(lambda: psutil.Process(launcher.process_id).children() == [])
+
+
+async def test_a_cold_launcher_starts_hosts_that_import_everything_themselves(tmp_path: Path) -> None:
+    launcher = Launcher("fake", "cpu", {}, warm=False)
+    launcher.attach()
+    try:
+        host = engine(launcher, tmp_path)
+        await host.start()
+        pid = host.process_id
+        assert pid is not None
+        assert "inference_service.engines.cold_host" in psutil.Process(pid).cmdline()
+        assert os.getpgid(pid) == pid
+        assert psutil.Process(pid).environ()["SEEN_IN_HOST"] == "yes"
+        reply = await host.forward("/v1/completions", b'{"prompt": "x", "max_tokens": 3}', "id")
+        assert b"the quick brown" in await reply.read()
+        await host.close()
+        assert not psutil.pid_exists(pid)
+    finally:
+        launcher.close()
+
+
+async def test_a_cold_host_that_fails_says_why(tmp_path: Path) -> None:
+    launcher = Launcher("fake", "cpu", {}, warm=False)
+    launcher.attach()
+    try:
+        host = engine(launcher, tmp_path, spec("nobody_has_it"))
+        with pytest.raises(EngineStartFailed, match="nobody_has_it"):
+            await host.start()
+        await host.close()
+    finally:
+        launcher.close()
+
+
+async def test_a_launcher_that_dies_is_started_again_at_once(launcher: Launcher, tmp_path: Path) -> None:
+    host = engine(launcher, tmp_path)
+    await host.start()
+    first = launcher.process_id
+    os.kill(first, signal.SIGKILL)
+    await asyncio.wait_for(host.wait_dead(), 5)
+    await until(lambda: launcher.process_id != first)
+    await host.close()
+    await host_answers(launcher, tmp_path)
+
+
+async def host_answers(launcher: Launcher, room: Path) -> None:
+    host = engine(launcher, room)
+    await host.start()
+    reply = await host.forward("/v1/completions", b'{"prompt": "x", "max_tokens": 3}', "id")
+    assert b"the quick brown" in await reply.read()
+    await host.close()
+
+
+async def test_a_module_that_cannot_be_preloaded_harms_nobody(launcher: Launcher, tmp_path: Path) -> None:
+    launcher.preload(["nobody.has.it", "json.tool"])
+    await host_answers(launcher, tmp_path)

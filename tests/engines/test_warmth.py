@@ -1,0 +1,65 @@
+"""What the launcher relies on, in the pinned vLLM and in itself."""
+
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from inference_service.engines import warmth
+from inference_service.engines.vllm_names import modules_of
+
+# As the launcher does it, with every way to CUDA closed: whatever reached for it would raise.
+PRELOAD = """
+import torch
+def refused(*_, **__):
+    raise AssertionError("the launcher reached for CUDA")
+torch._C._cuda_init = refused
+torch.cuda._lazy_init = refused
+from inference_service.engines import launcher_process, warmth
+launcher_process.preload("vllm", "cpu")
+print("cold:", warmth.why_cold("vllm"), flush=True)
+"""
+
+
+def test_the_pinned_vllm_has_what_forked_hosts_rely_on_and_its_import_reaches_no_gpu() -> None:
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", PRELOAD],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "cold: None" in ended.stdout, ended.stderr[-2000:]
+
+
+def test_a_symbol_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmth, "EXPECTED", {"json": ("dumps", "nobody_has_it")})
+    assert warmth.why_unexpected() == "json has no nobody_has_it"
+    monkeypatch.setattr(warmth, "EXPECTED", {"nobody.has.it": ("x",)})
+    assert "nobody.has.it cannot be imported" in str(warmth.why_unexpected())
+
+
+def test_a_second_thread_makes_it_cold() -> None:
+    assert warmth.why_cold("fake") is None
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        assert "2 threads" in str(warmth.why_cold("fake"))
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_cuda_context_makes_it_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert warmth.why_cuda() == "it has a CUDA context"
+
+
+def test_modules_of_architectures() -> None:
+    assert modules_of(["LlamaForCausalLM", "NobodysForCausalLM"]) == ["vllm.model_executor.models.llama"]
