@@ -30,7 +30,7 @@ from inference_service.storage.registry import Registry
 
 logger = logging.getLogger(__name__)
 
-LEAST_LOOK_SECONDS = 1.0
+LEAST_LOOK_SECONDS = 0.3
 KEPT = 16
 # The revision itself is at fault; everything else may be better at the next look.
 _ITS_FAULT = (EngineStartFailed, OutOfMemory, SnapshotCorrupt, AdapterRefused, ModelNotServable)

@@ -67,3 +67,13 @@ def test_the_launcher_never_touches_the_gpu(service: ServiceProcess) -> None:
     (launcher,) = psutil.Process(service.process.pid).children()
     opened = [str(fd.readlink()) for fd in Path(f"/proc/{launcher.pid}/fd").iterdir()]
     assert not [path for path in opened if "nvidia" in path]
+    assert "without a warm launcher" not in service.log_text()
+
+
+def test_weights_are_swapped_on_the_gpu(bucket: Bucket, tmp_path: Path) -> None:
+    """The tied embeddings of the one are not left behind in the other's answers."""
+    settings = {"MAX_CACHED_MODELS": "1", "MIN_RESIDENCY": "0", "ENGINE": "auto"}
+    with real_service(bucket, tmp_path, **settings) as service:
+        answers = [ask(service, model) for model in (BASE, TUNED, BASE, TUNED)]
+        assert answers[:2] == answers[2:]
+        assert service.engine(TUNED)["swapped"]

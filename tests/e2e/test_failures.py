@@ -29,6 +29,7 @@ def frail(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     settings = {
         "MAX_CACHED_MODELS": "1",
         "MIN_RESIDENCY": "0",
+        "WEIGHT_SWAP": "off",
         "ENGINE_STALL_TIMEOUT": str(STALL_SECONDS),
         "CATALOG_TTL": "0",
     }

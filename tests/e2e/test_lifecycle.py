@@ -23,9 +23,13 @@ from tests.fixtures.service_process import ServiceProcess
 
 @pytest.fixture(scope="module")
 def small(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
-    """One slot."""
-    room = tmp_path_factory.mktemp("small")
-    with real_service(bucket, room, GCS_BUCKET=f"gs://{bucket.name}", MAX_CACHED_MODELS="1") as service:
+    """One slot, and every model in an engine of its own."""
+    settings = {
+        "GCS_BUCKET": f"gs://{bucket.name}",
+        "MAX_CACHED_MODELS": "1",
+        "WEIGHT_SWAP": "off",
+    }
+    with real_service(bucket, tmp_path_factory.mktemp("small"), **settings) as service:
         yield service
 
 
