@@ -137,7 +137,7 @@ def _serve(settings: Settings, device: Device, backend: Backend, listener: socke
     from inference_service.logs import configure_logs
 
     configure_logs(settings.log_format, settings.log_level)
-    environment = launcher_environment(backend, device)
+    environment = launcher_environment(backend, device, settings.local_model_cache)
     launcher = Launcher(backend.value, device.kind.value, environment, warm=settings.warm_launcher)
     try:
         import uvicorn

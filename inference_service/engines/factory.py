@@ -28,6 +28,8 @@ from inference_service.models.serving import Serving
 
 _Number = TypeVar("_Number", int, float)
 ROOM_PREFIX = "inference-service-"
+# Below LOCAL_MODEL_CACHE; no model's name begins with a dot.
+KEPT_BY_VLLM = ".vllm"
 
 
 class EngineFactory:
@@ -88,8 +90,12 @@ def _sweep_orphaned_rooms() -> None:
                 shutil.rmtree(room, ignore_errors=True)
 
 
-def launcher_environment(backend: Backend, device: Device) -> dict[str, str]:
-    """What must be set before the launcher imports its backend, and every host inherits."""
+def launcher_environment(backend: Backend, device: Device, cache: Path | None = None) -> dict[str, str]:
+    """What must be set before the launcher imports its backend, and every host inherits.
+
+    `cache`: where compiled kernels and start-up plans are kept beside the snapshots, for the next engine of
+    the same architecture on this device; vLLM tells them apart by itself.
+    """
     if backend is not Backend.VLLM:
         return {}
     environment = {
@@ -104,6 +110,10 @@ def launcher_environment(backend: Backend, device: Device) -> dict[str, str]:
         # imports. vLLM refuses a worker of its own only for the sake of that variable.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    else:
+        environment["VLLM_ENABLE_STARTUP_PLAN"] = os.environ.get("VLLM_ENABLE_STARTUP_PLAN", "1")
+    if cache is not None and "VLLM_CACHE_ROOT" not in os.environ:
+        environment["VLLM_CACHE_ROOT"] = str(cache / KEPT_BY_VLLM)
     return environment
 
 
@@ -124,6 +134,8 @@ def vllm_arguments(
         *("--served-model-name", snapshot.model),
         *("--dtype", dtype),
         *("--load-format", "safetensors"),
+        # Mapped from the page cache, where the service has read them already: no copy is faster.
+        *("--safetensors-load-strategy", "lazy"),
         *("--max-model-len", str(length or "auto")),
         # DEFAULT_MAX_TOKENS is no part of this: vLLM reads max_new_tokens as a limit, not a default.
         *("--override-generation-config", json.dumps(sampling)),

@@ -4,6 +4,7 @@
       my-model/
         3f2a9c0d1e5b/                        a snapshot: one revision, complete and verified
           config.json  model.safetensors  ...
+          .canary.json                       what its weights make of a fixed prompt (pool/canary.py)
           .manifest.json                     written last; its time is when the snapshot was last used
         .incomplete-3f2a9c0d1e5b-k3x0a1/     a fetch under way, or what a killed one left
           .journal                           which stretches have arrived, with their crc32c
@@ -11,6 +12,7 @@
         .3f2a9c0d1e5b.lock                   held by the process that fetches the revision
       .evicted-9fj2k1/                       an evicted snapshot on its way out
       .room.lock                             held while room is made or promised
+      .vllm/                                 what vLLM keeps: compiled kernels, start-up plans (factory.py)
 
 That a file exists proves nothing; only the manifest does.
 """
