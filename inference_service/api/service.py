@@ -91,7 +91,7 @@ class Service:
                     raise
                 model = older
             else:
-                self.rollover.served(lease)
+                self.rollover.served(model)
                 return lease
         raise ObjectReplaced(
             f"The model '{model.name}' changes faster than it can be loaded. Try again.", retry_after=5
@@ -166,7 +166,7 @@ class Service:
         """Returns once the model's engine is ready; raises what its load raised."""
         # Shielded: others may wait for the same.
         await asyncio.shield(self.pool.order(model))
-        self.rollover.loaded(model)
+        self.rollover.served(model)
 
     async def drain(self) -> None:
         """Stop admission and let running requests finish, until DRAIN_TIMEOUT ends the rest."""

@@ -331,12 +331,11 @@ class Pool:
 
     def retire(self, reference: str) -> None:
         """Another revision has taken over: the engine ends with its last lease, and who waits is told."""
-        slot = self._slots.get(reference)
-        if slot is None:
-            return
         self._supersede(reference)
-        slot.unloaded = True
-        self._tell(Unload(reference))
+        slot = self._slots.get(reference)
+        if slot is not None:
+            slot.unloaded = True
+            self._tell(Unload(reference))
 
     def _supersede(self, reference: str) -> None:
         for waiter in list(self._waiters.values()):

@@ -24,7 +24,6 @@ from inference_service.errors import (
 )
 from inference_service.metrics import Metrics
 from inference_service.pool.pool import Pool
-from inference_service.pool.slot import Lease
 from inference_service.storage.model import Model
 from inference_service.storage.registry import Registry
 
@@ -85,28 +84,26 @@ class Rollover:
         if line is None or newest.exact:
             return newest
         serving = replace(line.serving, carrier=newest.carrier)
-        if newest.revision == serving.revision:
-            return serving
         if line.candidate is not None and not self._admits(serving):
             return line.candidate
+        if newest.revision == serving.revision:
+            return serving
         wrong = newest.unservable is not None or newest.revision in line.rejected
         return serving if wrong or self._admits(serving) else newest
 
-    def served(self, lease: Lease) -> None:
-        """The lease's models serve: what a plain name means until another revision has taken over."""
-        self.loaded(lease.slot.model)
-        if lease.adapter is not None:
-            self.loaded(lease.model)
-
-    def loaded(self, model: Model) -> None:
-        """As `served`: the model's engine is ready."""
-        line = self._lines.get(model.name)
+    def served(self, model: Model) -> None:
+        """The model serves: what its plain name means until another revision has taken over."""
+        if model.carrier is not None:
+            self.served(model.carrier)
         if model.exact:
             return
+        line = self._lines.get(model.name)
         if line is None:
             self._lines[model.name] = _Line(model)
-        elif line.candidate is None and line.serving.reference != model.reference:
-            line.take_over(model)
+        elif line.serving.reference != model.reference and line.candidate is None:
+            # A lease of the revision before, granted just before another took over, is no way back.
+            if not self._admits(replace(line.serving, carrier=model.carrier)):
+                line.take_over(model)
 
     def older_than(self, model: Model, error: ServiceError) -> Model | None:
         """The revision that serves instead of `model`, which failed with `error`; None where none does."""
@@ -144,17 +141,12 @@ class Rollover:
         """Look for new revisions of what an engine holds, until cancelled."""
         while True:
             await asyncio.sleep(self._look_seconds)
-            names = self._pool.names() & self._lines.keys()
-            if not names:
-                continue
             try:
-                await self._registry.catalog.models()
+                await self._look_at_all()
             except StoreError as error:
                 logger.warning("no look for new revisions: %s", error)
-                continue
-            for name in sorted(names):
-                with suppress(ServiceError):  # what is wrong with it is told to whom asks for it
-                    await self._look(self._lines[name], await self._registry.find(name))
+            except Exception:
+                logger.exception("no look for new revisions")
 
     async def close(self) -> None:
         """End what is under way."""
@@ -176,7 +168,17 @@ class Rollover:
             if line.before or line.rejected or line.candidate or line.problem
         }
 
-    async def _look(self, line: _Line, newest: Model) -> None:
+    async def _look_at_all(self) -> None:
+        names = self._pool.names() & self._lines.keys()
+        if names:
+            await self._registry.catalog.models()
+        for name in sorted(names):
+            with suppress(ServiceError):  # what is wrong with it is told to whom asks for it
+                newest = await self._registry.find(name)
+                if name in self._lines:
+                    self._look(self._lines[name], newest)
+
+    def _look(self, line: _Line, newest: Model) -> None:
         """Begin what is to be begun: a new revision that has stayed the same since the last look."""
         settled, line.seen = line.seen == newest.revision, newest.revision
         if newest.revision == line.serving.revision:

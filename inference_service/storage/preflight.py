@@ -158,7 +158,7 @@ class Preflight:
         shape = shape_of(config, model.serving, weights, self._settings, self._device)
         reason = _too_long(config, model.serving) or self._too_large(shape)
         key = swap_key(config, weights.tensors, model.serving, _vocabulary(model, reader))
-        return _Verdict(model.revision, reason, shape, key, tuple(config["architectures"]))
+        return _Verdict(model.revision, reason, shape, key, tuple(config.get("architectures") or ()))
 
     def _judge_fake(self, model: Model, reader: Reader) -> _Verdict:
         shape = shape_of_fake(model.bytes, model.serving)
