@@ -100,10 +100,13 @@ class Rollover:
         line = self._lines.get(model.name)
         if line is None:
             self._lines[model.name] = _Line(model)
-        elif line.serving.reference != model.reference and line.candidate is None:
-            # A lease of the revision before, granted just before another took over, is no way back.
-            if not self._admits(replace(line.serving, carrier=model.carrier)):
-                line.take_over(model)
+        elif line.candidate is None and line.serving.reference != model.reference:
+            self._follow(line, model)
+
+    def _follow(self, line: _Line, model: Model) -> None:
+        """Another revision has been loaded; a lease that was granted just before a rollover is no way back."""
+        if not self._admits(replace(line.serving, carrier=model.carrier)):
+            line.take_over(model)
 
     def older_than(self, model: Model, error: ServiceError) -> Model | None:
         """The revision that serves instead of `model`, which failed with `error`; None where none does."""
