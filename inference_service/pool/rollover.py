@@ -104,7 +104,7 @@ class Rollover:
             self._follow(line, model)
 
     def _follow(self, line: _Line, model: Model) -> None:
-        """Another revision has been loaded; a lease that was granted just before a rollover is no way back."""
+        """Another revision was loaded; a lease that was granted just before a rollover is no way back."""
         if not self._admits(replace(line.serving, carrier=model.carrier)):
             line.take_over(model)
 
