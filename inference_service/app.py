@@ -55,7 +55,9 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     layout, disk = open_cache(settings)
     sync = Sync(store, layout, disk)
     preflight = Preflight(documents, settings, device, backend, disk.most, sync.kept)
-    verifier = Verifier(HostCache(int(settings.host_cache_gib * _GIB)))
+    host_cache = HostCache(int(settings.host_cache_gib * _GIB))
+    disk.evicted = host_cache.forget
+    verifier = Verifier(host_cache)
     registry = Registry(catalog, preflight, sync, layout, verifier)
     budget = Budget(
         device, backend, settings.gpu_memory_utilization, settings.max_cached_models, settings.max_adapters

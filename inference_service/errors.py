@@ -23,6 +23,7 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     │   └── DiskFull            507   it has no room for the model; says how much is missing
     ├── EngineError             502   the engine answered with an error of its own
     │   ├── EngineStartFailed   503   the engine could not be started; says the engine's reason
+    │   │   ├── EngineKilled          it was killed while it started
     │   │   └── LoadTimedOut          it did not start within LOAD_TIMEOUT
     │   ├── LauncherGone        503   the launcher ended under the load; another is started
     │   ├── OutOfMemory         503   the device has no memory for it; says how much is missing
@@ -207,6 +208,10 @@ class EngineStartFailed(EngineError):
         # The client library retries a 503 twice by itself; a load that failed for a reason of the
         # model's would only fail again.
         return {**super().headers(), "x-should-retry": "false"}
+
+
+class EngineKilled(EngineStartFailed):
+    """Somebody killed the host, or the system did; the model need not be at fault."""
 
 
 class LoadTimedOut(EngineStartFailed):

@@ -69,7 +69,7 @@ async def stats(service: ServiceDep) -> dict[str, Any]:
     unservable = {model.name: model.unservable for model in models if model.unservable}
     return {
         **await service.pool.stats(),
-        **await asyncio.to_thread(service.registry.sync.stats),
+        **await asyncio.to_thread(service.registry.stats),
         "models": len(models),
         "unservable": unservable,
         "rollovers": service.rollover.describe(),

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from inference_service.api.bounds import chat_body, completion_body
 from inference_service.api.relay import Relay
-from inference_service.api.service import ServiceDep
+from inference_service.api.service import Service, ServiceDep
 from inference_service.errors import ModelNotServable
 from inference_service.models.requests import ChatBody, CompletionBody
 from inference_service.models.responses import ModelCard, ModelList
@@ -40,7 +40,7 @@ async def completions(
 async def list_models(service: ServiceDep) -> ModelList:
     """Every servable model in the bucket, loaded or not."""
     models = await service.catalog.models()
-    return ModelList(data=[_card(model) for model in models if model.unservable is None])
+    return ModelList(data=[_card(service, model) for model in models if model.unservable is None])
 
 
 @router.get("/models/{name:path}")
@@ -49,16 +49,17 @@ async def retrieve_model(name: str, service: ServiceDep) -> ModelCard:
     model = await service.find(name)
     if model.unservable is not None:
         raise ModelNotServable(model.name, model.unservable)
-    return _card(model)
+    return _card(service, model)
 
 
-def _card(model: Model) -> ModelCard:
+def _card(service: Service, model: Model) -> ModelCard:
     return ModelCard(
         id=model.name,
         created=int(model.created.timestamp()),
         kind=model.kind,
-        parent=model.base,
+        parent=service.catalog.parent(model),
         revision=model.revision,
+        serving_revision=service.rollover.serving_revision(model),
         size=model.bytes,
         aliases=model.serving.aliases,
     )

@@ -19,7 +19,6 @@ from inference_service.engines.base import Reply
 from inference_service.errors import (
     ClientLeft,
     EngineError,
-    EngineStartFailed,
     RequestTimedOut,
     ServiceError,
     ShuttingDown,
@@ -33,6 +32,7 @@ LAST_WORD_SECONDS = 2.0
 # Proxies cut a connection that is silent, most of them after a minute.
 COMMENT_SECONDS = 3.0
 REVISION_HEADER = b"x-model-revision"
+BASE_REVISION_HEADER = b"x-base-revision"
 _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold the events back
@@ -109,7 +109,6 @@ class Relay(Response):
         if self._body.stream:
             self._comment_after_grace(send)
         self._lease = await self._service.lease(self._model)
-        self._check_revision(self._lease)
         self._reply = await self._lease.engine.forward(
             self._path, self._body.forwarded(self._lease.served_name), self._engine_request_id
         )
@@ -129,6 +128,8 @@ class Relay(Response):
                     first = False
                     await self._end_comments()
                     self._first_byte()
+                    if self._status is not None:  # it was opened before its revision was known
+                        events = self._revision_comment() + events
                     await self._open(send)
                 await send({"type": "http.response.body", "body": events, "more_body": True})
             if reader.error is not None:
@@ -149,7 +150,7 @@ class Relay(Response):
         headers = [
             (b"content-type", reply.content_type.encode("latin-1")),
             (b"content-length", str(len(content)).encode()),
-            (REVISION_HEADER, self._revision.encode()),
+            *self._revisions(),
         ]
         self._status = reply.status
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
@@ -161,25 +162,24 @@ class Relay(Response):
             return
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
-            (REVISION_HEADER, self._revision.encode()),
+            *self._revisions(),
             *_STREAM_HEADERS,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         # Only now: a comment that is cancelled while it waits to be sent has opened nothing.
         self._status = 200
 
-    @property
-    def _revision(self) -> str:
-        """Of the model that answers, or is about to."""
-        return (self._model if self._lease is None else self._lease.model).revision
+    def _revisions(self) -> list[tuple[bytes, bytes]]:
+        """Which revision answers, and of an adapter its base's; nothing while that is not decided yet."""
+        if self._lease is None:
+            return []
+        headers = [(REVISION_HEADER, self._lease.model.revision.encode())]
+        if self._lease.adapter is not None:
+            headers.append((BASE_REVISION_HEADER, self._lease.slot.model.revision.encode()))
+        return headers
 
-    def _check_revision(self, lease: Lease) -> None:
-        """A stream that is open has named the revision that it was to come from."""
-        if self._status is not None and lease.model.revision != self._model.revision:
-            raise EngineStartFailed(
-                f"The revision {self._model.revision} of '{self._model.name}' could not be loaded; "
-                f"{lease.model.revision} serves instead. Send the request again."
-            )
+    def _revision_comment(self) -> bytes:
+        return b"".join(b": " + name + b" " + value + b"\n\n" for name, value in self._revisions())
 
     def _comment_after_grace(self, send: Send) -> None:
         """From COLD_START_GRACE to the first token the client is told how far its model is."""
@@ -217,8 +217,7 @@ class Relay(Response):
             async with asyncio.timeout(LAST_WORD_SECONDS):
                 if self._status is None:
                     answer = JSONResponse(error.envelope(), error.status, error.headers())
-                    if self._lease is not None:
-                        answer.raw_headers.append((REVISION_HEADER, self._revision.encode()))
+                    answer.raw_headers.extend(self._revisions())
                     await answer(scope, receive, send)
                 elif self._body.stream:
                     event = error_event(error)

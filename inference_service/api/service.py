@@ -86,7 +86,7 @@ class Service:
                     self.rollover.lost(model)
                 model = await self._resolve(model.name)
             except ServiceError as error:
-                older = self.rollover.older_than(model, error)
+                older = await self.rollover.older_than(model, error)
                 if older is None:
                     raise
                 model = older
@@ -122,7 +122,7 @@ class Service:
         try:
             await self.registry.examine(model)
         except ModelNotServable as error:
-            older = self.rollover.older_than(model, error)
+            older = await self.rollover.older_than(model, error)
             if older is None:
                 raise
             return older

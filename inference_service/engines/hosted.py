@@ -31,6 +31,7 @@ from inference_service.errors import (
     AdapterRefused,
     EngineDied,
     EngineError,
+    EngineKilled,
     EngineStartFailed,
     LauncherGone,
     ServiceError,
@@ -138,6 +139,8 @@ class HostedEngine:
         if self._host is None:
             return "it was never started"
         status = await self._host.wait()
+        if self._host.with_launcher:
+            return "the launcher ended, and its engines with it"
         return self._death(status)
 
     def cut(self, error: ServiceError) -> None:
@@ -211,10 +214,9 @@ class HostedEngine:
                 f"The engine of '{self._spec.model}' did not start: the launcher ended meanwhile. Try again.",
                 retry_after=1,
             )
-        return EngineStartFailed(
-            f"The engine of '{self._spec.model}' did not start: {self._death(status)}",
-            param="model",
-        )
+        reason = self._death(status)
+        kind = EngineKilled if status < 0 and self._log.last_error() is None else EngineStartFailed
+        return kind(f"The engine of '{self._spec.model}' did not start: {reason}", param="model")
 
     def _death(self, status: int) -> str:
         self._log.close()

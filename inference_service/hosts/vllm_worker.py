@@ -5,6 +5,7 @@ module is imported in every process that holds a worker and ends it with its par
 read and when the engine warms up, and puts another checkpoint's weights into the live model.
 """
 
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -83,7 +84,12 @@ def _telling(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
 
 _end_with_parent()
 _tell_phases(Worker)
+# A tied output layer and rotary embeddings have no tensor of their own in a checkpoint: nothing is missing.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
 
+    from inference_service.hosts import vllm_lora_cpu
+
     _tell_phases(CPUWorker)
+    vllm_lora_cpu.install()

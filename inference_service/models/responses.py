@@ -9,7 +9,7 @@ class ModelCard(BaseModel):
     """One entry of GET /v1/models; `created` in seconds since 1970.
 
     Beyond OpenAI's fields: `parent` is an adapter's base, `size` in bytes of the files that are served,
-    `revision` what `model@revision` names.
+    `revision` what `model@revision` names, `serving_revision` the one that answers for the plain name.
     """
 
     id: str
@@ -19,6 +19,7 @@ class ModelCard(BaseModel):
     kind: str
     parent: str | None
     revision: str
+    serving_revision: str
     size: int
     aliases: tuple[str, ...]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inference_service.engines.base import Engine, Snapshot
-from inference_service.errors import AdapterRefused, EngineError
+from inference_service.errors import AdapterRefused, EngineDied, EngineError
 from inference_service.storage.model import Model
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class Adapters:
         self._limit = limit
         self._clock = clock
         self._known: dict[str, Adapter] = {}
+        self._tidying: asyncio.Task[None] | None = None
 
     def get(self, reference: str) -> Adapter | None:
         """The adapter, if the engine has it."""
@@ -72,12 +73,20 @@ class Adapters:
             adapter.loading = asyncio.create_task(self._load(adapter))
             adapter.loading.add_done_callback(lambda done: done.cancelled() or done.exception())
         adapter.users += 1
+        loading = adapter.loading
         try:
-            if adapter.loading is not None:
+            if loading is not None:
                 # Shielded: others may wait for the same.
-                await asyncio.shield(adapter.loading)
-        except BaseException:
+                await asyncio.shield(loading)
+        except BaseException as error:
             self.give_back(adapter)
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling():
+                # Not the request was cancelled, but the load, with its engine.
+                raise EngineDied(
+                    f"The engine of '{model.name}' went while the adapter was added. Send the request again.",
+                    retry_after=1,
+                ) from error
             raise
         return adapter
 
@@ -85,6 +94,14 @@ class Adapters:
         """One request less uses it."""
         adapter.users -= 1
         adapter.last_used = self._clock()
+        if not adapter.users and len(self._known) > self._limit and self._tidying is None:
+            self._tidying = asyncio.create_task(self._make_room())
+            self._tidying.add_done_callback(self._tidied)
+
+    def _tidied(self, tidying: asyncio.Task[None]) -> None:
+        self._tidying = None
+        if not tidying.cancelled() and (error := tidying.exception()) is not None:
+            logger.warning("adapters not removed: %s", error)
 
     async def remove(self, reference: str) -> bool:
         """Forget an adapter that nobody uses; False where there is none or somebody does."""
@@ -104,6 +121,8 @@ class Adapters:
 
     def close(self) -> None:
         """The engine is gone, or holds other weights: so are its adapters."""
+        if self._tidying is not None:
+            self._tidying.cancel()
         for adapter in self._known.values():
             if adapter.loading is not None:
                 adapter.loading.cancel()
@@ -143,7 +162,10 @@ class Adapters:
                 raise AdapterRefused(message, param="model") from error
             raise
         adapter.snapshot, adapter.loading = snapshot, None
-        logger.info("adapter added", extra={"model": name, "seconds": round(self._clock() - began, 3)})
+        seconds = round(self._clock() - began, 3)
+        logger.info(
+            "adapter added", extra={"model": name, "revision": adapter.model.revision, "seconds": seconds}
+        )
         await self._make_room()
 
     async def _make_room(self) -> None:
@@ -154,6 +176,7 @@ class Adapters:
             await self._forget(min(idle, key=lambda each: each.last_used))
 
     async def _forget(self, adapter: Adapter) -> None:
+        logger.info("adapter removed", extra={"model": adapter.model.name})
         # First out of sight: who wants it from now on adds it anew, under another name.
         del self._known[adapter.model.reference]
         snapshot, adapter.snapshot = adapter.snapshot, None

@@ -6,6 +6,7 @@ this revision was first loaded afresh, and not those of the weights before.
 
 import asyncio
 import json
+import math
 import os
 import tempfile
 from contextlib import suppress
@@ -87,23 +88,27 @@ class Canaries:
     def _first(self, snapshot: Snapshot) -> Fingerprint | None:
         found: Any = _read(snapshot.path / FILE).get(self._conditions)
         try:
-            return Fingerprint(tuple((int(token), float(logprob)) for token, logprob in found))
-        except (TypeError, ValueError):
+            top = tuple((int(token), float(logprob)) for token, logprob in found)
+        except (TypeError, ValueError, OverflowError):
             return None
+        return Fingerprint(top) if all(math.isfinite(logprob) for _, logprob in top) else None
 
     def _store(self, snapshot: Snapshot, fingerprint: Fingerprint) -> None:
         """A disk that is full is no reason to fail a load."""
         content = _read(snapshot.path / FILE) | {self._conditions: fingerprint.top}
         with suppress(OSError):
             descriptor, name = tempfile.mkstemp(dir=snapshot.path, prefix=FILE)
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(content, file)
-            Path(name).replace(snapshot.path / FILE)
+            try:
+                with os.fdopen(descriptor, "w") as file:
+                    json.dump(content, file)
+                Path(name).replace(snapshot.path / FILE)
+            except OSError:
+                Path(name).unlink()
 
 
 def _read(file: Path) -> dict[str, object]:
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

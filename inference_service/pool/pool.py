@@ -224,6 +224,8 @@ class Pool:
         waiter = Waiter(next(self._numbers), model, self._clock(), future, order)
         self._waiters[waiter.number] = waiter
         self._tell(self._request(waiter, instead_of))
+        if waiter.number in self._waiters and model.reference not in self._slots:
+            self._fetches.begin(model)
         try:
             async with asyncio.timeout(queue_timeout):
                 return await future
@@ -234,9 +236,9 @@ class Pool:
             raise
 
     def _request(self, waiter: Waiter, instead_of: str | None) -> Request:
-        """The scheduler's view of a waiter; the files of a model without an engine are on their way now."""
+        """The scheduler's view of a waiter."""
         model = waiter.model
-        cold = model.reference not in self._slots
+        fetch = self._fetches.get(model.reference)
         return Request(
             waiter.number,
             model.reference,
@@ -245,14 +247,17 @@ class Pool:
             waiter.order,
             self._parts.swap_key(model),
             model.rank,
-            not cold or self._fetches.begin(model).fetched,
+            model.reference in self._slots or (fetch is not None and fetch.fetched),
             instead_of,
         )
 
     def _fetched(self, model: Model, error: Exception | None) -> None:
         """A fetch ahead of the engine has ended; what a slot waits for is the slot's own concern."""
         key = model.reference
-        if key in self._slots or self._scheduler.waiting_for(key) == 0:
+        if key in self._slots:
+            return
+        if self._scheduler.waiting_for(key) == 0:
+            self._fetches.drop(key)
             return
         # A disk that is full may have room once an engine has given its snapshot up.
         full = isinstance(error, DiskFull) and error.missing is not None
@@ -458,6 +463,7 @@ class Pool:
             "load_seconds": slot.load_seconds,
             "phases": slot.phases.describe(),
             "swapped": slot.swapped,
+            "swap_key": view.swap,
             "adapter_rank": view.adapters,
             "adapters": [] if slot.adapters is None else slot.adapters.describe(),
             "idle_seconds": None if slot.leases else round(self._clock() - view.last_used, 3),
@@ -603,6 +609,8 @@ class Pool:
         self._waiters.pop(waiter.number, None)
         if not waiter.lease.done():
             waiter.lease.set_exception(error)
+        if self._fetches.get(waiter.model.reference) is not None:
+            asyncio.get_running_loop().call_soon(self._forget_fetch, waiter.model.reference)
 
     def _load(self, key: str) -> None:
         # The last who asked knows the newest revision.
@@ -629,7 +637,8 @@ class Pool:
     async def _swapped_or_loaded(self, slot: Slot, old: Slot) -> None:
         """The slot's model in the engine of `old`, or in a fresh one where that fails."""
         name = slot.model.name
-        logger.info("swapping", extra={"model": name, "instead_of": old.model.name})
+        fields = {"model": name, "revision": slot.model.revision, "instead_of": old.model.reference}
+        logger.info("swapping", extra=fields)
         try:
             await self._loading.swap(slot, old.snapshot, old.fingerprint)
         except Exception as error:
@@ -676,8 +685,8 @@ class Pool:
             self._estimates.loaded(name, seconds, start_seconds)
         self._circuits.succeeded(name, slot.model.revision)
         self._metrics.loaded(name, seconds, slot.phases.seconds)
-        phases = slot.phases.describe()
-        logger.info("loaded", extra={"model": name, "seconds": seconds, "swapped": slot.swapped, **phases})
+        fields = {"revision": slot.model.revision, "seconds": seconds, "swapped": slot.swapped}
+        logger.info("loaded", extra={"model": name, **fields, **slot.phases.describe()})
         if slot.key in self._ready:
             self._ready.pop(slot.key).set_result(None)
         self._tell(Loaded(slot.key, start_seconds))

@@ -14,10 +14,12 @@ from typing import Any
 from inference_service.engines.base import EngineState
 from inference_service.errors import (
     AdapterRefused,
+    EngineKilled,
     EngineStartFailed,
+    EngineUnloaded,
+    LoadTimedOut,
     ModelNotServable,
     NoPreviousRevision,
-    OutOfMemory,
     ServiceError,
     SnapshotCorrupt,
     StoreError,
@@ -31,8 +33,10 @@ logger = logging.getLogger(__name__)
 
 LEAST_LOOK_SECONDS = 0.3
 KEPT = 16
+ROLLED_BACK = "rolled back by the operator"
 # The revision itself is at fault; everything else may be better at the next look.
-_ITS_FAULT = (EngineStartFailed, OutOfMemory, SnapshotCorrupt, AdapterRefused, ModelNotServable)
+_ITS_FAULT = (EngineStartFailed, SnapshotCorrupt, AdapterRefused, ModelNotServable)
+_NOT_ITS_FAULT = (EngineKilled, LoadTimedOut)
 
 
 @dataclass(eq=False)
@@ -49,6 +53,8 @@ class _Line:
     candidate: Model | None = None
     problem: str | None = None
     seen: str | None = None
+    # One takes over at a time.
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def reject(self, revision: str, reason: str) -> None:
         self.rejected[revision] = reason
@@ -83,13 +89,21 @@ class Rollover:
         line = self._lines.get(newest.name)
         if line is None or newest.exact:
             return newest
-        serving = replace(line.serving, carrier=newest.carrier)
+        serving = self._placed(line.serving, newest)
         if line.candidate is not None and not self._admits(serving):
             return line.candidate
         if newest.revision == serving.revision:
             return serving
         wrong = newest.unservable is not None or newest.revision in line.rejected
         return serving if wrong or self._admits(serving) else newest
+
+    def serving_revision(self, newest: Model) -> str:
+        """The revision that a plain name means, for a list: nothing is begun for it."""
+        line = self._lines.get(newest.name)
+        if line is None:
+            return newest.revision
+        wrong = newest.unservable is not None or newest.revision in line.rejected
+        return line.serving.revision if wrong or self._admits(line.serving) else newest.revision
 
     def served(self, model: Model) -> None:
         """The model serves: what its plain name means until another revision has taken over."""
@@ -105,18 +119,33 @@ class Rollover:
 
     def _follow(self, line: _Line, model: Model) -> None:
         """Another revision was loaded; a lease that was granted just before a rollover is no way back."""
-        if not self._admits(replace(line.serving, carrier=model.carrier)):
+        if not self._admits(self._placed(line.serving, model)):
             line.take_over(model)
 
-    def older_than(self, model: Model, error: ServiceError) -> Model | None:
-        """The revision that serves instead of `model`, which failed with `error`; None where none does."""
+    async def older_than(self, model: Model, error: ServiceError) -> Model | None:
+        """The revision that serves instead of `model`, which failed with `error`; None where none does.
+
+        After a restart of the service, the one on the disk that served last.
+        """
         line = self._lines.get(model.name)
-        if line is None or model.exact or line.serving.revision == model.revision:
+        if model.exact or not _at_fault(error):
             return None
-        if not isinstance(error, _ITS_FAULT):
-            return None
+        if line is None or line.serving.revision == model.revision:
+            kept = await self._registry.kept_instead(model)
+            if kept is None or (line is not None and kept.revision in line.rejected):
+                return None
+            line = self._lines.setdefault(model.name, _Line(kept))
+            line.serving = kept
         self._reject(line, model, error)
-        return replace(line.serving, carrier=model.carrier)
+        return self._placed(line.serving, model)
+
+    def _placed(self, serving: Model, newest: Model) -> Model:
+        """The serving revision with its own base's engine: the newest's view of it, if they share it."""
+        if serving.carrier is None:
+            return serving
+        same = newest.carrier is not None and newest.carrier.name == serving.carrier.name
+        base = newest.carrier if same and newest.carrier is not None else serving.carrier
+        return replace(serving, carrier=self._carrier(serving, base))
 
     def lost(self, model: Model) -> None:
         """The files of a revision are neither in the bucket nor on the disk any more."""
@@ -130,14 +159,16 @@ class Rollover:
         Raises NoPreviousRevision, and what its load raises.
         """
         line = self._lines.setdefault(newest.name, _Line(newest))
-        current = line.serving
-        previous = await self._previous(line, newest)
-        line.reject(current.revision, "rolled back by the operator")
-        if self._admits(current):
+        asked = line.serving
+        async with line.turn:
+            current = line.serving
+            if current is not asked:  # another rollback was faster
+                return current
+            previous = await self._previous(line, newest)
             await self._roll(line, previous)
-        else:
-            line.take_over(previous)
-        logger.info("rolled back", extra={"model": newest.name, "revision": previous.revision})
+            line.before = [each for each in line.before if each.revision != current.revision]
+            line.reject(current.revision, ROLLED_BACK)
+        logger.info("rolled back", extra=_of(previous))
         return line.serving
 
     async def watch(self) -> None:
@@ -199,14 +230,19 @@ class Rollover:
 
     async def _roll_or_log(self, line: _Line, newest: Model) -> None:
         try:
-            await self._roll(line, newest)
+            async with line.turn:
+                if newest.revision not in line.rejected:
+                    await self._roll(line, newest)
         except ServiceError as error:
             logger.error("revision %s does not take over: %s", newest.revision, error, extra=_of(newest))
-            if isinstance(error, _ITS_FAULT):
+            if _at_fault(error):
                 self._reject(line, newest, error)
             else:
                 line.problem = f"revision {newest.revision}: {error.message}"
-            await self._restore(line)
+            if not isinstance(error, EngineUnloaded):  # else the operator wants it gone
+                await self._restore(line)
+        finally:
+            line.candidate = None
 
     async def _roll(self, line: _Line, model: Model) -> None:
         """Let `model` take over; raises what keeps it from that."""
@@ -224,7 +260,8 @@ class Rollover:
             old = line.serving
             line.take_over(model)
             line.problem = None
-        self._pool.retire(old.reference)
+        if old.reference != model.reference:
+            self._pool.retire(old.reference)
         self._metrics.rollovers.labels(model.name, "ok").inc()
         logger.info("took over", extra={**_of(model), "instead_of": old.revision})
 
@@ -265,12 +302,19 @@ class Rollover:
         for revision in dict.fromkeys([*known, *kept]):
             found = None if revision in unwanted else await self._registry.kept(newest, revision)
             if found is not None:
-                return replace(found, rank=newest.rank, carrier=newest.carrier)
+                return found
+        others = [revision for revision in kept if revision in line.rejected]
+        there = f" On the disk, but rejected or rolled back: {', '.join(others)}." if others else ""
         raise NoPreviousRevision(
-            f"No previous revision of '{newest.name}' is on the disk; {line.serving.revision} serves on. "
-            "Upload the one that you want, it takes over by itself.",
+            f"No previous revision of '{newest.name}' is on the disk; {line.serving.revision} serves "
+            f"on.{there} Upload the one that you want, it takes over by itself.",
             param="model",
         )
+
+
+def _at_fault(error: ServiceError) -> bool:
+    """Whether it would fail with the same revision again."""
+    return isinstance(error, _ITS_FAULT) and not isinstance(error, _NOT_ITS_FAULT)
 
 
 @contextmanager

@@ -215,7 +215,7 @@ class Scheduler:
                 yield from self._released(engine, now)
             case Starting(_, count):
                 engine.bytes, engine.has_turn = count, True
-                engine.awaited_until = min(engine.awaited_until, now)
+                self._is_awaited_as_any(engine, now)
             case Loaded(_, seconds):
                 self._loaded(engine, seconds, now)
             case Failed(key):
@@ -266,9 +266,14 @@ class Scheduler:
         engine.has_turn = False
         engine.load_seconds = seconds
         engine.last_used = now
-        engine.awaited_until = min(engine.awaited_until, now)
+        self._is_awaited_as_any(engine, now)
         # An engine that has only taken other weights is as old as it was.
         engine.ready_at = engine.ready_at or now
+
+    def _is_awaited_as_any(self, engine: EngineView, now: float) -> None:
+        """A swap is over, for good or ill: from now on it counts who waits."""
+        if engine.awaited_until == NEVER:
+            engine.awaited_until = now
 
     def _unload(self, engine: EngineView, *, force: bool) -> Iterator[Action]:
         if engine.state is EngineState.STARTING:
@@ -377,6 +382,8 @@ class Scheduler:
         queue = self._queues[key]
         own = self.engines.get(queue.wish.instead_of or "")
         able = [self.engines[name] for name in self.idle() if queue.fits_into(self.engines[name])]
+        # What takes adapters is kept for who needs them.
+        able.sort(key=lambda engine: engine.adapters)
         if own is not None and own.key not in self._queues and queue.fits_into(own):
             able = [own] if own.state is EngineState.READY and own.leases == 0 else able
         return able[0] if able else None

@@ -66,6 +66,7 @@ class Catalog:
         self._conflicts: dict[str, tuple[str, ...]] = {}
         # By base; None: not known of this listing yet.
         self._adapters: dict[str, list[Model]] | None = None
+        self._folded: dict[str, str] = {}
         self._listed_at: float | None = None
         self._refreshing: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -132,23 +133,26 @@ class Catalog:
         return replace(model, exact=bool(at))
 
     async def base_of(self, adapter: Model) -> Model:
-        """The checkpoint that an adapter is for; raises ModelNotServable and StoreError."""
+        """The checkpoint that an adapter is for, servable or not; raises ModelNotServable and StoreError."""
         if adapter.base is None:
             raise ModelNotServable(adapter.name, adapter.unservable or NO_BASE)
         name = self._base_name(adapter.base)
         if name is None:
             await self._refresh_after(MISS_LISTING_SECONDS)
             name = self._base_name(adapter.base)
+        if name is None and self._known(canonical_name(adapter.base)) is not None:
+            raise ModelNotServable(
+                adapter.name,
+                f"its base '{adapter.base}' is an adapter itself. Name the checkpoint that both are for in "
+                "its serving.json ('base').",
+            )
         if name is None:
             raise ModelNotServable(
                 adapter.name,
                 f"its base '{adapter.base}' is not in the bucket. Upload it, or name the one that is meant "
                 "in its serving.json ('base').",
             )
-        base = await self._read(self._models[name])
-        if base.unservable is not None:
-            raise ModelNotServable(adapter.name, f"its base '{name}' cannot be served: {base.unservable}")
-        return base
+        return await self._read(self._models[name])
 
     async def adapters_of(self, base: Model) -> list[Model]:
         """The servable adapters for a checkpoint, as far as they can be read; raises StoreError."""
@@ -169,12 +173,16 @@ class Catalog:
                 found.setdefault(self._base_name(each.base) or "", []).append(each)
         return found
 
+    def parent(self, adapter: Model) -> str | None:
+        """The name of an adapter's base in the bucket; as the adapter names it where the bucket has none."""
+        return None if adapter.base is None else self._base_name(adapter.base) or adapter.base
+
     def _base_name(self, named: str) -> str | None:
         """The checkpoint that an adapter means: by the whole name, its last part, or either in other case."""
         names = [canonical_name(named), named.rstrip("/").rpartition("/")[2]]
         known = [each for name in names if (each := self._known(name)) is not None]
-        folded = {name.casefold(): name for name in self._models}
-        known += [folded[name.casefold()] for name in names if name.casefold() in folded]
+        folded = (self._folded.get(name.casefold()) for name in names)
+        known += [name for name in folded if name is not None and name in self._models]
         checkpoints = (name for name in known if self._models[name].kind is ModelKind.CHECKPOINT)
         return next(checkpoints, None)
 
@@ -199,6 +207,7 @@ class Catalog:
         try:
             self._models = await loop.run_in_executor(self._lister, self._list)
             self._adapters = None
+            self._folded = {name.casefold(): name for name in self._models}
             self._name_aliases()
         except StoreError as error:
             if not self._models:

@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -54,6 +54,8 @@ class Disk:
         self._held: dict[Path, int] = {}
         self._holders: Counter[Path] = Counter()
         self._leaving: set[Path] = set()
+        # Told of every snapshot that leaves the disk.
+        self.evicted: Callable[[Path], None] = lambda snapshot: None
 
     @contextmanager
     def reserved(self, model: str, target: Path, staging: Path, count: int) -> Iterator[None]:
@@ -114,6 +116,7 @@ class Disk:
                 old = _rename_away(target, self._layout.root)
             staging.rename(target)
             if old is not None:
+                self.evicted(target)
                 shutil.rmtree(old, ignore_errors=True)
         sync_directory(target.parent)
 
@@ -187,6 +190,7 @@ class Disk:
             with self._use:
                 self._leaving.discard(victim)
         if gone is not None:
+            self.evicted(victim)
             shutil.rmtree(gone, ignore_errors=True)
         return gone is not None
 

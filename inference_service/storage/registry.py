@@ -6,14 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from inference_service.engines.base import Snapshot
 from inference_service.errors import ModelNotServable, ObjectReplaced, ServiceError, SnapshotCorrupt
-from inference_service.storage.adapter import engine_rank
+from inference_service.storage.adapter import adapter_config, engine_rank
 from inference_service.storage.catalog import Catalog, RevisionNotFound
 from inference_service.storage.directory import DirectoryStore
+from inference_service.storage.documents import parse_object
 from inference_service.storage.layout import FileRecord, Layout, Manifest, disown
-from inference_service.storage.model import Model, ModelKind
+from inference_service.storage.model import ADAPTER_CONFIG, Model, ModelKind
 from inference_service.storage.preflight import Preflight
 from inference_service.storage.progress import Progress
 from inference_service.storage.shape import Shape
@@ -68,7 +70,7 @@ class Registry:
             kept = await self.kept(error.newest, error.revision)
             if kept is None:
                 raise
-            model = replace(kept, exact=True)
+            return replace(kept, exact=True)
         return await self._placed(model)
 
     async def _placed(self, model: Model) -> Model:
@@ -78,7 +80,8 @@ class Registry:
         if model.kind is ModelKind.CHECKPOINT:
             return replace(model, rank=await self._rank(model))
         base = await self.catalog.base_of(model)
-        return replace(model, carrier=replace(base, rank=await self._rank(base)))
+        rank = 0 if base.unservable else await self._rank(base)
+        return replace(model, carrier=replace(base, rank=rank))
 
     async def _rank(self, base: Model) -> int:
         limit = base.serving.max_lora_rank
@@ -91,11 +94,22 @@ class Registry:
         How it is served is what the bucket says of its newest revision.
         """
         path = self._layout.snapshot(newest.name, revision)
-        manifest = await asyncio.to_thread(Manifest.read, path)
-        if manifest is None or path.parent.parent != self._layout.root:
+        if path.parent.parent != self._layout.root:
             return None
-        objects = tuple(_stored(record) for _, record in sorted(manifest.files.items()))
-        return replace(newest, revision=revision, objects=objects, unservable=None, problem=None)
+        kept = await asyncio.to_thread(_kept, newest, revision, path)
+        return None if kept is None else await self._placed(kept)
+
+    async def kept_instead(self, model: Model) -> Model | None:
+        """The revision on the disk that was used last and is not this one; None where none can be served."""
+        for revision in await self.kept_revisions(model.name):
+            found = None if revision == model.revision else await self.kept(model, revision)
+            if found is not None:
+                try:
+                    await self.examine(found)
+                except ServiceError:
+                    continue
+                return found
+        return None
 
     async def kept_revisions(self, name: str) -> list[str]:
         """The revisions of a model that are on the disk, the one that was used last first."""
@@ -106,7 +120,10 @@ class Registry:
         if model.unservable is not None:
             raise ModelNotServable(model.name, model.unservable)
         if model.carrier is not None:
-            await self.examine(model.carrier)
+            try:
+                await self.examine(model.carrier)
+            except ModelNotServable as error:
+                raise ModelNotServable(model.name, f"of its base: {error.message}") from error
         await self._preflight.examine(model)
 
     def shape(self, model: Model) -> Shape:
@@ -173,9 +190,33 @@ class Registry:
             raise
         return snapshot
 
+    def stats(self) -> dict[str, Any]:
+        """Fetches, the disk, the weights in memory. Walks the cache directory: call it in a thread."""
+        cache = self._verifier.host_cache
+        locked = {"quota_bytes": cache.quota, "used_bytes": cache.bytes}
+        return {**self.sync.stats(), "host_cache": locked}
+
     def release(self, snapshot: Snapshot) -> None:
         """No engine uses the snapshot any more."""
         self.sync.release(snapshot)
+
+
+def _kept(newest: Model, revision: str, path: Path) -> Model | None:
+    """The model as the snapshot in `path` has it; None where that is none, or damaged."""
+    manifest = Manifest.read(path)
+    try:
+        records = {} if manifest is None else manifest.files
+        objects = tuple(_stored(record) for _, record in sorted(records.items()))
+        if not objects:
+            return None
+        kept = replace(newest, revision=revision, objects=objects, unservable=None, problem=None)
+        if kept.kind is not ModelKind.ADAPTER:
+            return kept
+        config = adapter_config(parse_object(ADAPTER_CONFIG, (path / ADAPTER_CONFIG).read_bytes()))
+    except (OSError, ValueError, TypeError, OverflowError, AttributeError):
+        return None
+    base = newest.serving.base or config.base
+    return replace(kept, rank=config.rank, base=base, unservable=config.problem)
 
 
 def _stored(record: FileRecord) -> StoredObject:

@@ -29,7 +29,7 @@ class Verifier:
     """Verifies snapshots against their manifests and keeps the recently used in `host_cache`."""
 
     def __init__(self, host_cache: HostCache) -> None:
-        self._host_cache = host_cache
+        self.host_cache = host_cache
         self._known: dict[_Identity, None] = {}
         self._threads = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="verify")
 
@@ -48,7 +48,7 @@ class Verifier:
         try:
             for name, record in sorted(manifest.files.items()):
                 self._verify_file(snapshot.path / name, record, arrived_now=arrived_now)
-            self._host_cache.keep(snapshot.path, [name for name in manifest.files if name.endswith(WEIGHTS)])
+            self.host_cache.keep(snapshot.path, [name for name in manifest.files if name.endswith(WEIGHTS)])
         except OSError as error:
             raise CacheError(f"{error.filename} cannot be read: {error.strerror}") from error
 

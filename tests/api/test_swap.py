@@ -87,7 +87,7 @@ def test_an_adapter_is_served_on_its_base(fakes: Fakes) -> None:
         assert [(each["model"], each["leases"]) for each in engine["adapters"]] == [("org-tuned", 0)]
         assert engine["adapter_rank"] == 16
         card = service.http.get("/v1/models/org-tuned").json()
-        assert (card["kind"], card["parent"]) == ("adapter", "someone/base")
+        assert (card["kind"], card["parent"]) == ("adapter", "base")
         assert answer.headers["x-model-revision"] == card["revision"]
         gone = service.http.post("/admin/unload/org-tuned").json()
         assert gone == {"model": "org-tuned", "unloaded": True}

@@ -50,7 +50,7 @@ def family(gcs_url: str, checkpoints: Checkpoints) -> Iterator[Bucket]:
 @pytest.fixture(scope="module")
 def single(family: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     """One slot: every other model is a swap, or a fresh engine."""
-    settings = {"MAX_CACHED_MODELS": "1", "MIN_RESIDENCY": "0", "CATALOG_TTL": "0"}
+    settings = {"MAX_CACHED_MODELS": "1", "MIN_RESIDENCY": "0", "CATALOG_TTL": "0", "MAX_ADAPTERS": "1"}
     with real_service(family, tmp_path_factory.mktemp("single"), **settings) as service:
         yield service
 
