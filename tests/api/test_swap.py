@@ -287,3 +287,122 @@ def test_the_files_come_while_another_model_serves(fakes: Fakes) -> None:
         assert post(service, "b").status_code == 200
         stream.join()
         assert not (service.stats()["leases"])
+
+
+def test_a_request_that_is_refused_fetches_nothing(fakes: Fakes, tmp_path: Path) -> None:
+    fakes.put("pinned", serving={"pinned": True})
+    fakes.put("other")
+    with fakes.service(**ONE) as service:
+        post(service, "pinned")
+        assert post(service, "other").json()["error"]["code"] == "no_room"
+        time.sleep(0.3)
+        assert not (tmp_path / "cache" / "other").exists()
+
+
+def test_a_half_uploaded_adapter_leaves_the_one_that_serves(fakes: Fakes) -> None:
+    fakes.put("base")
+    put_adapter(fakes, "t", "base")
+    with fakes.service(**ONE) as service:
+        served = post(service, "t").headers["x-model-revision"]
+        (fakes.root / "models" / "t" / "adapter_model.safetensors").unlink()
+        service.wait_until(lambda: "t" in service.stats()["unservable"], 10)
+        answer = post(service, "t")
+        assert (answer.status_code, answer.headers["x-model-revision"]) == (200, served)
+        assert [each["model"] for each in service.stats()["engines"]] == ["base"]
+
+
+def test_an_older_revision_of_an_adapter_keeps_its_base(fakes: Fakes) -> None:
+    fakes.put("a")
+    fakes.put("b")
+    put_adapter(fakes, "t", "a", rank=64)
+    with fakes.service(**ONE | {"MAX_CACHED_MODELS": "2"}) as service:
+        first = post(service, "t")
+        assert first.headers["x-base-revision"] == revision(service, "a")
+        put_adapter(fakes, "t", "b", rank=8)
+        old = first.headers["x-model-revision"]
+        service.wait_until(lambda: revision(service, "t") != old, 10)
+        service.http.post("/admin/unload/a")
+        answer = post(service, f"t@{old}")
+        assert (answer.status_code, answer.headers["x-base-revision"]) == (200, revision(service, "a"))
+
+
+def test_an_adapter_goes_on_while_its_base_is_uploaded(fakes: Fakes) -> None:
+    fakes.put("base")
+    put_adapter(fakes, "t", "base")
+    with fakes.service(**ONE) as service:
+        assert post(service, "t").status_code == 200
+        (fakes.root / "models" / "base" / "tokenizer.json").unlink()
+        service.wait_until(lambda: "base" in service.stats()["unservable"], 10)
+        assert [post(service, name).status_code for name in ("base", "t")] == [200, 200]
+
+
+def test_what_is_on_the_disk_serves_where_the_newest_upload_cannot(fakes: Fakes) -> None:
+    fakes.put("m")
+    with fakes.service(**ONE) as service:
+        served = post(service, "m").headers["x-model-revision"]
+    (fakes.root / "models" / "m" / "tokenizer.json").unlink()
+    with fakes.service(**ONE) as service:
+        answer = post(service, "m")
+        assert (answer.status_code, answer.headers["x-model-revision"]) == (200, served)
+        assert service.stats()["rollovers"]["m"]["serving"] == served
+
+
+def test_rollbacks_at_once_are_one(fakes: Fakes) -> None:
+    fakes.put("m")
+    with fakes.service(**ONE) as service:
+        first = post(service, "m").headers["x-model-revision"]
+        fakes.put("m", start_seconds=0.01)
+        service.wait_until(lambda: post(service, "m").headers["x-model-revision"] != first, 20)
+        answers: list[httpx2.Response] = []
+
+        def roll_back() -> None:
+            answers.append(service.http.post("/admin/rollback/m"))
+
+        threads = [threading.Thread(target=roll_back) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {(each.status_code, each.json().get("revision")) for each in answers} == {(200, first)}
+        assert post(service, "m").headers["x-model-revision"] == first
+        assert [each["state"] for each in service.stats()["engines"]] == ["ready"]
+
+
+def test_a_stream_that_waits_through_a_rollover_is_answered(fakes: Fakes) -> None:
+    """It was opened before its revision was decided, and names it in a comment then."""
+    fakes.put("m")
+    settings = ONE | {"COLD_START_GRACE": "0.2", "MAX_CONCURRENT_REQUESTS": "1"}
+    with fakes.service(**settings) as service:
+        old = post(service, "m").headers["x-model-revision"]
+        fakes.put("m", start_seconds=1.5)
+        texts: list[str] = []
+
+        def stream() -> None:
+            body = ask("m", stream=True, max_tokens=10)
+            texts.append(service.http.post("/v1/completions", json=body).text)
+
+        deadline = time.monotonic() + 20
+        while not any(": x-model-revision" in text and old not in text for text in texts):
+            assert time.monotonic() < deadline, texts[-1]
+            threads = [threading.Thread(target=stream) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert all(text.endswith("data: [DONE]\n\n") for text in texts)
+
+
+def test_an_engine_that_goes_while_an_adapter_comes_is_an_explained_error(fakes: Fakes) -> None:
+    fakes.put("base")
+    put_adapter(fakes, "t", "base")
+    (fakes.root / "models" / "t" / "adapter_model.safetensors").write_bytes(b"x" * 300_000_000)
+    with fakes.service(**ONE) as service:
+        post(service, "base")
+        answers: list[httpx2.Response] = []
+        asking = threading.Thread(target=lambda: answers.append(post(service, "t")))
+        asking.start()
+        service.wait_until(lambda: bool(service.stats()["syncs"]) or bool(answers), 10)
+        service.http.post("/admin/unload/base?force=true")
+        asking.join()
+        assert answers[0].status_code in (200, 503)
+        assert "Traceback" not in service.log_text()

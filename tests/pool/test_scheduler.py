@@ -665,3 +665,19 @@ def test_a_new_revision_that_is_given_up_leaves_the_old_one_admitting() -> None:
     play.ask("x")
     play.tell(Left(2))
     assert play.scheduler.engines["a@1"].state is EngineState.READY
+
+
+def test_a_load_that_is_promised_to_go_on_does_so_when_its_turn_comes() -> None:
+    play = Play(slots=2)
+    play.ask("a")
+    play.ask("b")
+    play.tell(Left(2, linger=600))
+    assert play.tell(Starting("b", MIB), after=5) == []
+    assert play.tell(Loaded("b", 1.0), after=5) == []
+
+
+def test_what_takes_adapters_is_kept_for_who_needs_them() -> None:
+    play = Play(slots=2)
+    play.serve("a", swap="llama", adapters=16)
+    play.serve("b", swap="llama")
+    assert play.ask("c", swap="llama") == [Swap("c", "b")]

@@ -121,3 +121,11 @@ def test_what_is_not_dense_and_plain_is_loaded_afresh(config: dict[str, Any]) ->
     assert key(config) is None
     assert key(serving=Serving(quantization="fp8")) is None
     assert key(tensors={"w": tensor(2, 2, dtype="I8")}) is None
+
+
+def test_a_config_of_an_older_transformers_is_the_same() -> None:
+    old = {"torch_dtype": "bfloat16", "rope_theta": 10000.0, "rope_scaling": None, "pad_token_id": 0}
+    new = {"dtype": "bfloat16", "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    assert key(old) == key(new)
+    assert key(old) != key(old | {"rope_theta": 500000.0})
+    assert key({"layer_types": 5}) is None
