@@ -125,17 +125,17 @@ class Rollover:
     async def older_than(self, model: Model, error: ServiceError) -> Model | None:
         """The revision that serves instead of `model`, which failed with `error`; None where none does.
 
-        After a restart of the service, the one on the disk that served last.
+        Where none has served since the service began: the one on the disk that served last.
         """
-        line = self._lines.get(model.name)
         if model.exact or not _at_fault(error):
             return None
-        if line is None or line.serving.revision == model.revision:
+        if model.name not in self._lines:
             kept = await self._registry.kept_instead(model)
-            if kept is None or (line is not None and kept.revision in line.rejected):
-                return None
-            line = self._lines.setdefault(model.name, _Line(kept))
-            line.serving = kept
+            if kept is not None:
+                self._lines.setdefault(model.name, _Line(kept))
+        line = self._lines.get(model.name)
+        if line is None or line.serving.revision == model.revision:
+            return None
         self._reject(line, model, error)
         return self._placed(line.serving, model)
 
@@ -162,8 +162,8 @@ class Rollover:
         asked = line.serving
         async with line.turn:
             current = line.serving
-            if current is not asked:  # another rollback was faster
-                return current
+            if current is not asked and asked.revision in line.rejected:
+                return current  # another rollback was faster
             previous = await self._previous(line, newest)
             await self._roll(line, previous)
             line.before = [each for each in line.before if each.revision != current.revision]
@@ -249,7 +249,7 @@ class Rollover:
         with _candidate(line, model):
             await self._registry.examine(model)
             if model.carrier is not None:
-                (await self._pool.lease(model)).release()
+                (await self._pool.lease(self._placed(model, model))).release()
             else:
                 logger.info("a new revision", extra={**_of(model), "instead_of": line.serving.revision})
                 snapshot = await self._registry.fetch(model)
@@ -284,10 +284,11 @@ class Rollover:
         meant = self.meant(newest)
         if meant.rank >= adapter.rank or newest.rank < adapter.rank:
             return meant
+        wanted = replace(meant, rank=newest.rank)
         line = self._lines.get(newest.name)
         if line is not None and line.candidate is None and self._admits(line.serving):
-            self._begin(line, newest)
-        return newest
+            self._begin(line, wanted)
+        return wanted
 
     def _admits(self, model: Model) -> bool:
         """Whether an engine serves this revision, or is about to."""

@@ -118,7 +118,7 @@ class Catalog:
             # A known model never waits for the bucket: a stale listing is renewed behind it.
             self._refresh_if_older(self._ttl)
         else:
-            await self._refresh_after(MISS_LISTING_SECONDS)
+            await self._refresh_after(min(MISS_LISTING_SECONDS, self._ttl))
             wanted = self._known(asked)
         if wanted is None and self._reading is not None:
             await asyncio.shield(self._reading)  # it may be an alias that is being read
@@ -138,7 +138,7 @@ class Catalog:
             raise ModelNotServable(adapter.name, adapter.unservable or NO_BASE)
         name = self._base_name(adapter.base)
         if name is None:
-            await self._refresh_after(MISS_LISTING_SECONDS)
+            await self._refresh_after(min(MISS_LISTING_SECONDS, self._ttl))
             name = self._base_name(adapter.base)
         if name is None and self._known(canonical_name(adapter.base)) is not None:
             raise ModelNotServable(

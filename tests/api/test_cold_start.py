@@ -26,7 +26,8 @@ def test_a_stream_that_waits_tells_its_progress_until_the_first_token(fakes: Fak
         assert opened < 3, "it opens long before the model is there"
         comments = [line for line in lines if line.startswith(":")]
         assert len(comments) >= 2
-        assert all(COMMENT.fullmatch(comment) for comment in comments[1:]), comments
+        assert all(COMMENT.fullmatch(comment) for comment in comments[1:-1]), comments
+        assert re.fullmatch(": x-model-revision [0-9a-f]{12}", comments[-1]), "named once it is decided"
         assert lines[: len(comments)] == comments, "no comment after the first token"
         assert lines[-1] == "data: [DONE]"
         assert sum('"text":"' in line and "null" in line for line in lines) >= 3
