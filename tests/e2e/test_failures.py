@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
@@ -163,12 +164,11 @@ def test_memory_and_processes_stay_flat_over_many_loads(frail: ServiceProcess) -
 
 
 def test_sigterm_twice_during_a_load_with_twenty_streams(bucket: Bucket, tmp_path: Path) -> None:
-    with real_service(bucket, tmp_path, PRELOAD_MODELS=BASE, MAX_CACHED_MODELS="2") as service:
+    settings = {"PRELOAD_MODELS": BASE, "MAX_CACHED_MODELS": "2"}
+    with real_service(bucket, tmp_path, **settings) as service, ExitStack() as connections:
         service.wait_ready(BASE)
-        clients = [start_stream(service, tokens=1900)[0] for _ in range(20)]
-        waiting = service.client(timeout=60)
-        loading = httpx2.Client(base_url=service.url, timeout=60)
-        loading.post(f"/admin/load/{TUNED}?wait=false").raise_for_status()
+        clients = [connections.enter_context(start_stream(service, tokens=1900)[0]) for _ in range(20)]
+        httpx2.post(f"{service.url}/admin/load/{TUNED}?wait=false", timeout=60).raise_for_status()
         service.wait_until(lambda: service.engine(TUNED)["process_id"] is not None, 20)
         family = service.descendants()
         started = time.monotonic()
@@ -177,16 +177,13 @@ def test_sigterm_twice_during_a_load_with_twenty_streams(bucket: Bucket, tmp_pat
         service.signal(signal.SIGTERM)
         ends = []
         for client in clients:
-            with client:
-                received = b""
-                while chunk := client.recv(65536):
-                    received += chunk
-                ends.append(received)
+            received = b""
+            while chunk := client.recv(65536):
+                received += chunk
+            ends.append(received)
         assert all(b"shutting_down" in end for end in ends), "each is told"
         assert service.process.wait(15) == 0
         assert time.monotonic() - started < 9.5
-        waiting.close()
-        loading.close()
         _, left = psutil.wait_procs(family, timeout=0.1)
         assert left == []
 
