@@ -25,10 +25,11 @@ from inference_service.errors import InvalidRequest, ServiceError, error_envelop
 from inference_service.metrics import Metrics
 from inference_service.pool.budget import Budget
 from inference_service.pool.canary import Canaries
+from inference_service.pool.lives import Limits
 from inference_service.pool.loading import Parts
-from inference_service.pool.pool import Limits, Pool
+from inference_service.pool.pool import Pool
 from inference_service.pool.rollover import Rollover
-from inference_service.pool.scheduler import Policy
+from inference_service.pool.views import Policy
 from inference_service.storage.catalog import Catalog
 from inference_service.storage.disk import open_cache
 from inference_service.storage.documents import Documents
@@ -68,11 +69,11 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
             registry.release,
             factory.make,
             partial(asyncio.to_thread, free_bytes, device),
+            lambda model: budget.footprint(registry.shape(model), model.rank),
             registry.fetching,
             registry.swap_key if settings.weight_swap is WeightSwap.AUTO else _no_swap,
             Canaries(factory.conditions()),
         ),
-        lambda model: budget.footprint(registry.shape(model), model.rank),
         metrics,
         policy=_policy(settings, budget),
         limits=Limits(

@@ -79,11 +79,12 @@ class Service:
         for _ in range(LEASE_ATTEMPTS):
             try:
                 lease = await self.pool.lease(model)
-            except (Superseded, ObjectReplaced) as error:
+            except Superseded:
+                model = await self._resolve(model.asked_for)
+            except ObjectReplaced:
                 if model.exact:
                     raise
-                if isinstance(error, ObjectReplaced):
-                    self.rollover.lost(model)
+                self.rollover.lost(model)
                 model = await self._resolve(model.name)
             except ServiceError as error:
                 older = await self.rollover.older_than(model, error)

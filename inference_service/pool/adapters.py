@@ -12,6 +12,7 @@ from typing import Any
 
 from inference_service.engines.base import Engine, Snapshot
 from inference_service.errors import AdapterRefused, EngineDied, EngineError
+from inference_service.pool.phases import Phase, Phases
 from inference_service.storage.model import Model
 
 logger = logging.getLogger(__name__)
@@ -38,19 +39,25 @@ class Adapter:
 
 
 class Adapters:
-    """Adapters by reference; beyond `limit` the least recently used idle ones give way."""
+    """Adapters by reference; beyond `limit` the least recently used idle ones give way.
+
+    `take` gets an adapter's snapshot, which is released when the engine has it no more; `added` is told of
+    each that the engine has taken, and of the phases of that.
+    """
 
     def __init__(
         self,
         engine: Engine,
-        fetch: Callable[[Model], Awaitable[Snapshot]],
+        take: Callable[[Model], Awaitable[tuple[Snapshot, Phases]]],
         release: Callable[[Snapshot], None],
+        added: Callable[[Model, Phases], None],
         limit: int,
         clock: Callable[[], float],
     ) -> None:
         self._engine = engine
-        self._fetch = fetch
+        self._take = take
         self._release = release
+        self._added = added
         self._limit = limit
         self._clock = clock
         self._known: dict[str, Adapter] = {}
@@ -147,10 +154,11 @@ class Adapters:
         ]
 
     async def _load(self, adapter: Adapter) -> None:
-        name, began = adapter.model.name, self._clock()
+        name = adapter.model.name
         snapshot = None
         try:
-            snapshot = await self._fetch(adapter.model)
+            snapshot, phases = await self._take(adapter.model)
+            phases.enter(Phase.WEIGHTS)
             await self._engine.add_adapter(adapter.served_name, adapter.number, snapshot)
         except BaseException as error:
             if self._known.get(adapter.model.reference) is adapter:
@@ -162,10 +170,8 @@ class Adapters:
                 raise AdapterRefused(message, param="model") from error
             raise
         adapter.snapshot, adapter.loading = snapshot, None
-        seconds = round(self._clock() - began, 3)
-        logger.info(
-            "adapter added", extra={"model": name, "revision": adapter.model.revision, "seconds": seconds}
-        )
+        phases.enter(None)
+        self._added(adapter.model, phases)
         await self._make_room()
 
     async def _make_room(self) -> None:

@@ -13,7 +13,8 @@ class Request:
 
     `order`: it is the operator's, who waits beside the clients' queue. `swap`: an engine with the same swap
     key, that takes adapters of rank `adapters`, can take its weights; None: none can. `fetched`: its files
-    are there. `instead_of`: the engine that it is to replace, a revision's by the next one's.
+    are there. `instead_of`: the engine that it is to replace, a revision's by the next one's. `adapter`: the
+    one that it is for, whose files are not there; None: they are, or it is for none.
     """
 
     number: int
@@ -25,11 +26,12 @@ class Request:
     adapters: int = 0
     fetched: bool = True
     instead_of: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """The files of `key`, for which somebody waits, are there."""
+    """The files of `key`, a model's or an adapter's, for which somebody waits, are there."""
 
     key: str
 

@@ -61,6 +61,16 @@ class Fetches:
     def get(self, reference: str) -> Fetch | None:
         return self._under_way.get(reference)
 
+    def is_there(self, reference: str) -> bool:
+        """The model's files are there, and nobody has taken them yet."""
+        fetch = self._under_way.get(reference)
+        return fetch is not None and fetch.fetched
+
+    def is_under_way(self, reference: str) -> bool:
+        """The model's files are being fetched."""
+        fetch = self._under_way.get(reference)
+        return fetch is not None and not fetch.fetched
+
     async def take(self, model: Model) -> tuple[Snapshot, Phases]:
         """The model's snapshot, which is the caller's to release then; raises what the fetch raised."""
         fetch = self.begin(model)

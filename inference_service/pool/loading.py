@@ -43,6 +43,7 @@ _PULSE_SECONDS = 1.0
 class Parts:
     """What a load is made of. `free_bytes`: what the device has free; None where that cannot be told.
 
+    `footprint`: what a model's engine would take on it.
     `swap_key`: models with the same can take one another's place in an engine; None: it is loaded afresh.
     `canaries`: None where no fingerprint is kept.
     """
@@ -51,6 +52,7 @@ class Parts:
     release: Callable[[Snapshot], None]
     make_engine: Callable[[Snapshot, Footprint], Engine]
     free_bytes: Callable[[], Awaitable[int | None]]
+    footprint: Callable[[Model], Footprint]
     fetching: Callable[[Model], Progress | None] = lambda model: None
     swap_key: Callable[[Model], str | None] = lambda model: None
     canaries: Canaries | None = None

@@ -12,7 +12,7 @@ from inference_service.errors import (
     StillBusy,
     readable_bytes,
 )
-from inference_service.pool.scheduler import EngineView, Policy
+from inference_service.pool.views import EngineView, Policy
 
 
 def shutting_down() -> ShuttingDown:

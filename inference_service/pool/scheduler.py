@@ -5,8 +5,7 @@ pool tells it every event and carries its actions out, so every policy is tested
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import replace
 
 from inference_service.engines.base import EngineState
 from inference_service.pool.events import (
@@ -35,97 +34,16 @@ from inference_service.pool.events import (
     TimePassed,
     Unload,
 )
-
-# Engines that were last used within the same such stretch of seconds are equally old: the one that is
-# cheapest to load again goes first.
-EQUALLY_OLD_SECONDS = 1.0
-NEVER = float("inf")
-
-
-@dataclass(frozen=True)
-class Policy:
-    """The operator's bounds. Seconds; `memory` in bytes on each device.
-
-    None for `idle_ttl`: an idle engine stays; for `memory`: it is not known, slots alone count.
-    """
-
-    slots: int
-    concurrency: int
-    queued: int = 1_000_000
-    fairness_wait: float = 10.0
-    min_residency: float = 5.0
-    idle_ttl: float | None = None
-    memory: int | None = None
-
-
-@dataclass
-class EngineView:
-    """What a decision needs of one engine; times on the caller's clock.
-
-    `bytes`: what it takes on its device. `ready_at`: since when it serves; `load_seconds`: what its load
-    took. A `pinned` engine is never torn down for another. A load is `awaited_until` then also where
-    nobody waits for it at the moment. `gives_way`: it drains for a waiter, not for the operator.
-    `has_turn`: it is being started, and no other of its device starts or ends meanwhile. `swap` and
-    `adapters`: see Request. `successor`: what it drains for is its own next revision.
-    """
-
-    key: str
-    bytes: int = 0
-    pinned: bool = False
-    state: EngineState = EngineState.STARTING
-    leases: int = 0
-    last_used: float = 0.0
-    ready_at: float = 0.0
-    load_seconds: float = 0.0
-    awaited_until: float = 0.0
-    gives_way: bool = False
-    has_turn: bool = False
-    swap: str | None = None
-    adapters: int = 0
-    successor: str | None = None
-
-
-@dataclass(frozen=True)
-class _Waiter:
-    number: int
-    since: float
-    order: bool
-
-
-@dataclass
-class _Queue:
-    """Who waits for one model, in order of arrival, and what its engine would take."""
-
-    wish: Request
-    waiters: dict[int, _Waiter] = field(default_factory=dict)
-    pinned: bool = False
-    fetched: bool = True
-
-    @property
-    def bytes(self) -> int:
-        return self.wish.bytes
-
-    @property
-    def oldest(self) -> _Waiter:
-        return next(iter(self.waiters.values()))
-
-    def fits_into(self, engine: EngineView) -> bool:
-        """Whether the engine could take these weights."""
-        same = self.wish.swap is not None and self.wish.swap == engine.swap
-        return self.fetched and same and engine.adapters >= self.wish.adapters
-
-
-class _Verdict(StrEnum):
-    FITS = "fits"
-    LATER = "later"
-    NEVER = "never"
+from inference_service.pool.room import Room, Verdict
+from inference_service.pool.views import NEVER, EngineView, Policy, Queue, Waiting
 
 
 class Scheduler:
     """The engines and waiters of one pool.
 
     1. A request for a ready engine is granted it, oldest first, while fewer than `concurrency` leases
-       are out. Warm models never wait behind a load.
+       are out. Warm models never wait behind a load. Who wants an adapter is granted nothing, and keeps
+       nobody waiting, before its files are there.
     2. A request for a model whose engine is on its way joins it: nothing to do.
     3. A wanted model without an engine is loaded where a slot is free and its bytes fit, the one that
        has waited longest first; who comes later does not take the room that an older one waits for.
@@ -160,7 +78,8 @@ class Scheduler:
         self.engines: dict[str, EngineView] = {}
         self.running = 0
         self.waiting = 0
-        self._queues: dict[str, _Queue] = {}
+        self._queues: dict[str, Queue] = {}
+        self.room = Room(policy, self.engines, self._queues)
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event in; what to do for it, in this order."""
@@ -170,36 +89,20 @@ class Scheduler:
         """When time alone may change the decision; None: only an event does."""
         return min((moment for moment in self._moments() if now < moment < NEVER), default=None)
 
-    def victims(self, now: float) -> list[str]:
-        """Idle engines in the order in which they would give way."""
-        free = [engine for engine in self.engines.values() if _idle(engine) and self._settled(engine, now)]
-        return [engine.key for engine in sorted(free, key=_age)]
-
     def give_way(self) -> Evict | None:
         """The idle engine that goes where something other than a slot is short, however young it is."""
-        idle = self.idle()
+        idle = self.room.idle()
         return self._evict(self.engines[idle[0]]) if idle else None
-
-    def idle(self) -> list[str]:
-        """Engines that nobody uses or waits for, however young, in the order in which they would go."""
-        free = [
-            engine for engine in self.engines.values() if _idle(engine) and engine.key not in self._queues
-        ]
-        return [engine.key for engine in sorted(free, key=_age)]
-
-    def waiting_for(self, key: str) -> int:
-        """How many wait for a model."""
-        return len(self._queues[key].waiters) if key in self._queues else 0
 
     def _take(self, event: Event, now: float) -> Iterator[Action]:
         match event:
             case Request():
                 yield from self._request(event, now)
             case Fetched(key):
-                if key in self._queues:
-                    self._queues[key].fetched = True
+                self._fetched(key)
             case FetchFailed(key):
                 yield from self._reject_all(key, Reason.LOAD_FAILED)
+                yield from self._reject_all_of_adapter(key)
             case Left(number, linger):
                 self._left(number, now + linger)
             case Pinned(key, pinned):
@@ -234,16 +137,25 @@ class Scheduler:
         engine = self.engines.get(request.key)
         warm = engine is not None and engine.state is EngineState.READY
         full = self.waiting >= self.policy.queued and not request.order
-        if full and not (warm and self.running < self.policy.concurrency):
+        waits = not warm or request.adapter is not None or self.running >= self.policy.concurrency
+        if full and waits:
             yield Reject(request.number, Reason.OVERLOADED)
             return
-        queue = self._queues.setdefault(request.key, _Queue(request))
+        queue = self._queues.setdefault(request.key, Queue(request))
         # Who joins an order to replace an engine does not change that.
         instead_of = request.instead_of or queue.wish.instead_of
         queue.wish = replace(request, instead_of=instead_of)
         queue.pinned, queue.fetched = request.pinned, request.fetched
-        queue.waiters[request.number] = _Waiter(request.number, now, request.order)
+        queue.waiters[request.number] = Waiting(request.number, now, request.order, request.adapter)
         self.waiting += not request.order
+
+    def _fetched(self, key: str) -> None:
+        if key in self._queues:
+            self._queues[key].fetched = True
+        for queue in self._queues.values():
+            for waiter in queue.waiters.values():
+                if waiter.adapter == key:
+                    waiter.adapter = None
 
     def _left(self, number: int, awaited_until: float) -> None:
         for key, queue in self._queues.items():
@@ -306,7 +218,7 @@ class Scheduler:
                 continue
             if engine.state is EngineState.STARTING and engine.awaited_until <= now:
                 yield self._cancel(engine)
-            elif _idle(engine) and self._expired(engine, now) and not self._turn_is_taken():
+            elif engine.idle and self._expired(engine, now) and not self._turn_is_taken():
                 yield self._evict(engine)
 
     def _turn_is_taken(self) -> bool:
@@ -330,11 +242,14 @@ class Scheduler:
     def _grant(self, now: float) -> Iterator[Grant]:
         """Case 1."""
         while self.running < self.policy.concurrency:
-            warm = [key for key in self._queues if self._state(key) is EngineState.READY]
-            key = min(warm, key=lambda key: self._queues[key].oldest.number, default=None)
-            if key is None:
+            first = [
+                (waiter.number, key)
+                for key, queue in self._queues.items()
+                if self._state(key) is EngineState.READY and (waiter := queue.first) is not None
+            ]
+            if not first:
                 return
-            number = self._queues[key].oldest.number
+            number, key = min(first)
             self._forget(key, number)
             self.engines[key].leases += 1
             self.engines[key].last_used = now
@@ -349,44 +264,19 @@ class Scheduler:
         )
         blocked: list[str] = []
         for key in cold:
-            match self._verdict(key, blocked):
-                case _Verdict.NEVER:
+            match self.room.verdict(key, blocked):
+                case Verdict.NEVER:
                     yield from self._reject_all(key, Reason.NO_ROOM)
-                case _Verdict.FITS:
+                case Verdict.FITS:
                     yield self._load(key, now)
-                case _Verdict.LATER:
-                    engine = self._takes(key)
+                case Verdict.LATER:
+                    engine = self.room.takes(key)
                     if engine is not None:
                         yield self._swap(key, engine, now)
                         continue
                     if self._queues[key].fetched and not self._turn_is_taken():
                         yield from self._give_way_for(key, blocked, now)
                     blocked.append(key)
-
-    def _verdict(self, key: str, blocked: Sequence[str]) -> _Verdict:
-        queue = self._queues[key]
-        pinned = [
-            engine
-            for engine in self.engines.values()
-            if engine.pinned and engine.state in (EngineState.STARTING, EngineState.READY)
-            if engine.key != queue.wish.instead_of
-        ]
-        if not self._fits(queue.bytes, pinned, ()):
-            return _Verdict.NEVER
-        if self._fits(queue.bytes, list(self.engines.values()), blocked):
-            return _Verdict.FITS
-        return _Verdict.LATER
-
-    def _takes(self, key: str) -> EngineView | None:
-        """Case 14: the idle engine that gets the weights of `key`; its own last revision's, or the oldest."""
-        queue = self._queues[key]
-        own = self.engines.get(queue.wish.instead_of or "")
-        able = [self.engines[name] for name in self.idle() if queue.fits_into(self.engines[name])]
-        # What takes adapters is kept for who needs them.
-        able.sort(key=lambda engine: engine.adapters)
-        if own is not None and own.key not in self._queues and queue.fits_into(own):
-            able = [own] if own.state is EngineState.READY and own.leases == 0 else able
-        return able[0] if able else None
 
     def _swap(self, key: str, engine: EngineView, now: float) -> Swap:
         queue = self._queues[key]
@@ -425,59 +315,11 @@ class Scheduler:
         if old is not None:
             yield from self._replace(key, old)
             return
-        idle = [self.engines[name] for name in self.victims(now) if name not in self._queues]
-        busy = self._busy(now) if now - queue.oldest.since >= self.policy.fairness_wait else []
-        busy = [engine for engine in busy if engine not in idle]
-        for engine in self._enough(queue.bytes, blocked, [*idle, *busy]):
-            if engine in idle:
+        for engine in self.room.giving_way(key, blocked, now, self.running):
+            if engine.idle and engine.key not in self._queues:
                 yield self._evict(engine)
             else:
                 yield from self._drain(engine)
-
-    def _enough(self, count: int, blocked: Sequence[str], candidates: list[EngineView]) -> list[EngineView]:
-        """As few of the candidates, in their order, as make room; none where all would not."""
-        staying = [engine for engine in self.engines.values() if not _leaving(engine)]
-        chosen: list[EngineView] = []
-        for candidate in candidates:
-            if self._fits(count, staying, blocked):
-                break
-            chosen.append(candidate)
-            staying.remove(candidate)
-        if not self._fits(count, staying, blocked):
-            return []
-        for candidate in list(reversed(chosen)):
-            if self._fits(count, [*staying, candidate], blocked):
-                chosen.remove(candidate)
-                staying.append(candidate)
-        return chosen
-
-    def _fits(self, count: int, engines: Sequence[EngineView], blocked: Sequence[str]) -> bool:
-        """Whether so many bytes fit beside these engines and those that older waiters need."""
-        if len(engines) + len(blocked) >= self.policy.slots:
-            return False
-        if self.policy.memory is None:
-            return True
-        needed = sum(self._queues[key].bytes for key in blocked)
-        return sum(engine.bytes for engine in engines) + needed + count <= self.policy.memory
-
-    def _busy(self, now: float) -> list[EngineView]:
-        """Ready engines that could be drained, the least valuable first."""
-        candidates = [
-            engine
-            for engine in self.engines.values()
-            if engine.state is EngineState.READY
-            and not engine.pinned
-            and self._settled(engine, now)
-            and not self._kept_waiting(engine)
-        ]
-        return sorted(
-            candidates,
-            key=lambda engine: (engine.leases + self.waiting_for(engine.key), engine.last_used),
-        )
-
-    def _kept_waiting(self, engine: EngineView) -> bool:
-        """It has served nobody for want of a lease, which another engine in its place would want as well."""
-        return engine.leases == 0 and self.running >= self.policy.concurrency
 
     def _load(self, key: str, now: float) -> Load:
         queue = self._queues[key]
@@ -511,6 +353,13 @@ class Scheduler:
             self._forget(key, number)
             yield Reject(number, reason)
 
+    def _reject_all_of_adapter(self, adapter: str) -> Iterator[Reject]:
+        for key, queue in list(self._queues.items()):
+            for waiter in list(queue.waiters.values()):
+                if waiter.adapter == adapter:
+                    self._forget(key, waiter.number)
+                    yield Reject(waiter.number, Reason.LOAD_FAILED)
+
     def _forget(self, key: str, number: int) -> None:
         queue = self._queues[key]
         self.waiting -= not queue.waiters.pop(number).order
@@ -529,9 +378,6 @@ class Scheduler:
     def _expired(self, engine: EngineView, now: float) -> bool:
         return self.policy.idle_ttl is not None and now - engine.last_used >= self.policy.idle_ttl
 
-    def _settled(self, engine: EngineView, now: float) -> bool:
-        return now - engine.ready_at >= self.policy.min_residency
-
     def _moments(self) -> Iterator[float]:
         cold = [queue for key, queue in self._queues.items() if self._state(key) is not EngineState.READY]
         yield from (queue.oldest.since + self.policy.fairness_wait for queue in cold)
@@ -540,17 +386,5 @@ class Scheduler:
                 yield engine.ready_at + self.policy.min_residency
             if engine.state is EngineState.STARTING:
                 yield engine.awaited_until
-            elif self.policy.idle_ttl is not None and _idle(engine):
+            elif self.policy.idle_ttl is not None and engine.idle:
                 yield engine.last_used + self.policy.idle_ttl
-
-
-def _idle(engine: EngineView) -> bool:
-    return engine.state is EngineState.READY and engine.leases == 0 and not engine.pinned
-
-
-def _leaving(engine: EngineView) -> bool:
-    return engine.state in (EngineState.DRAINING, EngineState.STOPPING, EngineState.FAILED)
-
-
-def _age(engine: EngineView) -> tuple[float, float, float]:
-    return (engine.last_used // EQUALLY_OLD_SECONDS, engine.load_seconds, engine.last_used)

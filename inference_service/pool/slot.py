@@ -76,10 +76,15 @@ class Waiter:
     """A request that waits for a lease, or the operator's order; `number` counts arrivals."""
 
     number: int
-    model: Model
+    wanted: Model
     since: float
     lease: asyncio.Future[Lease]
     order: bool = False
+
+    @property
+    def model(self) -> Model:
+        """The model whose engine serves it: what is wanted, or an adapter's base."""
+        return self.wanted.carrier or self.wanted
 
 
 @dataclass(frozen=True)

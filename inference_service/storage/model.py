@@ -79,6 +79,11 @@ class Model:
         adapters = f"+{self.rank}" if self.rank and self.kind is ModelKind.CHECKPOINT else ""
         return f"{self.name}@{self.revision}{adapters}"
 
+    @property
+    def asked_for(self) -> str:
+        """The name that finds it again: with its revision where that is wanted."""
+        return f"{self.name}@{self.revision}" if self.exact else self.name
+
 
 def canonical_name(name: str) -> str:
     """`org/model` -> `org-model`."""

@@ -17,10 +17,11 @@ from inference_service.engines.base import Footprint, Reply, Snapshot
 from inference_service.engines.device import Backend, Device, DeviceKind
 from inference_service.metrics import Metrics
 from inference_service.models.requests import CompletionBody
+from inference_service.pool.lives import Limits
 from inference_service.pool.loading import Parts
-from inference_service.pool.pool import Limits, Pool
+from inference_service.pool.pool import Pool
 from inference_service.pool.rollover import Rollover
-from inference_service.pool.scheduler import Policy
+from inference_service.pool.views import Policy
 from inference_service.storage.model import Model
 from inference_service.storage.registry import Registry
 from tests.pool.gated import GatedEngine, model
@@ -87,8 +88,13 @@ class Bench:
         self.engines: list[SlowEngine] = []
         metrics = Metrics()
         self.pool = Pool(
-            Parts(self._fetch, lambda snapshot: None, self._make, self._free_bytes),
-            lambda model: Footprint(1, 0, 0),
+            Parts(
+                self._fetch,
+                lambda snapshot: None,
+                self._make,
+                self._free_bytes,
+                lambda model: Footprint(1, 0, 0),
+            ),
             metrics,
             policy=Policy(slots=1, concurrency=2),
             limits=Limits(queue_timeout=100, load_timeout=100),

@@ -1,6 +1,7 @@
 """Models without files, and engines whose start, death and end happen when the test says so."""
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from inference_service.engines.base import Fingerprint, Pulse, Reply, Snapshot, Swapped
@@ -16,6 +17,10 @@ def model(name: str, *, pinned: bool = False) -> Model:
     weights = StoredObject(f"{name}/model.safetensors", 100, "1", 7, datetime.now(UTC))
     serving = Serving(pinned=pinned)
     return Model(name, ModelKind.CHECKPOINT, name, "r1", (weights,), datetime.now(UTC), serving=serving)
+
+
+def adapter(name: str, base: str) -> Model:
+    return replace(model(name), kind=ModelKind.ADAPTER, base=base, rank=8, carrier=model(base))
 
 
 def key(name: str) -> str:

@@ -21,10 +21,11 @@ from inference_service.errors import (
     SwapFailed,
 )
 from inference_service.metrics import Metrics
+from inference_service.pool.lives import Limits
 from inference_service.pool.loading import Parts
-from inference_service.pool.pool import LINGER_SECONDS, Limits, Pool
-from inference_service.pool.scheduler import Policy
+from inference_service.pool.pool import LINGER_SECONDS, Pool
 from inference_service.pool.slot import Lease
+from inference_service.pool.views import Policy
 from inference_service.storage.model import Model
 from tests.pool.gated import MIB, GatedEngine, key, model
 
@@ -100,9 +101,9 @@ class PoolMachine(RuleBasedStateMachine):
                 self._release,
                 self._make,
                 self._free_bytes,
+                lambda wanted: Footprint(SIZES[wanted.name] * MIB, 0, 0),
                 swap_key=lambda wanted: "small" if swaps and SIZES[wanted.name] == 1 else None,
             ),
-            lambda wanted: Footprint(SIZES[wanted.name] * MIB, 0, 0),
             Metrics(),
             policy=self.policy,
             limits=Limits(queue_timeout=NEVER, load_timeout=NEVER, stall_timeout=NEVER),

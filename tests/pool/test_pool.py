@@ -20,16 +20,19 @@ from inference_service.errors import (
     OutOfMemory,
     Overloaded,
     QueueTimedOut,
+    ServiceError,
     ShuttingDown,
+    SnapshotCorrupt,
     StillBusy,
 )
 from inference_service.metrics import Metrics
+from inference_service.pool.lives import Limits
 from inference_service.pool.loading import Parts
-from inference_service.pool.pool import Limits, Pool
-from inference_service.pool.scheduler import Policy
+from inference_service.pool.pool import LINGER_SECONDS, Pool
 from inference_service.pool.slot import Lease
+from inference_service.pool.views import Policy
 from inference_service.storage.model import Model
-from tests.pool.gated import MIB, GatedEngine, model
+from tests.pool.gated import MIB, GatedEngine, adapter, model
 
 
 class Bench:
@@ -50,11 +53,16 @@ class Bench:
         self.pinned: set[str] = set()
         # Model -> whether the disk has room for it now.
         self.has_room: dict[str, Callable[[], bool]] = {}
+        # Model -> its files come when this is set; and all that were asked for.
+        self.gates: dict[str, asyncio.Event] = {}
+        self.broken: dict[str, ServiceError] = {}
+        self.fetched: list[str] = []
         # What the device has free; None: not to be told.
         self.free: int | None = None
         self.pool = Pool(
-            Parts(self._fetch, self._release, self._make, self._free_bytes),
-            lambda model: Footprint(MIB, 0, 0),
+            Parts(
+                self._fetch, self._release, self._make, self._free_bytes, lambda model: Footprint(MIB, 0, 0)
+            ),
             self.metrics,
             policy=policy,
             limits=Limits(queue_timeout, load_timeout, stall_timeout),
@@ -74,6 +82,11 @@ class Bench:
             error = DiskFull("no room")
             error.missing = 100
             raise error
+        self.fetched.append(model.name)
+        if model.name in self.broken:
+            raise self.broken[model.name]
+        if model.name in self.gates:
+            await self.gates[model.name].wait()
         self.held.append(model.name)
         return Snapshot(model.name, model.revision, Path("/nowhere"), model.bytes)
 
@@ -90,6 +103,9 @@ class Bench:
 
     def ask(self, name: str) -> "asyncio.Task[Lease]":
         return asyncio.create_task(self.pool.lease(model(name, pinned=name in self.pinned)))
+
+    def ask_adapter(self, name: str, base: str) -> "asyncio.Task[Lease]":
+        return asyncio.create_task(self.pool.lease(adapter(name, base)))
 
     async def settle(self) -> None:
         for _ in range(20):
@@ -819,3 +835,66 @@ async def test_a_deadline_that_passes_while_the_pool_is_at_work_is_not_missed() 
         async with asyncio.timeout(5):
             while bench.held:  # noqa: ASYNC110  (it is the pool's own timer that is waited for)
                 await asyncio.sleep(0.001)
+
+
+async def test_no_lease_is_held_for_the_time_of_an_adapters_download(two: Bench) -> None:
+    (await two.started("base")).release()
+    gate = two.gates["t"] = asyncio.Event()
+    asked = [two.ask_adapter("t", "base") for _ in range(2)]
+    await two.settle()
+    stats = await two.pool.stats()
+    assert (stats["leases"], [each["model"] for each in stats["waiters"]]) == (0, ["t", "t"])
+    gate.set()
+    leases = [await each for each in asked]
+    assert {lease.served_name for lease in leases} == {two.engine("base").adapters[0]}
+    assert two.fetched == ["base", "t"], "once for both"
+    for lease in leases:
+        lease.release()
+    assert two.held == ["base", "t"]
+
+
+async def test_a_request_for_an_adapter_that_is_refused_fetches_nothing() -> None:
+    async for bench in _bench(1, Policy(1, 3, queued=0)):
+        refused = bench.ask_adapter("t", "base")
+        with pytest.raises(Overloaded):
+            await refused
+        assert bench.fetched == []
+
+
+async def test_the_end_of_the_service_ends_an_adapters_download(two: Bench) -> None:
+    (await two.started("base")).release()
+    two.gates["t"] = asyncio.Event()
+    asked = two.ask_adapter("t", "base")
+    await two.settle()
+    closing = asyncio.create_task(two.pool.close())
+    with pytest.raises(ShuttingDown):
+        await asked
+    await two.settle()
+    two.engine("base").may_close.set_result(None)
+    await closing
+    two.gates["t"].set()
+    await two.settle()
+    assert two.held == []
+
+
+async def test_an_adapters_files_are_let_go_with_the_last_who_waited(two: Bench) -> None:
+    asked = [two.ask_adapter("t", "base") for _ in range(2)]
+    await two.settle()
+    assert sorted(two.held) == ["base", "t"], "both come while the engine starts"
+    asked[0].cancel()
+    await asyncio.sleep(0.01)
+    assert sorted(two.held) == ["base", "t"]
+    asked[1].cancel()
+    two.engine("base").started.set_result(None)
+    await asyncio.sleep(LINGER_SECONDS + 0.1)
+    assert two.held == ["base"]
+
+
+async def test_an_adapter_whose_files_cannot_be_had_is_not_asked_for_again_at_once(two: Bench) -> None:
+    (await two.started("base")).release()
+    two.broken["t"] = SnapshotCorrupt("it is not what the bucket holds")
+    for _ in range(2):
+        with pytest.raises(SnapshotCorrupt):
+            await two.ask_adapter("t", "base")
+    assert two.fetched == ["base", "t"], "the second is told from memory"
+    (await two.ask("base")).release()

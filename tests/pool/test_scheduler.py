@@ -28,7 +28,8 @@ from inference_service.pool.events import (
     TimePassed,
     Unload,
 )
-from inference_service.pool.scheduler import Policy, Scheduler
+from inference_service.pool.scheduler import Scheduler
+from inference_service.pool.views import Policy
 
 MIB = 1 << 20
 
@@ -89,6 +90,41 @@ def test_1_warm_models_do_not_wait_behind_a_load() -> None:
     play.serve("warm")
     assert play.ask("cold") == [Load("cold")]
     assert play.ask("warm") == [Grant(3, "warm")]
+
+
+def test_1_who_waits_for_an_adapters_files_keeps_nobody_waiting() -> None:
+    play = Play()
+    play.serve("a")
+    assert play.ask("a", adapter="t") == []
+    assert play.ask("a") == [Grant(3, "a")]
+    assert play.tell(Fetched("other")) == []
+    assert play.tell(Fetched("t")) == [Grant(2, "a")]
+
+
+def test_1_an_engine_is_kept_for_who_waits_for_an_adapters_files() -> None:
+    play = Play(slots=1, idle_ttl=5)
+    play.serve("a")
+    play.ask("a", adapter="t")
+    assert play.later(6) == []
+    assert play.ask("b") == [], "it is the older one's engine"
+    assert play.tell(FetchFailed("t")) == [Reject(2, Reason.LOAD_FAILED), Evict("a")]
+
+
+def test_1_an_adapters_files_that_cannot_be_had_are_the_concern_of_who_waits_for_them() -> None:
+    play = Play()
+    assert play.ask("a", adapter="t") == [Load("a")]
+    assert [play.ask("a"), play.ask("a", adapter="t"), play.ask("a", adapter="u")] == [[], [], []]
+    assert play.tell(FetchFailed("t")) == [Reject(1, Reason.LOAD_FAILED), Reject(3, Reason.LOAD_FAILED)]
+    assert play.tell(Loaded("a")) == [Grant(2, "a")]
+    assert play.tell(Fetched("u")) == [Grant(4, "a")]
+
+
+def test_8_who_waits_for_an_adapters_files_waits_in_the_queue() -> None:
+    play = Play(queued=1)
+    play.serve("a")
+    assert play.ask("a", adapter="t") == []
+    assert play.ask("a", adapter="t") == [Reject(3, Reason.OVERLOADED)]
+    assert play.ask("a") == [Grant(4, "a")]
 
 
 def test_2_a_load_is_joined() -> None:
@@ -425,7 +461,7 @@ def test_10_an_unload_rejects_those_who_wait_for_the_load() -> None:
 def test_what_gives_way_where_something_else_than_a_slot_is_short() -> None:
     play = Play()
     play.serve("a", "b")
-    assert play.scheduler.victims(play.now) == ["a", "b"]
+    assert play.scheduler.room.victims(play.now) == ["a", "b"]
     assert play.scheduler.give_way() == Evict("a")
     assert play.state("a") is EngineState.STOPPING
     assert play.scheduler.give_way() == Evict("b")

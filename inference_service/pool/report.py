@@ -1,0 +1,126 @@
+"""What the pool says of itself: how far a model is, and the operator's statistics."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from inference_service.engines.base import Engine, EngineState
+from inference_service.errors import EngineError
+from inference_service.pool.lives import Lives
+from inference_service.pool.scheduler import Scheduler
+from inference_service.pool.slot import LoadProgress, Slot, Waiter
+from inference_service.storage.model import Model
+
+PULSE_SECONDS = 1.0
+
+
+class Report:
+    """Reads the scheduler, the engines and the waiters (by number); changes nothing."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        lives: Lives,
+        waiters: Mapping[int, Waiter],
+        pins: Mapping[str, bool],
+        clock: Callable[[], float],
+    ) -> None:
+        self._scheduler = scheduler
+        self._lives = lives
+        self._waiters = waiters
+        self._pins = pins
+        self._clock = clock
+
+    def progress(self, model: Model) -> LoadProgress:
+        """How far a model that is waited for is on its way; an adapter's engine first, then its files."""
+        engine = model.carrier or model
+        slot, state = self._lives.slots.get(engine.reference), self._lives.state(engine.reference)
+        start_seconds = self._lives.estimates.start_seconds(engine.name)
+        if slot is None:
+            if self._lives.fetches.is_under_way(engine.reference):
+                return self._lives.loading.fetch_progress(engine, start_seconds)
+            return LoadProgress("queue", None, self._lives.estimates.load_seconds(engine.name))
+        if state is EngineState.STARTING:
+            return self._lives.loading.progress(slot, start_seconds)
+        if state is EngineState.READY and self._lives.fetches.is_under_way(model.reference):
+            return self._lives.loading.fetch_progress(model, 0.0)
+        return LoadProgress("queue" if state is EngineState.READY else "drain", None, None)
+
+    def count_by_state(self) -> dict[str, int]:
+        """Number of engines in each state, zeros included."""
+        found = Counter(engine.state for engine in self._scheduler.engines.values())
+        return {state.value: found[state] for state in EngineState if state is not EngineState.STOPPED}
+
+    async def stats(self) -> dict[str, Any]:
+        """Slots, budget, engines, waiters and what would give way, for the operator."""
+        now, policy = self._clock(), self._scheduler.policy
+        slots = list(self._lives.slots.values())
+        # All at this moment: an engine may be gone when the others have told what they run.
+        described = [self._engine(slot, now) for slot in slots]
+        ready = self._lives.ready()
+        reserved = sum(engine.bytes for engine in self._scheduler.engines.values())
+        running = await asyncio.gather(*(_running(slot.engine if slot in ready else None) for slot in slots))
+        return {
+            "slots": {"total": policy.slots, "used": len(slots)},
+            "budget": {"total_bytes": policy.memory, "reserved_bytes": reserved},
+            "engines": [{**each, "running": count} for each, count in zip(described, running, strict=True)],
+            "leases": self._scheduler.running,
+            "max_concurrent_requests": policy.concurrency,
+            "max_queued_requests": policy.queued,
+            "circuits": self._lives.circuits.describe(now),
+            "victims": [self._lives.slots[key].model.name for key in self._scheduler.room.victims(now)],
+            "pins": dict(self._pins),
+            "waiters": [self._waiter(waiter, now) for waiter in self._waiters.values()],
+        }
+
+    def __str__(self) -> str:
+        lives = self._lives
+        engines = [
+            f"{slot.model.name}:{lives.state(key)}({len(slot.leases)})" for key, slot in lives.slots.items()
+        ]
+        waiting = " ".join(waiter.wanted.name for waiter in self._waiters.values())
+        return f"{' '.join(engines) or 'empty'} | waiting: {waiting or 'nobody'}"
+
+    def _waiter(self, waiter: Waiter, now: float) -> dict[str, Any]:
+        return {
+            "model": waiter.wanted.name,
+            "order": waiter.order,
+            "age_seconds": round(now - waiter.since, 3),
+            **self.progress(waiter.wanted).describe(),
+        }
+
+    def _engine(self, slot: Slot, now: float) -> dict[str, Any]:
+        view = self._scheduler.engines[slot.key]
+        described = {
+            "model": slot.model.name,
+            "revision": slot.model.revision,
+            "pinned": view.pinned,
+            "state": view.state.value,
+            "leases": len(slot.leases),
+            "process_id": None if slot.engine is None else slot.engine.process_id,
+            "load_seconds": slot.load_seconds,
+            "phases": slot.phases.describe(),
+            "swapped": slot.swapped,
+            "swap_key": view.swap,
+            "adapter_rank": view.adapters,
+            "adapters": [] if slot.adapters is None else slot.adapters.describe(),
+            "idle_seconds": None if slot.leases else round(now - view.last_used, 3),
+            "bytes": slot.model.bytes,
+            "memory": asdict(slot.footprint),
+        }
+        if view.state is EngineState.STARTING:
+            described["loading"] = self.progress(slot.model).describe()
+        return described
+
+
+async def _running(engine: Engine | None) -> int | None:
+    """The engine's own count; None where it does not answer in time."""
+    if engine is None:
+        return None
+    try:
+        async with asyncio.timeout(PULSE_SECONDS):
+            return (await engine.pulse()).running
+    except (EngineError, TimeoutError):
+        return None
