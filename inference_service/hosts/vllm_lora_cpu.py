@@ -1,64 +1,77 @@
-"""LoRA on the CPU, right and fast: in the place of vLLM's PyTorch-native kernels (vllm/lora/ops/torch_ops).
+"""LoRA on the CPU, right and fast: in the place of vLLM's PyTorch-native wrapper (vllm/lora/punica_wrapper).
 
-Those take -1, which means "no adapter", for an index: once all slots are in use a request without an adapter
-is answered with the last slot's. And they copy an adapter's matrices once for each token. Here the tokens of
-each adapter are multiplied together, and those of none are left alone.
+Its kernels take -1, which means "no adapter", for an index: once all slots are in use a request without an
+adapter is answered with the last slot's. And they copy an adapter's matrices once for each token. Here it is
+found out once a step which tokens are whose (lora_batch.py).
 """
 
-from collections.abc import Iterator
+from typing import Any
 
-import torch
 from torch import Tensor
-from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 
-
-def bgmv_shrink(
-    inputs: Tensor, weights: Tensor, output: Tensor, indices: Tensor, scaling: float = 1.0
-) -> None:
-    """Tokens x inputs by slots x rank x inputs, into tokens x rank; zero for tokens without an adapter."""
-    output.zero_()
-    for rows, matrix in _groups(weights, indices, output.dtype):
-        output[rows, : matrix.shape[0]] = scaling * (inputs[rows].to(output.dtype) @ matrix.T)
+from inference_service.hosts.lora_batch import Batch
 
 
-def bgmv_expand(
-    inputs: Tensor, weights: Tensor, output: Tensor, indices: Tensor, add_inputs: bool = True
-) -> None:
-    """Tokens x rank by slots x outputs x rank, added to (or put into) tokens x outputs."""
-    bgmv_expand_slice(inputs, weights, output, indices, 0, output.shape[1], add_inputs)
+def _matrices(stacked: Tensor, outputs: int | None = None) -> Tensor:
+    """vLLM's stack without its dimension of one; no more outputs than there are: either may be padded."""
+    matrices = stacked.squeeze(1) if stacked.dim() == 4 else stacked
+    return matrices if outputs is None else matrices[:, :outputs]
 
 
-def bgmv_expand_slice(
-    inputs: Tensor,
-    weights: Tensor,
-    output: Tensor,
-    indices: Tensor,
-    slice_offset: int,
-    slice_size: int,
-    add_inputs: bool = True,
-) -> None:
-    """As `bgmv_expand`, of some of the outputs."""
-    part = output[:, slice_offset : slice_offset + slice_size]
-    if not add_inputs:
-        part.zero_()
-    for rows, matrix in _groups(weights, indices, output.dtype):
-        # Adapter and model may pad their outputs differently.
-        common = min(matrix.shape[0], part.shape[1])
-        product = inputs[rows, : matrix.shape[1]].to(output.dtype) @ matrix[:common].T
-        part[rows, :common] += product
+class GroupedPunicaWrapper(punica_cpu.PunicaWrapperCPU):  # type: ignore[misc]
+    """vLLM's wrapper, whose layers call it once each with the stacked matrices of all slots."""
+
+    _tokens = _samples = Batch(())
+
+    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
+        """Called with each batch that has other tokens than the one before."""
+        super().update_metadata(*args, **kwargs)
+        self._tokens = Batch(self.token_lora_indices.tolist())
+        self._samples = Batch(self.sampler_indices.tolist())
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **kwargs: Any,
+    ) -> None:
+        """To the outputs of a linear layer, of one or several projections side by side."""
+        begin = 0
+        for down, up, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+            _add(self._tokens, y[:, begin : begin + width], x, (down, up), scale)
+            begin += width
+
+    def add_lora_embedding(
+        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
+    ) -> None:
+        """To embeddings; `x` is what the first matrix has made of the tokens."""
+        _add(self._tokens, y, x, (lora_b_stacked,), 1.0)
+
+    def add_lora_logits(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Tensor,
+        lora_b_stacked: Tensor,
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """To the logits."""
+        logits = y.view(-1, y.shape[-1])
+        _add(self._samples, logits, x.view(-1, x.shape[-1]), (lora_a_stacked, lora_b_stacked), scale)
 
 
-def _groups(weights: Tensor, indices: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tokens (their numbers) of each adapter in the batch, with its matrix."""
-    matrices = weights.squeeze(dim=1) if weights.dim() == 4 else weights
-    for slot in torch.unique(indices).tolist():
-        if slot >= 0:
-            yield (indices == slot).nonzero().squeeze(1), matrices[slot].to(dtype)
+def _add(batch: Batch, y: Tensor, x: Tensor, stacks: tuple[Tensor, ...], scale: float) -> None:
+    *downs, up = stacks
+    chain = [*map(_matrices, downs), _matrices(up, y.shape[1])]
+    batch.add(y[:, : chain[-1].shape[1]], x, chain, scale)
 
 
 def install() -> None:
-    """Let vLLM use these: its modules look the functions up by name at each call."""
-    for module in (lora_ops, punica_cpu):
-        for function in (bgmv_shrink, bgmv_expand, bgmv_expand_slice):
-            setattr(module, function.__name__, function)
+    """Let vLLM use it: its platform names the class."""
+    punica_cpu.PunicaWrapperCPU = GroupedPunicaWrapper

@@ -89,7 +89,8 @@ logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    from inference_service.hosts import vllm_lora_cpu
+    from inference_service.hosts import vllm_lora_cpu, vllm_sampler_cpu
 
     _tell_phases(CPUWorker)
     vllm_lora_cpu.install()
+    vllm_sampler_cpu.install()
