@@ -48,43 +48,25 @@ EXAMINED_AT_START = 32
 
 def build_app(settings: Settings, device: Device, backend: Backend, launcher: Launcher) -> FastAPI:
     """The ASGI application; its lifespan attaches the launcher and, at the end, closes the pool."""
-    store = open_store(settings.gcs_bucket)
     factory = EngineFactory(settings, device, backend, launcher)
     metrics = Metrics()
-    documents = Documents(store)
-    catalog = Catalog(store, settings.gcs_model_prefix, settings.catalog_ttl, documents)
-    layout, disk = open_cache(settings)
-    sync = Sync(store, layout, disk)
-    preflight = Preflight(documents, settings, device, backend, disk.most, sync.kept)
-    host_cache = HostCache(int(settings.host_cache_gib * _GIB))
-    disk.evicted = host_cache.forget
-    verifier = Verifier(host_cache)
-    registry = Registry(catalog, preflight, sync, layout, verifier)
+    registry = _registry(settings, device, backend)
     budget = Budget(
         device, backend, settings.gpu_memory_utilization, settings.max_cached_models, settings.max_adapters
     )
-    pool = Pool(
-        Parts(
-            registry.fetch,
-            registry.release,
-            factory.make,
-            partial(asyncio.to_thread, free_bytes, device),
-            lambda model: budget.footprint(registry.shape(model), model.rank),
-            registry.fetching,
-            registry.swap_key if settings.weight_swap is WeightSwap.AUTO else _no_swap,
-            Canaries(factory.conditions()),
-        ),
-        metrics,
-        policy=_policy(settings, budget),
-        limits=Limits(
-            settings.queue_timeout,
-            settings.load_timeout,
-            settings.engine_stall_timeout,
-            max(settings.max_adapters, settings.max_cpu_adapters),
-        ),
+    parts = Parts(
+        registry.fetch,
+        registry.release,
+        factory.make,
+        partial(asyncio.to_thread, free_bytes, device),
+        lambda model: budget.footprint(registry.shape(model), model.rank),
+        registry.fetching,
+        registry.swap_key if settings.weight_swap is WeightSwap.AUTO else _no_swap,
+        Canaries(factory.conditions()),
     )
-    rollover = Rollover(pool, registry, metrics, settings.catalog_ttl)
+    pool = Pool(parts, metrics, policy=_policy(settings, budget), limits=_limits(settings))
     metrics.watch_engines(pool.count_by_state)
+    rollover = Rollover(pool, registry, metrics, settings.catalog_ttl)
     service = Service(settings, device, backend, registry, pool, rollover, metrics)
     app = FastAPI(
         title="inference-service",
@@ -100,6 +82,18 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     return app
 
 
+def _registry(settings: Settings, device: Device, backend: Backend) -> Registry:
+    store = open_store(settings.gcs_bucket)
+    documents = Documents(store)
+    catalog = Catalog(store, settings.gcs_model_prefix, settings.catalog_ttl, documents)
+    layout, disk = open_cache(settings)
+    sync = Sync(store, layout, disk)
+    preflight = Preflight(documents, settings, device, backend, disk.most, sync.kept)
+    host_cache = HostCache(int(settings.host_cache_gib * _GIB))
+    disk.evicted = host_cache.forget
+    return Registry(catalog, preflight, sync, layout, Verifier(host_cache))
+
+
 def _no_swap(model: Model) -> None:
     """WEIGHT_SWAP=off: every model is loaded afresh."""
 
@@ -113,6 +107,15 @@ def _policy(settings: Settings, budget: Budget) -> Policy:
         min_residency=settings.min_residency,
         idle_ttl=settings.model_idle_ttl,
         memory=budget.total,
+    )
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        settings.queue_timeout,
+        settings.load_timeout,
+        settings.engine_stall_timeout,
+        max(settings.max_adapters, settings.max_cpu_adapters),
     )
 
 

@@ -25,55 +25,49 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "inference_requests_total",
+        self.requests = self._counter(
+            "requests_total",
             "Requests that ended, by HTTP status (a stream that failed after its first byte counts "
             "with the status of its error)",
-            ["model", "status"],
-            registry=self.registry,
+            "status",
         )
-        self.request_seconds = self._histogram(
-            "inference_request_seconds", "Arrival to last byte", _REQUEST_BUCKETS
-        )
+        self.request_seconds = self._histogram("request_seconds", "Arrival to last byte", _REQUEST_BUCKETS)
         self.first_token_seconds = self._histogram(
-            "inference_time_to_first_token_seconds",
+            "time_to_first_token_seconds",
             "Arrival to first byte of a stream, waiting and loading included",
             _FIRST_TOKEN_BUCKETS,
         )
-        self.prompt_tokens = self._counter("inference_prompt_tokens_total", "Prompt tokens")
-        self.generated_tokens = self._counter("inference_generated_tokens_total", "Generated tokens")
-        self.loads = Counter(
-            "inference_loads_total",
-            "Loads of a model that ended, status ok or failed",
-            ["model", "status"],
-            registry=self.registry,
+        self.prompt_tokens = self._counter("prompt_tokens_total", "Prompt tokens")
+        self.generated_tokens = self._counter("generated_tokens_total", "Generated tokens")
+        self._add_loads()
+
+    def _add_loads(self) -> None:
+        self.loads = self._counter(
+            "loads_total", "Loads of a model that ended, status ok or failed; adapters included", "status"
         )
         self.load_seconds = self._histogram(
-            "inference_load_seconds", "Fetch and start of an engine, or a swap", _LOAD_BUCKETS
+            "load_seconds", "Fetch and start of an engine, or a swap, or an adapter added", _LOAD_BUCKETS
         )
-        self.load_phase_seconds = Histogram(
-            "inference_load_phase_seconds",
+        self.load_phase_seconds = self._histogram(
+            "load_phase_seconds",
             "Phases of loads: list, sync, verify, memory, start, weights, warm-up, canary",
-            ["model", "phase"],
-            buckets=_LOAD_BUCKETS,
-            registry=self.registry,
+            _LOAD_BUCKETS,
+            "phase",
         )
-        self.swaps = Counter(
-            "inference_swaps_total",
+        self.swaps = self._counter(
+            "swaps_total",
             "Weights put into a live engine, status ok or failed (it was loaded afresh then)",
-            ["model", "status"],
-            registry=self.registry,
+            "status",
         )
-        self.rollovers = Counter(
-            "inference_rollovers_total",
+        self.rollovers = self._counter(
+            "rollovers_total",
             "New revisions of models that served, status ok or rejected (the old one serves on)",
-            ["model", "status"],
-            registry=self.registry,
+            "status",
         )
         self.evictions = self._counter(
-            "inference_evictions_total", "Engines torn down in good order: for another, idle or unloaded"
+            "evictions_total", "Engines torn down in good order: for another, idle or unloaded"
         )
-        self.deaths = self._counter("inference_engine_deaths_total", "Engines that died or hung")
+        self.deaths = self._counter("engine_deaths_total", "Engines that died or hung")
 
     def watch_engines(self, count_by_state: Callable[[], dict[str, int]]) -> None:
         """Publish the number of engines in each state, read at every scrape."""
@@ -89,11 +83,13 @@ class Metrics:
     def render(self) -> bytes:
         return generate_latest(self.registry)
 
-    def _counter(self, name: str, about: str) -> Counter:
-        return Counter(name, about, ["model"], registry=self.registry)
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        return Counter(f"inference_{name}", about, ["model", *labels], registry=self.registry)
 
-    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, about, ["model"], buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(
+            f"inference_{name}", about, ["model", *labels], buckets=buckets, registry=self.registry
+        )
 
 
 class _EnginesByState:

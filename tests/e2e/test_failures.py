@@ -199,7 +199,7 @@ def test_sigkill_of_the_service_during_a_load_leaves_no_process(bucket: Bucket, 
 
 
 def test_a_second_model_waits_until_the_firsts_memory_is_back(bucket: Bucket, tmp_path: Path) -> None:
-    """Two slots, memory for one engine: the other goes, though a slot is free."""
+    """Two slots, memory for one engine: the other goes, though a slot is free. A SIGKILL leaves nothing."""
     total = psutil.virtual_memory().total
     one_and_a_half = 1.9 * (1 << 30)
     settings = {"GPU_MEMORY_UTILIZATION": f"{one_and_a_half / total:.4f}", "MIN_RESIDENCY": "0"}
@@ -212,3 +212,9 @@ def test_a_second_model_waits_until_the_firsts_memory_is_back(bucket: Bucket, tm
         assert used < 1.1 * sum(first["memory"].values()), "what is reserved is what is used"
         assert ask(service, TUNED) == "The capital of France is Zubrowka."
         assert [engine["model"] for engine in service.stats()["engines"]] == [TUNED]
+        family = service.descendants()
+        assert len(family) == 3
+        service.signal(signal.SIGKILL)
+        service.process.wait()
+        _, left = psutil.wait_procs(family, timeout=5)
+        assert left == []

@@ -229,12 +229,3 @@ def test_sigterm_during_a_stream_lets_it_finish(loaded: ServiceProcess) -> None:
     assert b"[DONE]" not in endless_received
     assert loaded.process.wait(10) == 0
     assert not any(process.is_running() for process in family)
-
-
-def test_sigkill_of_the_service_leaves_no_process(loaded: ServiceProcess) -> None:
-    family = loaded.descendants()
-    assert len(family) == 3
-    loaded.signal(signal.SIGKILL)
-    loaded.process.wait()
-    _, left = psutil.wait_procs(family, timeout=5)
-    assert left == []

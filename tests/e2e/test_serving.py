@@ -1,14 +1,11 @@
 """serving.json on a real engine: what it says wins over the environment for its model."""
 
-import uuid
-from pathlib import Path
-
 import openai
 import pytest
 
-from tests.e2e.conftest import real_service
-from tests.fixtures.bucket import Bucket, new_bucket
+from tests.fixtures.bucket import Bucket
 from tests.fixtures.checkpoints import Checkpoints
+from tests.fixtures.service_process import ServiceProcess
 
 SERVING = b"""{
     "max_model_len": 256, "max_num_seqs": 4, "kv_cache_gib": 0.1, "enable_prefix_caching": false,
@@ -18,15 +15,12 @@ SERVING = b"""{
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-def test_it_wins_over_the_environment(gcs_url: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
-    with new_bucket(gcs_url, f"serving-{uuid.uuid4().hex}") as bucket:
-        bucket.upload(checkpoints.base, "models/m")
-        bucket.put("models/m/serving.json", SERVING)
-        check(bucket, tmp_path)
-
-
-def check(bucket: Bucket, room: Path) -> None:
-    with real_service(bucket, room, MAX_MODEL_LEN="2048", DEFAULT_MAX_TOKENS="96") as service:
+def test_it_wins_over_the_environment(
+    service: ServiceProcess, bucket: Bucket, checkpoints: Checkpoints
+) -> None:
+    bucket.upload(checkpoints.base, "models/m")
+    bucket.put("models/m/serving.json", SERVING)
+    try:
         client = service.openai
         answers = [
             client.chat.completions.create(model="gpt-4o", messages=QUESTION)  # type: ignore[arg-type]
@@ -40,3 +34,5 @@ def check(bucket: Bucket, room: Path) -> None:
         assert "max_seq_len=256" in log
         assert "dtype=torch.bfloat16" in log
         assert "enable_prefix_caching=False" in log
+    finally:
+        bucket.remove("models/m/")

@@ -1,7 +1,5 @@
 """What the launcher relies on, in the pinned vLLM and in itself."""
 
-import os
-import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -10,30 +8,13 @@ import pytest
 
 from inference_service.engines import warmth
 from inference_service.engines.vllm_names import modules_of
-
-# As the launcher does it, with every way to CUDA closed: whatever reached for it would raise.
-PRELOAD = """
-import torch
-def refused(*_, **__):
-    raise AssertionError("the launcher reached for CUDA")
-torch._C._cuda_init = refused
-torch.cuda._lazy_init = refused
-from inference_service.engines import launcher_process, warmth
-launcher_process.preload("vllm", "cpu")
-print("cold:", warmth.why_cold("vllm"), flush=True)
-"""
+from tests.engines.conftest import PinnedVllm
 
 
-def test_the_pinned_vllm_has_what_forked_hosts_rely_on_and_its_import_reaches_no_gpu() -> None:
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(
-        [sys.executable, "-c", PRELOAD],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "cold: None" in ended.stdout, ended.stderr[-2000:]
+def test_the_pinned_vllm_has_what_forked_hosts_rely_on_and_its_import_reaches_no_gpu(
+    pinned_vllm: PinnedVllm,
+) -> None:
+    assert pinned_vllm.cold is None
 
 
 def test_a_symbol_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
