@@ -80,6 +80,7 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet uv
 
 $(INSTALLED): $(REQUIREMENTS) pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip sync --python $(BIN)/python $(REQUIREMENTS)
+	@# Compiled once here: a process may not be allowed to, and compiling is most of an import.
+	$(BIN)/uv pip sync --compile-bytecode --python $(BIN)/python $(REQUIREMENTS)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -111,7 +111,11 @@ class Settings(BaseSettings):
         "alone keeps them",
     )
     max_adapters: int = Field(
-        8, ge=1, le=1_024, description="LoRA adapters of one base that compute in one batch"
+        8,
+        ge=1,
+        le=1_024,
+        description="LoRA adapters of one base that compute in one batch: as many as are asked at the same "
+        "time; each takes the memory of an adapter",
     )
     max_cpu_adapters: int = Field(
         64,

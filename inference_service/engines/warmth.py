@@ -13,6 +13,7 @@ from pathlib import Path
 EXPECTED = {
     "vllm.v1.engine.utils": ("get_mp_context",),
     "vllm.v1.engine.core": ("EngineCoreProc",),
+    "vllm.model_executor.models.registry": ("_run_in_subprocess",),
     "vllm.v1.worker.gpu_worker": ("Worker",),
 }
 

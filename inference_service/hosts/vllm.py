@@ -14,6 +14,7 @@ from argparse import Namespace
 
 import uvicorn
 import uvloop
+import vllm.model_executor.models.registry as model_registry
 import vllm.v1.engine.utils as engine_utils
 from fastapi import FastAPI
 from vllm import envs
@@ -37,6 +38,7 @@ def run(spec: HostSpec, listener: socket.socket) -> None:
     """Serve until SIGTERM. Raises whatever vLLM raises when the engine cannot be built."""
     decorate_logs("Host")
     args = parse_arguments(spec)
+    _inspect_models_here()
     if current_platform.is_cpu():
         _fork_engine_core()
     uvloop.run(_serve(args, spec, listener))
@@ -89,6 +91,16 @@ async def _build(args: Namespace, spec: HostSpec, engine: EngineClient) -> FastA
     # Sixty lines that list vLLM's routes at every start.
     logging.getLogger("vllm.entrypoints.launchers.launcher").setLevel(logging.WARNING)
     return app
+
+
+def _inspect_models_here() -> None:
+    """Look at a model's class in this process: vLLM starts another, which imports everything again.
+
+    It does so lest CUDA is initialised here. The launcher has imported the class without that; and where an
+    import does it all the same, vLLM sees it and spawns the engine core.
+    """
+    if hasattr(model_registry, "_run_in_subprocess"):
+        model_registry._run_in_subprocess = lambda inspect: inspect()
 
 
 def _fork_engine_core() -> None:

@@ -184,6 +184,11 @@ class Crowd:
         """Of the last answer."""
         return self.answers[-1][1] if self.answers else None
 
+    def goes_on(self) -> None:
+        """Returns once a few more have been answered."""
+        enough = len(self.answers) + 10
+        self._service.wait_until(lambda: len(self.answers) >= enough, 10)
+
 
 def revision(service: ServiceProcess, model: str) -> str:
     return str(service.http.get(f"/v1/models/{model}").json()["revision"])
@@ -198,7 +203,7 @@ def test_a_new_revision_takes_over_under_load(fakes: Fakes, slots: str, script: 
         old = crowd.revision
         fakes.put("m", script=script, start_seconds=0.2)
         service.wait_until(lambda: crowd.revision not in (None, old), 20)
-        time.sleep(0.3)
+        crowd.goes_on()
         stats = service.stats()
         assert {status for status, _ in crowd.answers} == {200}
         assert stats["rollovers"]["m"]["previous"] == [old]
@@ -218,7 +223,7 @@ def test_a_new_revision_that_does_not_load_never_replaces_the_old_one(fakes: Fak
         assert (rejected["serving"], list(rejected["rejected"])) == (old, [revision(service, "m")])
         assert "broken weights" in next(iter(rejected["rejected"].values()))
         service.wait_until(lambda: crowd.revision == old, 10)
-        time.sleep(0.5)
+        crowd.goes_on()
         assert set(crowd.answers) == {(200, old)}
         metrics = service.http.get("/metrics").text
         assert 'inference_rollovers_total{model="m",status="rejected"} 1.0' in metrics
@@ -272,7 +277,7 @@ def test_a_new_revision_of_an_adapter(fakes: Fakes) -> None:
         assert process_of(service, "base") == process
         put_adapter(fakes, "t", "base", fail_adapter="no")
         service.wait_until(lambda: bool(service.stats()["rollovers"]["t"]["rejected"]), 20)
-        time.sleep(0.3)
+        crowd.goes_on()
         assert {status for status, _ in crowd.answers} == {200}
 
 
