@@ -40,7 +40,7 @@ test: $(INSTALLED)
 # On a machine with a GPU, with vLLM's CUDA build in an environment of its own.
 test-gpu: $(BIN)/uv
 	env -u UV_EXCLUDE -u UV_TORCH_BACKEND $(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-cuda
-	env -u UV_EXCLUDE -u UV_TORCH_BACKEND $(BIN)/uv pip install --python .venv-cuda/bin/python --editable '.[cuda,transformers,dev]'
+	env -u UV_EXCLUDE -u UV_TORCH_BACKEND $(BIN)/uv pip install --compile-bytecode --python .venv-cuda/bin/python --editable '.[cuda,transformers,dev]'
 	.venv-cuda/bin/python -m pytest -m gpu
 
 check: $(INSTALLED)

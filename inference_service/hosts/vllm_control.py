@@ -4,6 +4,7 @@ The service sends no request while the weights change, so nothing here guards ag
 swap leaves an engine that nobody may use; the service ends it.
 """
 
+import asyncio
 import dataclasses
 import logging
 import math
@@ -171,10 +172,10 @@ async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
     await engine.resume_generation()
     weights = time.monotonic()
     _take_over(engine, args, rendered_alike=_same_files(before, Path(spec.directory)))
-    await serve_model(state, engine, args, spec)
-    served = time.monotonic()
-    seconds = {"weights": weights - started, "warm-up": served - weights}
-    return {**await _canary(engine), "seconds": seconds}
+    # The engine core computes the canary while its front is rebuilt.
+    canary, _ = await asyncio.gather(_canary(engine), serve_model(state, engine, args, spec))
+    seconds = {"weights": weights - started, "warm-up": time.monotonic() - weights}
+    return {**canary, "seconds": seconds}
 
 
 def _take_over(engine: Any, args: Namespace, *, rendered_alike: bool) -> None:

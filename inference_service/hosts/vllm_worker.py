@@ -32,21 +32,36 @@ class WorkerExtension:
 
         Whatever it raises leaves the model unusable: the engine must go.
         """
+        if current_platform.is_cpu():
+            _embed_only(self.model_runner.get_model())
         self.model_runner.reload_weights(weights_path=directory)
         if current_platform.is_cpu():
             _tie_again(self.model_runner.get_model())
+
+
+def _embed_only(model: Any) -> None:
+    """On the CPU embeddings are packed for products too, which only an output layer needs; it has its own."""
+    head, embeddings = _unwrapped(getattr(model, "lm_head", None)), _embeddings(model)
+    if head is None or embeddings is None or head is embeddings:
+        return
+    embeddings.quant_method.process_weights_after_loading = lambda layer: None
+    vars(embeddings).pop("cpu_linear", None)
 
 
 def _tie_again(model: Any) -> None:
     """On the CPU a tied output layer keeps a packed copy of the old embeddings, and answers with it."""
     config = getattr(model, "config", None)
     head = _unwrapped(getattr(model, "lm_head", None))
-    embeddings = _unwrapped(getattr(getattr(model, "model", None), "embed_tokens", None))
+    embeddings = _embeddings(model)
     if not getattr(config, "tie_word_embeddings", False) or head is None or embeddings is None:
         return
     if head is not embeddings:
         head.weight = embeddings.weight
     head.quant_method.process_weights_after_loading(head)
+
+
+def _embeddings(model: Any) -> Any:
+    return _unwrapped(getattr(getattr(model, "model", None), "embed_tokens", None))
 
 
 def _unwrapped(layer: Any) -> Any:
