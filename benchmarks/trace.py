@@ -110,9 +110,10 @@ def play(server: Server, arrivals: list[Arrival]) -> Run:
         waits = list(clients.map(ask, arrivals))
     seconds = time.monotonic() - started
     metrics = httpx2.get(f"{server.url}/metrics").text
-    loads = _total(metrics, "inference_loads_total{", 'status="ok"')
+    # Neither swaps nor adapters start anything.
+    loads = _total(metrics, "inference_load_phase_seconds_count{", 'phase="start"')
     swaps = _total(metrics, "inference_swaps_total{", 'status="ok"')
-    return Run(waits, seconds, loads - swaps, swaps)
+    return Run(waits, seconds, loads, swaps)
 
 
 class _Progress:

@@ -281,6 +281,24 @@ def test_a_new_revision_of_an_adapter(fakes: Fakes) -> None:
         assert {status for status, _ in crowd.answers} == {200}
 
 
+def test_one_revision_of_an_adapter_follows_its_base(fakes: Fakes) -> None:
+    fakes.put("base")
+    put_adapter(fakes, "t", "base")
+    with fakes.service(**ONE) as service:
+        exact = f"t@{post(service, 't').headers['x-model-revision']}"
+        old = revision(service, "base")
+        with Crowd(service, exact) as crowd:
+            service.wait_until(lambda: len(crowd.answers) > 5, 10)
+            # So long the old base drains, and those who come meanwhile wait for it.
+            stream = threading.Thread(target=lambda: post(service, "base", max_tokens=60))
+            stream.start()
+            fakes.put("base", start_seconds=0.2)
+            service.wait_until(lambda: post(service, exact).headers["x-base-revision"] != old, 20)
+            stream.join()
+            crowd.goes_on()
+            assert {status for status, _ in crowd.answers} == {200}
+
+
 def test_the_files_come_while_another_model_serves(fakes: Fakes) -> None:
     """One slot: the engine that serves goes on until the other's files are there."""
     fakes.put("a", script=KIN)
