@@ -27,8 +27,8 @@ endif
   bench-adapters soak clean
 
 # The demo's bucket, unless one is set in the environment or in .env.
-run: model
-	@$(BIN)/python -m deploy.local.welcome
+run: $(if $(call given,GCS_BUCKET),$(INSTALLED),model)
+	@$(BIN)/python -m deploy.local.welcome $(if $(call given,GCS_BUCKET),,$(notdir $(DEMO_MODEL)))
 	@exec env $(DEMO_SETTINGS) $(BIN)/python -m inference_service
 
 model: $(INSTALLED)
@@ -80,6 +80,7 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet uv
 
 $(INSTALLED): $(REQUIREMENTS) pyproject.toml | $(BIN)/uv
+	@echo "Installing, and compiling 20,000 files once, which takes a minute or two."
 	@# Compiled once here: a process may not be allowed to, and compiling is most of an import.
 	$(BIN)/uv pip sync --compile-bytecode --python $(BIN)/python $(REQUIREMENTS)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .

@@ -37,7 +37,7 @@ BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 30
 LAST_CONNECTIONS_SECONDS = 1
 # After DRAIN_TIMEOUT, for engines to end and connections to close; then the process ends however far it is.
-# Cloud Run kills it 10 s after the signal, DRAIN_TIMEOUT is 7.5 s by default.
+# Cloud Run kills it 10 s after the signal, DRAIN_TIMEOUT is 7 s by default.
 LAST_SECONDS = 1.35
 
 

@@ -21,7 +21,7 @@ from inference_service.engines.device import Backend, Device
 from inference_service.engines.factory import EngineFactory
 from inference_service.engines.launcher import Launcher
 from inference_service.engines.memory import free_bytes
-from inference_service.errors import InvalidRequest, ServiceError, error_envelope
+from inference_service.errors import InvalidRequest, ModelNotServable, ServiceError, error_envelope
 from inference_service.metrics import Metrics
 from inference_service.pool.budget import Budget
 from inference_service.pool.canary import Canaries
@@ -158,8 +158,9 @@ def _render_errors(app: FastAPI) -> None:
     @app.exception_handler(ServiceError)
     async def service_error(request: Request, error: ServiceError) -> Response:
         service: Service = request.app.state.service
-        # No model label: the name is the client's, and may be none of the catalog's.
-        service.metrics.requests.labels("", str(error.status)).inc()
+        # Otherwise no model label: the name is the client's, and may be none of the catalog's.
+        name = error.model if isinstance(error, ModelNotServable) else ""
+        service.metrics.requests.labels(name, str(error.status)).inc()
         return JSONResponse(error.envelope(), error.status, error.headers())
 
     @app.exception_handler(HTTPException)

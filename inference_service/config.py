@@ -191,7 +191,7 @@ class Settings(BaseSettings):
     )
     preload_models: Names = Field((), description="Models to load at the start, comma-separated")
     drain_timeout: float = Field(
-        7.5, ge=0, le=3_600, description="Seconds that running requests may take after SIGTERM"
+        7, ge=0, le=3_600, description="Seconds that running requests may take after SIGTERM"
     )
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="`auto`: JSON on Cloud Run (where K_SERVICE is set), text elsewhere"

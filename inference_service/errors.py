@@ -121,6 +121,7 @@ class ModelNotServable(ServiceError):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"The model '{name}' cannot be served: {reason}", param="model")
+        self.model = name
 
 
 class NoPreviousRevision(ServiceError):

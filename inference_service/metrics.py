@@ -61,7 +61,8 @@ class Metrics:
         )
         self.rollovers = self._counter(
             "rollovers_total",
-            "New revisions of models that served, status ok or rejected (the old one serves on)",
+            "Revisions of models that served: ok (a new one took over), rejected (the old one serves on), "
+            "rolled_back",
             "status",
         )
         self.evictions = self._counter(

@@ -38,18 +38,22 @@ async def completions(
 
 @router.get("/models")
 async def list_models(service: ServiceDep) -> ModelList:
-    """Every servable model in the bucket, loaded or not."""
+    """Every model in the bucket that can be served, loaded or not, in its newest revision or an older one."""
     models = await service.catalog.models()
-    return ModelList(data=[_card(service, model) for model in models if model.unservable is None])
+    return ModelList(data=[_card(service, model) for model in models if _is_served(service, model)])
 
 
 @router.get("/models/{name:path}")
 async def retrieve_model(name: str, service: ServiceDep) -> ModelCard:
     """One model; its name may hold slashes."""
     model = await service.find(name)
-    if model.unservable is not None:
+    if model.unservable is not None and not _is_served(service, model):
         raise ModelNotServable(model.name, model.unservable)
     return _card(service, model)
+
+
+def _is_served(service: Service, model: Model) -> bool:
+    return model.unservable is None or service.rollover.serving_revision(model) != model.revision
 
 
 def _card(service: Service, model: Model) -> ModelCard:

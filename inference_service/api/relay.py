@@ -56,6 +56,7 @@ class Relay(Response):
         self._limit: asyncio.Timeout | None = None
         self._cause: ServiceError | None = None
         self._client_left = False
+        self._answered = False
         self._lease: Lease | None = None
         self._reply: Reply | None = None
         self._status: int | None = None
@@ -141,6 +142,7 @@ class Relay(Response):
         self._count_tokens(reader.usage)
         self._close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+        self._answered = True
 
     async def _collect(self, reply: Reply, send: Send) -> None:
         content = await reply.read()
@@ -155,6 +157,7 @@ class Relay(Response):
         self._status = reply.status
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": content, "more_body": False})
+        self._answered = True
 
     async def _open(self, send: Send) -> None:
         """Open the stream, unless a comment has."""
@@ -258,7 +261,7 @@ class Relay(Response):
         metrics.generated_tokens.labels(name).inc(usage.get("completion_tokens") or 0)
 
     def _record(self, error: ServiceError | None) -> None:
-        if self._client_left:
+        if self._client_left and not self._answered:
             status = ClientLeft.status
         else:
             status = error.status if error is not None else (self._status or 500)

@@ -120,6 +120,8 @@ class Service:
         # What is loaded is served, also while the bucket is away.
         if self.pool.is_live(model):
             return model
+        if model.carrier is not None and await self._has_older(model.carrier):
+            model = self.rollover.meant(await self.registry.find(name))
         try:
             await self.registry.examine(model)
         except ModelNotServable as error:
@@ -128,6 +130,14 @@ class Service:
                 raise
             return older
         return model
+
+    async def _has_older(self, base: Model) -> bool:
+        """Whether an older revision of an adapter's base is to serve instead of one that cannot be served."""
+        try:
+            await self.registry.examine(base)
+        except ModelNotServable as error:
+            return await self.rollover.older_than(base, error) is not None
+        return False
 
     @property
     def catalog(self) -> Catalog:

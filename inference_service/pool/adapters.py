@@ -42,7 +42,7 @@ class Adapters:
     """Adapters by reference; beyond `limit` the least recently used idle ones give way.
 
     `take` gets an adapter's snapshot, which is released when the engine has it no more; `added` is told of
-    each that the engine has taken, and of the phases of that.
+    each that the engine has taken, and of the phases of that. What is `pinned` does not give way.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Adapters:
         take: Callable[[Model], Awaitable[tuple[Snapshot, Phases]]],
         release: Callable[[Snapshot], None],
         added: Callable[[Model, Phases], None],
+        pinned: Callable[[Model], bool],
         limit: int,
         clock: Callable[[], float],
     ) -> None:
@@ -58,6 +59,7 @@ class Adapters:
         self._take = take
         self._release = release
         self._added = added
+        self._pinned = pinned
         self._limit = limit
         self._clock = clock
         self._known: dict[str, Adapter] = {}
@@ -176,10 +178,13 @@ class Adapters:
 
     async def _make_room(self) -> None:
         while len(self._known) > self._limit:
-            idle = [each for each in self._known.values() if not each.users and each.snapshot is not None]
+            idle = [each for each in self._known.values() if self._may_go(each)]
             if not idle:
                 return  # the engine reads what it has no room for from the disk whenever it is used
             await self._forget(min(idle, key=lambda each: each.last_used))
+
+    def _may_go(self, adapter: Adapter) -> bool:
+        return not adapter.users and adapter.snapshot is not None and not self._pinned(adapter.model)
 
     async def _forget(self, adapter: Adapter) -> None:
         logger.info("adapter removed", extra={"model": adapter.model.name})

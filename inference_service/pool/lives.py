@@ -55,11 +55,19 @@ class Limits:
     adapters: int = 64
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """Who is told every event and each fetch that ended ahead of its engine; which adapters are pinned."""
+
+    tell: Callable[[Event], None]
+    fetched: Callable[[Model, Exception | None], None]
+    pinned: Callable[[Model], bool]
+
+
 class Lives:
     """The slots in use, by their models' references.
 
-    `tell` is told every event, `fetched` of each fetch that ended ahead of its engine; the state of each
-    engine is the scheduler's.
+    The state of each engine is the scheduler's.
     """
 
     def __init__(
@@ -69,13 +77,11 @@ class Lives:
         scheduler: Scheduler,
         limits: Limits,
         clock: Callable[[], float],
-        *,
-        tell: Callable[[Event], None],
-        fetched: Callable[[Model, Exception | None], None],
+        hooks: Hooks,
     ) -> None:
         self.footprint = parts.footprint
         self.slots: dict[str, Slot] = {}
-        self.fetches = Fetches(parts.fetch, parts.release, clock, fetched)
+        self.fetches = Fetches(parts.fetch, parts.release, clock, hooks.fetched)
         self.circuits = Circuits()
         self.estimates = Estimates()
         # What those who waited are told, while a failed load, or fetch, is being told of.
@@ -86,7 +92,8 @@ class Lives:
         self._scheduler = scheduler
         self._limits = limits
         self._clock = clock
-        self._tell = tell
+        self._tell = hooks.tell
+        self._pinned = hooks.pinned
         self.loading = Loading(
             parts,
             self.fetches,
@@ -228,6 +235,7 @@ class Lives:
             self.fetches.take,
             self._parts.release,
             self._adapter_added,
+            self._pinned,
             self._limits.adapters,
             self._clock,
         )

@@ -39,7 +39,7 @@ from inference_service.pool.events import (
     TimePassed,
     Unload,
 )
-from inference_service.pool.lives import Limits, Lives
+from inference_service.pool.lives import Hooks, Limits, Lives
 from inference_service.pool.loading import Parts
 from inference_service.pool.orders import Orders
 from inference_service.pool.report import Report
@@ -78,9 +78,8 @@ class Pool:
         self._limits = limits
         self._clock = clock
         self._scheduler = Scheduler(policy)
-        self._lives = Lives(
-            parts, metrics, self._scheduler, limits, clock, tell=self._tell, fetched=self._fetched
-        )
+        hooks = Hooks(self._tell, self._fetched, self.pinned)
+        self._lives = Lives(parts, metrics, self._scheduler, limits, clock, hooks)
         self._waiters: dict[int, Waiter] = {}
         self._numbers = itertools.count(1)
         self._pins: dict[str, bool] = {}
@@ -142,6 +141,8 @@ class Pool:
             if lease.slot.adapters is None:
                 raise refusals.died(lease.slot.model.name, "it went while the adapter was added")
             lease.adapter = await lease.slot.adapters.hold(model)
+            if self.pinned(model) and lease in lease.slot.leases:
+                self._tell(Pinned(lease.slot.key, True))
         except BaseException:
             lease.release()
             raise
@@ -157,7 +158,7 @@ class Pool:
             waiter.number,
             model.reference,
             self._lives.footprint(model).total,
-            self.pinned(model),
+            self._wants_pinned(waiter),
             waiter.order,
             self._parts.swap_key(model),
             model.rank,
@@ -232,12 +233,25 @@ class Pool:
         return self._pins.get(model.name, model.serving.pinned)
 
     def pin(self, model: Model, *, pinned: bool) -> None:
-        """A pinned model's engine is never torn down for another's; in effect until the service ends."""
+        """A pinned model's engine is never torn down for another's; in effect until the service ends.
+
+        A pinned adapter stays on its engine, and that in its place.
+        """
         self._pins[model.name] = pinned
-        waited_for = {waiter.model.reference for waiter in self._waiters.values()}
-        for key in {*self._lives.slots, *waited_for}:
-            if key.partition("@")[0] == model.name:
-                self._tell(Pinned(key, pinned))
+        for slot in list(self._lives.slots.values()):
+            self._tell(Pinned(slot.key, self._is_pinned(slot)))
+        for waiter in list(self._waiters.values()):
+            if waiter.model.reference not in self._lives.slots:
+                self._tell(Pinned(waiter.model.reference, self._wants_pinned(waiter)))
+
+    def _is_pinned(self, slot: Slot) -> bool:
+        """Its model or an adapter on it is, or one that somebody waits for."""
+        adapters = [] if slot.adapters is None else slot.adapters.models()
+        waiters = (waiter for waiter in self._waiters.values() if waiter.model.reference == slot.key)
+        return any(map(self.pinned, [slot.model, *adapters])) or any(map(self._wants_pinned, waiters))
+
+    def _wants_pinned(self, waiter: Waiter) -> bool:
+        return self.pinned(waiter.model) or self.pinned(waiter.wanted)
 
     async def unload(self, name: str, *, force: bool = False) -> bool:
         """Tear the model's engine down once its leases are back, or at once; False if it has none.

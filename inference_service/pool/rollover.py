@@ -166,6 +166,7 @@ class Rollover:
                 return current  # another rollback was faster
             previous = await self._previous(line, newest)
             await self._roll(line, previous)
+            self._metrics.rollovers.labels(newest.name, "rolled_back").inc()
             line.before = [each for each in line.before if each.revision != current.revision]
             line.reject(current.revision, ROLLED_BACK)
         logger.info("rolled back", extra=_of(previous))
@@ -232,7 +233,10 @@ class Rollover:
         try:
             async with line.turn:
                 if newest.revision not in line.rejected:
+                    old = line.serving.revision
                     await self._roll(line, newest)
+                    if old != newest.revision:  # else it has only made room for an adapter
+                        self._metrics.rollovers.labels(newest.name, "ok").inc()
         except ServiceError as error:
             logger.error("revision %s does not take over: %s", newest.revision, error, extra=_of(newest))
             if _at_fault(error):
@@ -251,7 +255,9 @@ class Rollover:
             if model.carrier is not None:
                 (await self._pool.lease(self._placed(model, model))).release()
             else:
-                logger.info("a new revision", extra={**_of(model), "instead_of": line.serving.revision})
+                same = model.revision == line.serving.revision
+                what = "an engine with more room for adapters" if same else "another revision"
+                logger.info("loading %s", what, extra={**_of(model), "instead_of": line.serving.revision})
                 snapshot = await self._registry.fetch(model)
                 try:
                     await asyncio.shield(self._pool.order(model, instead_of=line.serving.reference))
@@ -262,7 +268,6 @@ class Rollover:
             line.problem = None
         if old.reference != model.reference:
             self._pool.retire(old.reference)
-        self._metrics.rollovers.labels(model.name, "ok").inc()
         logger.info("took over", extra={**_of(model), "instead_of": old.revision})
 
     async def _restore(self, line: _Line) -> None:

@@ -36,6 +36,8 @@ class AdapterConfig:
     rank: int
     base: str | None
     problem: str | None = None
+    # None: its modules have ranks of their own.
+    rank_of_all: int | None = None
 
 
 def adapter_config(content: dict[str, Any]) -> AdapterConfig:
@@ -46,7 +48,8 @@ def adapter_config(content: dict[str, Any]) -> AdapterConfig:
     ranks = [content.get("r", 8), *(pattern.values() if isinstance(pattern, dict) else [None])]
     if not all(type(rank) is int and rank > 0 for rank in ranks):
         return AdapterConfig(0, base, "adapter_config.json: r and rank_pattern hold ranks, whole numbers.")
-    return AdapterConfig(max(ranks), base, _why_unsupported(content) or _why_too_high(max(ranks)))
+    problem = _why_unsupported(content) or _why_too_high(max(ranks))
+    return AdapterConfig(max(ranks), base, problem, ranks[0] if len(ranks) == 1 else None)
 
 
 def _why_unsupported(content: dict[str, Any]) -> str | None:
@@ -81,6 +84,24 @@ def engine_rank(rank: int, limit: int | None) -> int:
     if rank == 0 or limit is not None:
         return limit or 0
     return next(size for size in RANKS if size >= max(rank, LEAST_RANK))
+
+
+def why_malformed(config: AdapterConfig, tensors: dict[str, Tensor]) -> str | None:
+    """Why these are not the tensors of an adapter with that config; None where they are.
+
+    The engine would scale by the rank that the config names, or fail over a matrix that is not there.
+    """
+    for name, tensor in sorted(tensors.items()):
+        module, lora, rest = name.rpartition(".lora_")
+        if not lora or len(tensor.shape) != 2 or rest[:1] not in ("A", "B"):
+            continue  # told by what compares it with the base
+        rank = tensor.shape[0 if rest[0] == "A" else 1]
+        if rank > config.rank or (config.rank_of_all is not None and rank != config.rank_of_all):
+            return f"its {_shown(name)} has the rank {rank}, its adapter_config.json says {config.rank}."
+        other = f"{module}.lora_{'B' if rest[0] == 'A' else 'A'}{rest[1:]}"
+        if other not in tensors:
+            return f"it holds {_shown(name)} and not {_shown(other)}, which belongs to it."
+    return None
 
 
 def why_not_of(base: str, tensors: dict[str, Tensor], base_tensors: dict[str, Tensor]) -> str | None:

@@ -18,7 +18,7 @@ from inference_service.engines import vllm_names
 from inference_service.engines.device import Backend, Device
 from inference_service.errors import CacheError, DiskFull, ModelNotServable, readable_bytes
 from inference_service.models.serving import Serving
-from inference_service.storage.adapter import why_not_of
+from inference_service.storage.adapter import adapter_config, why_malformed, why_not_of
 from inference_service.storage.documents import (
     WEIGHTS,
     BadDocument,
@@ -26,7 +26,7 @@ from inference_service.storage.documents import (
     SnapshotDocuments,
     parse_object,
 )
-from inference_service.storage.model import CONFIG, Model
+from inference_service.storage.model import ADAPTER_CONFIG, CONFIG, Model
 from inference_service.storage.safetensors import (
     LENGTH_BYTES,
     BadHeader,
@@ -122,33 +122,41 @@ class Preflight:
         return await asyncio.shield(examining)
 
     async def _examine(self, model: Model) -> _Verdict:
-        snapshot = None if self._kept is None else await self._kept(model)
+        snapshot = await self._snapshot(model)
+        of_base = None if model.carrier is None else await self._snapshot(model.carrier)
         loop = asyncio.get_running_loop()
-        verdict = await loop.run_in_executor(self._judges, self._judge_where_it_lies, model, snapshot)
+        verdict = await loop.run_in_executor(
+            self._judges, self._judge_where_it_lies, model, snapshot, of_base
+        )
         older = [key for key in self._found if key[0] == model.name]
         for key in older[: max(0, len(older) - KEPT_VERDICTS + 1)]:
             del self._found[key]
         self._found[model.name, verdict.revision] = verdict
         return verdict
 
-    def _judge_where_it_lies(self, model: Model, snapshot: Path | None) -> _Verdict:
-        if snapshot is not None:
-            try:
-                return self._judge(model, SnapshotDocuments(snapshot), fetch=False)
-            except CacheError:
-                pass  # it has just been evicted
-        return self._judge(model, self._documents, fetch=True)
+    async def _snapshot(self, model: Model) -> Path | None:
+        return None if self._kept is None else await self._kept(model)
 
-    def _judge(self, model: Model, reader: Reader, fetch: bool) -> _Verdict:
+    def _judge_where_it_lies(self, model: Model, snapshot: Path | None, of_base: Path | None) -> _Verdict:
+        """What is on the disk is read there, an adapter's base too: the bucket may hold neither any more."""
+        try:
+            return self._judge(model, self._reader(snapshot), self._reader(of_base), fetch=snapshot is None)
+        except CacheError:  # it has just been evicted
+            return self._judge(model, self._documents, self._documents, fetch=True)
+
+    def _reader(self, snapshot: Path | None) -> Reader:
+        return self._documents if snapshot is None else SnapshotDocuments(snapshot)
+
+    def _judge(self, model: Model, reader: Reader, of_base: Reader, fetch: bool) -> _Verdict:
         """Whether the model can be served; what is damaged is told and not kept: it may be the wire."""
         if fetch:
             self._check_disk(model)
         if self._backend is Backend.FAKE:  # nothing reads the insides of its models
             return self._judge_fake(model, reader)
         if model.carrier is not None:
-            return self._judge_adapter(model, model.carrier, reader)
+            return self._judge_adapter(model, model.carrier, reader, of_base)
         try:
-            config = _config(model, reader)
+            config = _document(CONFIG, model, reader)
             weights = self._weights(model, reader)
         except BadDocument as error:
             raise ModelNotServable(model.name, f"{error}.") from error
@@ -163,12 +171,12 @@ class Preflight:
     def _judge_fake(self, model: Model, reader: Reader) -> _Verdict:
         shape = shape_of_fake(model.bytes, model.serving)
         try:
-            key = _config(model, reader).get("fake", {}).get("swap_key")
+            key = _document(CONFIG, model, reader).get("fake", {}).get("swap_key")
         except BadDocument:
             key = None
         return _Verdict(_examined(model), self._too_large(shape), shape, key)
 
-    def _judge_adapter(self, adapter: Model, base: Model, reader: Reader) -> _Verdict:
+    def _judge_adapter(self, adapter: Model, base: Model, reader: Reader, of_base: Reader) -> _Verdict:
         limit = base.serving.max_lora_rank
         if limit is not None and adapter.rank > limit:
             return _Verdict(
@@ -178,10 +186,11 @@ class Preflight:
             )
         try:
             tensors = self._weights(adapter, reader).tensors
-            base_tensors = self._weights(base, self._documents).tensors
+            config = adapter_config(_document(ADAPTER_CONFIG, adapter, reader))
+            base_tensors = self._weights(base, of_base).tensors
         except BadDocument as error:
             raise ModelNotServable(adapter.name, f"{error}.") from error
-        reason = why_not_of(base.name, tensors, base_tensors)
+        reason = why_malformed(config, tensors) or why_not_of(base.name, tensors, base_tensors)
         return _Verdict(_examined(adapter), reason, Shape("", adapter.bytes))
 
     def _weights(self, model: Model, reader: Reader) -> Weights:
@@ -241,10 +250,10 @@ def _examined(model: Model) -> str:
     return model.revision if model.carrier is None else f"{model.revision} on {model.carrier.reference}"
 
 
-def _config(model: Model, reader: Reader) -> dict[str, Any]:
-    """config.json, {} where a model of ENGINE=fake has none; raises BadDocument."""
-    found = [stored for stored in model.objects if stored.filename == CONFIG]
-    return parse_object(CONFIG, reader.read(found[0])) if found else {}
+def _document(name: str, model: Model, reader: Reader) -> dict[str, Any]:
+    """A JSON object of the model's, {} where it has none; raises BadDocument."""
+    found = [stored for stored in model.objects if stored.filename == name]
+    return parse_object(name, reader.read(found[0])) if found else {}
 
 
 def _vocabulary(model: Model, reader: Reader) -> dict[str, int]:

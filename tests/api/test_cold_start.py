@@ -38,6 +38,8 @@ def test_the_openai_client_sees_none_of_it(fakes: Fakes) -> None:
     with fakes.service(COLD_START_GRACE="0.1") as service:
         stream = service.openai.completions.create(model="slow", prompt="x", max_tokens=3, stream=True)
         assert "".join(chunk.choices[0].text for chunk in stream) == "the quick brown"
+        counted = 'inference_requests_total{model="slow",status="200"} 1.0'
+        service.wait_until(lambda: counted in service.http.get("/metrics").text, 5)
 
 
 def test_without_a_stream_the_answer_comes_when_it_comes(fakes: Fakes) -> None:

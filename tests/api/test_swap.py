@@ -370,6 +370,42 @@ def test_what_is_on_the_disk_serves_where_the_newest_upload_cannot(fakes: Fakes)
         assert service.stats()["rollovers"]["m"]["serving"] == served
 
 
+def test_an_adapter_asked_first_finds_the_base_that_serves(fakes: Fakes) -> None:
+    fakes.put("base")
+    put_adapter(fakes, "t", "base")
+    with fakes.service(**ONE) as service:
+        served = post(service, "t").headers["x-base-revision"]
+    (fakes.root / "models" / "base" / "tokenizer.json").unlink()
+    with fakes.service(**ONE) as service:
+        answer = post(service, "t")
+        assert (answer.status_code, answer.headers["x-base-revision"]) == (200, served)
+
+
+def test_a_pinned_adapter_keeps_its_bases_engine(fakes: Fakes) -> None:
+    fakes.put("base")
+    fakes.put("other")
+    put_adapter(fakes, "t", "base")
+    with fakes.service(**ONE) as service:
+        post(service, "t")
+        service.http.post("/admin/pin/t")
+        assert service.engine("base")["pinned"]
+        assert post(service, "other").json()["error"]["code"] == "no_room"
+        service.http.post("/admin/unpin/t")
+        assert post(service, "other").status_code == 200
+
+
+def test_what_serves_is_listed_while_its_newest_upload_cannot_be_served(fakes: Fakes) -> None:
+    fakes.put("m")
+    with fakes.service(**ONE) as service:
+        served = post(service, "m").headers["x-model-revision"]
+        (fakes.root / "models" / "m" / "tokenizer.json").unlink()
+        service.wait_until(lambda: "m" in service.stats()["unservable"], 10)
+        (card,) = service.http.get("/v1/models").json()["data"]
+        assert (card["id"], card["serving_revision"]) == ("m", served) != (card["id"], card["revision"])
+        assert service.http.get("/v1/models/m").json()["serving_revision"] == served
+        service.http.post("/admin/unload/m")
+
+
 def test_rollbacks_at_once_are_one(fakes: Fakes) -> None:
     fakes.put("m")
     with fakes.service(**ONE) as service:

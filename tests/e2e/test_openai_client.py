@@ -83,7 +83,7 @@ def test_models_list(service: ServiceProcess) -> None:
 
 
 def test_what_make_run_prints_works_as_printed(service: ServiceProcess) -> None:
-    printed = welcome(service.port)
+    printed = welcome(service.port, "smollm2-135m-instruct")
     curl = next(line for line in printed.splitlines() if line.startswith("curl "))
     python = printed[printed.index(".venv/bin/python") : printed.index("EOF\n\n") + 4]
     for command in (curl, python.replace(".venv/bin/python", sys.executable)):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from inference_service.models.serving import Serving
-from inference_service.storage.adapter import adapter_config, engine_rank, why_not_of
+from inference_service.storage.adapter import adapter_config, engine_rank, why_malformed, why_not_of
 from inference_service.storage.safetensors import Tensor
 from inference_service.storage.swap_key import swap_key
 
@@ -75,6 +75,26 @@ def test_an_adapter_of_its_base() -> None:
 )
 def test_an_adapter_of_something_else(tensors: dict[str, Tensor], words: str) -> None:
     assert words in str(why_not_of("base", tensors, BASE))
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "words"),
+    [
+        ({"r": 8}, {A: tensor(8, 640), B: tensor(576, 8)}, None),
+        ({"r": 8, "rank_pattern": {"x": 16}}, {A: tensor(8, 640), B: tensor(576, 8)}, None),
+        ({"r": 4}, {A: tensor(8, 640), B: tensor(576, 8)}, "says 4"),
+        ({"r": 16}, {A: tensor(8, 640), B: tensor(576, 8)}, "says 16"),
+        ({"r": 4, "rank_pattern": {"x": 6}}, {A: tensor(8, 640), B: tensor(576, 8)}, "says 6"),
+        ({"r": 8}, {A: tensor(8, 640), B: tensor(576, 4)}, "the rank 4"),
+        ({"r": 8}, {A: tensor(8, 640)}, "lora_B"),
+        ({"r": 8}, {B: tensor(576, 8)}, "lora_A"),
+    ],
+)
+def test_tensors_are_those_that_the_config_tells_of(
+    config: dict[str, Any], tensors: dict[str, Tensor], words: str | None
+) -> None:
+    found = why_malformed(adapter_config(config), tensors)
+    assert found is None if words is None else words in str(found)
 
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64}

@@ -263,3 +263,28 @@ async def test_a_document_that_hangs_is_not_waited_for(source: Path, monkeypatch
     with pytest.raises(StoreUnavailable, match="did not come within"):
         await preflight(Hanging(source)).examine(model)
     gate.set()
+
+
+async def test_an_adapters_base_is_read_where_it_lies(tmp_path: Path) -> None:
+    """The revision that serves may be on the disk only."""
+    put(tmp_path / "models" / "m")
+    kept = tmp_path / "kept"
+    shutil.copytree(tmp_path / "models" / "m", kept)
+    store = DirectoryStore(tmp_path)
+    base = model_in(store)
+    shutil.rmtree(tmp_path / "models" / "m")
+    put(tmp_path / "models" / "m", elements=2000)
+    (tmp_path / "models" / "t").mkdir()
+    (tmp_path / "models" / "t" / "adapter_config.json").write_text('{"r": 8, "base_model_name_or_path": "m"}')
+    safetensors(
+        tmp_path / "models" / "t" / "adapter_model.safetensors", {"base_model.model.x.lora_A.weight": 8}
+    )
+    adapter = models_in(store.list("models/"), "models/")["t"]
+
+    async def where(model: Model) -> Path | None:
+        return kept if model.name == "m" else None
+
+    device = Device(DeviceKind.CUDA, "Test GPU", 1, 8 * GIB)
+    found = Preflight(Documents(store), Settings(), device, Backend.VLLM, lambda: 1 << 50, where)
+    with pytest.raises(ModelNotServable, match="none of a LoRA adapter's"):
+        await found.examine(replace(adapter, carrier=base, rank=8))
