@@ -43,6 +43,7 @@ class ServiceError(Exception):
     """Base of every error with an answer for the client.
 
     `param` names the request's field that is at fault, `retry_after` (seconds) is sent as Retry-After.
+    `reference`: the model's that could not be loaded, which for an adapter may be its base's.
     """
 
     status: ClassVar[int] = 500
@@ -54,11 +55,12 @@ class ServiceError(Exception):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+        self.reference: str | None = None
 
     def again(self, message: str, *, retry_after: int | None) -> "ServiceError":
         """The same error once more, to another request."""
-        error = ServiceError.__new__(type(self))
-        ServiceError.__init__(error, message, param=self.param, retry_after=retry_after)
+        error = ServiceError.__new__(type(self), message)
+        error.__dict__ |= {**self.__dict__, "message": message, "retry_after": retry_after}
         return error
 
     def envelope(self) -> dict[str, Any]:

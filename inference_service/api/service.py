@@ -81,16 +81,17 @@ class Service:
                 lease = await self.pool.lease(model)
             except Superseded:
                 model = await self._resolve(model.asked_for)
-            except ObjectReplaced:
+            except ObjectReplaced as error:
                 if model.exact:
                     raise
-                self.rollover.lost(model)
+                self.rollover.lost(_failed(model, error))
                 model = await self._resolve(model.name)
             except ServiceError as error:
-                older = await self.rollover.older_than(model, error)
+                failed = _failed(model, error)
+                older = await self.rollover.older_than(failed, error)
                 if older is None:
                     raise
-                model = older
+                model = older if failed is model else await self._resolve(model.asked_for)
             else:
                 self.rollover.served(model)
                 return lease
@@ -116,6 +117,12 @@ class Service:
             self._asking.discard(task)
 
     async def _resolve(self, name: str) -> Model:
+        try:
+            return await self._resolved(name)
+        except ObjectReplaced:  # since it was listed: the registry lists anew
+            return await self._resolved(name)
+
+    async def _resolved(self, name: str) -> Model:
         model = self.rollover.meant(await self.registry.find(name))
         # What is loaded is served, also while the bucket is away.
         if self.pool.is_live(model):
@@ -175,8 +182,15 @@ class Service:
 
     async def load(self, model: Model) -> None:
         """Returns once the model's engine is ready; raises what its load raised."""
-        # Shielded: others may wait for the same.
-        await asyncio.shield(self.pool.order(model))
+        for attempt in range(LEASE_ATTEMPTS):
+            try:
+                # Shielded: others may wait for the same.
+                await asyncio.shield(self.pool.order(model))
+                break
+            except Superseded:
+                if attempt == LEASE_ATTEMPTS - 1:
+                    raise
+                model = await self._resolve(model.asked_for)
         self.rollover.served(model)
 
     async def drain(self) -> None:
@@ -193,6 +207,12 @@ class Service:
             async with asyncio.timeout_at(deadline + LAST_EVENTS_SECONDS):
                 while self.relays:
                     await asyncio.wait({relay.ended for relay in self.relays})
+
+
+def _failed(model: Model, error: ServiceError) -> Model:
+    """What could not be had: the model, or an adapter's base."""
+    of_base = model.carrier is not None and error.reference == model.carrier.reference
+    return model.carrier if of_base and model.carrier is not None else model
 
 
 def _log_failure(name: str, order: asyncio.Task[None]) -> None:

@@ -96,6 +96,8 @@ class HostedEngine:
             response = await self._open_client.post(f"http://host{path}", data=body, headers=headers)
         reply = HostReply(self, response, self._replies.discard)
         self._replies.add(reply)
+        if self._cut_with is not None:  # in this very moment
+            reply.cut(self._cut_with)
         return reply
 
     async def pulse(self) -> Pulse:
@@ -284,13 +286,13 @@ class HostReply:
         try:
             async for chunk in self._response.content.iter_any():
                 yield chunk
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
             raise self._cut or self._engine.died() from error
 
     async def read(self) -> bytes:
         try:
             return await self._response.read()
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
             raise self._cut or self._engine.died() from error
 
     def close(self) -> None:

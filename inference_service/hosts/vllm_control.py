@@ -166,7 +166,7 @@ async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
     before = Path(engine.model_config.model)
     started = time.monotonic()
     await engine.pause_generation(mode="wait")  # drops what the old weights have left in the prefix cache
-    for adapter in state.openai_serving_models.lora_requests.values():
+    for adapter in list(state.openai_serving_models.lora_requests.values()):
         await engine.remove_lora(adapter.lora_int_id)
     await engine.collective_rpc("swap_weights", kwargs={"directory": spec.directory})
     await engine.resume_generation()

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from inference_service.engines.base import Snapshot
+from inference_service.errors import LoadTimedOut
 from inference_service.pool.phases import Phase, Phases
 from inference_service.storage.model import Model
 
@@ -17,11 +18,13 @@ FetchModel = Callable[[Model, Callable[[str], None]], Awaitable[Snapshot]]
 
 @dataclass(eq=False)
 class Fetch:
-    """One model's files on their way, or there; `taken` by a slot, or `dropped`."""
+    """One model's files on their way, or there; `taken` by an engine, or `dropped`; `takers` wait for it."""
 
     model: Model
     phases: Phases
     task: asyncio.Task[Snapshot]
+    takers: int = 0
+    kept_until: float = 0.0
     taken: bool = False
     dropped: bool = False
 
@@ -31,7 +34,11 @@ class Fetch:
 
 
 class Fetches:
-    """At most one a model reference. `ended` is told of each that ends untaken, with its error if any."""
+    """At most one a model reference.
+
+    `seconds`: what one may take. `ended` is told of each that ends by itself and that nobody is about to take,
+    with its error if any; `wanted` whether somebody waits for a reference.
+    """
 
     def __init__(
         self,
@@ -39,11 +46,15 @@ class Fetches:
         release: Callable[[Snapshot], None],
         clock: Callable[[], float],
         ended: Callable[[Model, Exception | None], None],
+        wanted: Callable[[str], bool],
+        seconds: float,
     ) -> None:
         self._fetch = fetch
         self._release = release
         self._clock = clock
         self._ended = ended
+        self._wanted = wanted
+        self._seconds = seconds
         self._under_way: dict[str, Fetch] = {}
 
     def begin(self, model: Model) -> Fetch:
@@ -53,7 +64,7 @@ class Fetches:
             phases = Phases(self._clock)
             phases.enter(Phase.LIST)
             work = self._fetch(model, lambda phase: phases.enter(Phase(phase)))
-            fetch = Fetch(model, phases, asyncio.ensure_future(_awaited(work)))
+            fetch = Fetch(model, phases, asyncio.create_task(self._in_time(model, work)))
             self._under_way[model.reference] = fetch
             fetch.task.add_done_callback(lambda _: self._done(fetch))
         return fetch
@@ -73,40 +84,78 @@ class Fetches:
 
     async def take(self, model: Model) -> tuple[Snapshot, Phases]:
         """The model's snapshot, which is the caller's to release then; raises what the fetch raised."""
-        fetch = self.begin(model)
-        try:
-            snapshot = await fetch.task
-        except asyncio.CancelledError:
-            self.drop(model.reference)
-            raise
-        fetch.taken = True
-        self._under_way.pop(model.reference, None)
-        return snapshot, fetch.phases
+        while True:
+            fetch = self.begin(model)
+            fetch.takers += 1
+            try:
+                await asyncio.wait({fetch.task})  # which leaves the task alone if this is cancelled
+            except asyncio.CancelledError:
+                fetch.takers -= 1
+                if not (fetch.takers or fetch.taken or self._wanted(model.reference)):
+                    self._drop(fetch)
+                raise
+            fetch.takers -= 1
+            if not (
+                fetch.taken or fetch.dropped
+            ):  # else another taker was faster, and each needs a hold of its own
+                snapshot = fetch.task.result()
+                fetch.taken = True
+                self._forget(fetch)
+                return snapshot, fetch.phases
+
+    def keep(self, reference: str, seconds: float) -> None:
+        """It is wanted for so long yet, though nobody waits for it."""
+        fetch, loop = self._under_way.get(reference), asyncio.get_running_loop()
+        if fetch is not None:
+            fetch.kept_until = max(fetch.kept_until, loop.time() + seconds)
+            loop.call_at(fetch.kept_until, self.drop, reference)
 
     def drop(self, reference: str) -> None:
-        """Nobody waits for it any more."""
-        fetch = self._under_way.pop(reference, None)
-        if fetch is None:
+        """Unless somebody waits for it, is about to take it, or was told that it goes on."""
+        fetch = self._under_way.get(reference)
+        if fetch is None or fetch.takers or self._wanted(reference):
             return
+        if fetch.kept_until <= asyncio.get_running_loop().time():
+            self._drop(fetch)
+
+    def close(self) -> None:
+        for fetch in list(self._under_way.values()):
+            self._drop(fetch)
+
+    def _drop(self, fetch: Fetch) -> None:
+        self._forget(fetch)
         fetch.dropped = True
         if fetch.fetched:
-            self._release(fetch.task.result())
+            self._give_back(fetch)
         else:
             fetch.task.cancel()
 
-    def close(self) -> None:
-        for reference in list(self._under_way):
-            self.drop(reference)
+    def _give_back(self, fetch: Fetch) -> None:
+        if not fetch.taken:
+            fetch.taken = True
+            self._release(fetch.task.result())
+
+    def _forget(self, fetch: Fetch) -> None:
+        if self._under_way.get(fetch.model.reference) is fetch:
+            del self._under_way[fetch.model.reference]
 
     def _done(self, fetch: Fetch) -> None:
         fetch.phases.enter(None)
-        error = None if fetch.task.cancelled() else fetch.task.exception()
-        if fetch.taken or fetch.dropped:
-            return
+        if fetch.dropped and fetch.fetched:  # it came in the moment in which it was cancelled
+            self._give_back(fetch)
         if not fetch.fetched:
-            self._under_way.pop(fetch.model.reference, None)
-        self._ended(fetch.model, error if isinstance(error, Exception) else None)
+            self._forget(fetch)
+        if fetch.dropped or fetch.task.cancelled():
+            return
+        error = fetch.task.exception()
+        if not fetch.takers or self._wanted(fetch.model.reference):
+            self._ended(fetch.model, error if isinstance(error, Exception) else None)
 
-
-async def _awaited(work: Awaitable[Snapshot]) -> Snapshot:
-    return await work
+    async def _in_time(self, model: Model, work: Awaitable[Snapshot]) -> Snapshot:
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await work
+        except TimeoutError as error:
+            raise LoadTimedOut(
+                f"The files of '{model.name}' did not come within {self._seconds:g} s (LOAD_TIMEOUT)."
+            ) from error

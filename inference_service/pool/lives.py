@@ -57,10 +57,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Who is told every event and each fetch that ended ahead of its engine; which adapters are pinned."""
+    """Who is told every event and each fetch that ended ahead of its engine; what the pool knows of models.
+
+    `wanted`: whether somebody waits for a reference.
+    """
 
     tell: Callable[[Event], None]
     fetched: Callable[[Model, Exception | None], None]
+    wanted: Callable[[str], bool]
     pinned: Callable[[Model], bool]
 
 
@@ -81,7 +85,9 @@ class Lives:
     ) -> None:
         self.footprint = parts.footprint
         self.slots: dict[str, Slot] = {}
-        self.fetches = Fetches(parts.fetch, parts.release, clock, hooks.fetched)
+        self.fetches = Fetches(
+            parts.fetch, parts.release, clock, hooks.fetched, hooks.wanted, limits.load_timeout
+        )
         self.circuits = Circuits()
         self.estimates = Estimates()
         # What those who waited are told, while a failed load, or fetch, is being told of.

@@ -78,7 +78,7 @@ class Pool:
         self._limits = limits
         self._clock = clock
         self._scheduler = Scheduler(policy)
-        hooks = Hooks(self._tell, self._fetched, self.pinned)
+        hooks = Hooks(self._tell, self._fetched, self._is_waited_for, self.pinned)
         self._lives = Lives(parts, metrics, self._scheduler, limits, clock, hooks)
         self._waiters: dict[int, Waiter] = {}
         self._numbers = itertools.count(1)
@@ -147,13 +147,13 @@ class Pool:
             lease.release()
             raise
         finally:
-            self._forget_fetch(model.reference)
+            self._lives.fetches.drop(model.reference)
         return lease
 
     def _request(self, waiter: Waiter, instead_of: str | None) -> Request:
         """The scheduler's view of a waiter."""
         model, wanted, fetches = waiter.model, waiter.wanted, self._lives.fetches
-        there = wanted is model or self.adapter(wanted) is not None or fetches.is_there(wanted.reference)
+        there = wanted is model or self._has(wanted) or fetches.is_there(wanted.reference)
         return Request(
             waiter.number,
             model.reference,
@@ -173,26 +173,30 @@ class Pool:
             return
         if waiter.model.reference not in self._lives.slots:
             self._lives.fetches.begin(waiter.model)
-        if waiter.wanted is not waiter.model and self.adapter(waiter.wanted) is None:
+        if waiter.wanted is not waiter.model and not self._has(waiter.wanted):
             self._lives.fetches.begin(waiter.wanted)
+
+    def _has(self, adapter: Model) -> bool:
+        """Whether an engine that takes requests has the adapter."""
+        carrier = adapter.carrier or adapter
+        return self.state(carrier.reference) is EngineState.READY and self.adapter(adapter) is not None
 
     def _fetched(self, model: Model, error: Exception | None) -> None:
         """A fetch ahead of the engine has ended; what a slot waits for is the slot's own concern."""
         key = model.reference
         if key in self._lives.slots:
             return
-        if not self._is_waited_for(key):
-            self._lives.fetches.drop(key)
-            return
         # A disk that is full may have room once an engine has given its snapshot up.
         full = isinstance(error, DiskFull) and error.missing is not None and model.carrier is None
-        if error is None or full:
+        if error is not None and not full:
+            logger.error("fetch failed: %s", error, extra={"model": model.name})
+            self._lives.errors[key] = self._lives.failed(model, error)
+            self._tell(FetchFailed(key))
+            del self._lives.errors[key]
+        elif self._is_waited_for(key):
             self._tell(Fetched(key))
-            return
-        logger.error("fetch failed: %s", error, extra={"model": model.name})
-        self._lives.errors[key] = self._lives.failed(model, error)
-        self._tell(FetchFailed(key))
-        del self._lives.errors[key]
+        else:
+            self._lives.fetches.drop(key)
 
     def live(self, name: str) -> list[Model]:
         """What serves under this name: models with a ready engine, adapters on one."""
@@ -258,6 +262,10 @@ class Pool:
 
         Of an adapter that nobody uses its engine is rid.
         """
+        for waiter in list(self._waiters.values()):
+            if waiter.wanted is not waiter.model and waiter.wanted.name == name:
+                self._fail(waiter, refusals.load_unloaded(name))
+                self._tell(Left(waiter.number, LINGER_SECONDS))
         slots = [slot for slot in self._lives.slots.values() if slot.model.name == name]
         for slot in slots:
             slot.unloaded = True
@@ -337,6 +345,7 @@ class Pool:
             )
             refusal = self._lives.refusal(model) if gone else None
             if refusal is not None:
+                refusal.reference = model.reference
                 raise refusal
 
     def _tell(self, event: Event) -> None:
@@ -411,8 +420,11 @@ class Pool:
             case Reason.UNLOADED:
                 return refusals.load_unloaded(model.name)
             case Reason.LOAD_FAILED:
-                error = lives.errors.get(waiter.wanted.reference) or lives.errors[model.reference]
-                return error.again(error.message, retry_after=error.retry_after)
+                failed = waiter.wanted if waiter.wanted.reference in lives.errors else model
+                error = lives.errors[failed.reference]
+                told = error.again(error.message, retry_after=error.retry_after)
+                told.reference = failed.reference
+                return told
 
     def _grant(self, waiter: Waiter, slot: Slot) -> None:
         if waiter.lease.done():  # cancelled, and its task has not run since
@@ -469,13 +481,7 @@ class Pool:
     def _forget_fetches(self, waiter: Waiter, seconds: float) -> None:
         """In so many seconds, unless somebody has come who waits for the same."""
         for model in (waiter.model, waiter.wanted):
-            if self._lives.fetches.get(model.reference) is not None:
-                asyncio.get_running_loop().call_later(seconds, self._forget_fetch, model.reference)
-
-    def _forget_fetch(self, reference: str) -> None:
-        """The files of a model are not wanted any more, unless somebody waits for them."""
-        if reference not in self._lives.slots and not self._is_waited_for(reference):
-            self._lives.fetches.drop(reference)
+            self._lives.fetches.keep(model.reference, seconds)
 
     def _is_waited_for(self, reference: str) -> bool:
         return any(

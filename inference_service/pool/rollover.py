@@ -127,7 +127,7 @@ class Rollover:
 
         Where none has served since the service began: the one on the disk that served last.
         """
-        if model.exact or not _at_fault(error):
+        if model.exact or not _at_fault(model, error):
             return None
         if model.name not in self._lines:
             kept = await self._registry.kept_instead(model)
@@ -239,7 +239,7 @@ class Rollover:
                         self._metrics.rollovers.labels(newest.name, "ok").inc()
         except ServiceError as error:
             logger.error("revision %s does not take over: %s", newest.revision, error, extra=_of(newest))
-            if _at_fault(error):
+            if _at_fault(newest, error):
                 self._reject(line, newest, error)
             else:
                 line.problem = f"revision {newest.revision}: {error.message}"
@@ -318,9 +318,10 @@ class Rollover:
         )
 
 
-def _at_fault(error: ServiceError) -> bool:
-    """Whether it would fail with the same revision again."""
-    return isinstance(error, _ITS_FAULT) and not isinstance(error, _NOT_ITS_FAULT)
+def _at_fault(model: Model, error: ServiceError) -> bool:
+    """Whether this revision would fail again; an adapter is not at fault for its base."""
+    own = error.reference in (None, model.reference)
+    return own and isinstance(error, _ITS_FAULT) and not isinstance(error, _NOT_ITS_FAULT)
 
 
 @contextmanager

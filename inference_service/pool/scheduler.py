@@ -63,7 +63,8 @@ class Scheduler:
 
     12. While an engine is being started none gives way: it would have to wait for the device's turn, and
         serves meanwhile.
-    13. No engine gives way for a model whose files are not there yet.
+    13. No engine gives way for a model whose files are not there yet, nor for the base of an adapter whose
+        are not; such a base is loaded where room is free.
     14. Before any engine gives way: the weights of a wanted model are put into an idle engine that can take
         them, however young it is, or into the one that has drained for it. That needs no turn.
     15. A revision that is to replace another does so where no room is free beside it: in its idle engine, or
@@ -229,7 +230,7 @@ class Scheduler:
 
     def _call_off_drains(self) -> None:
         """Case 11."""
-        cold = any(key not in self.engines for key in self._queues)
+        cold = bool(self._cold())
         for engine in self.engines.values():
             if not engine.gives_way or engine.state is not EngineState.DRAINING:
                 continue
@@ -258,17 +259,15 @@ class Scheduler:
 
     def _make_room(self, now: float) -> Iterator[Action]:
         """Cases 3 to 5 and 8, for each cold model in the order of its oldest waiter."""
-        cold = sorted(
-            (key for key in self._queues if key not in self.engines),
-            key=lambda key: self._queues[key].oldest.number,
-        )
         blocked: list[str] = []
-        for key in cold:
+        for key in [*self._cold(), *self._cold(claims=False)]:
             match self.room.verdict(key, blocked):
                 case Verdict.NEVER:
                     yield from self._reject_all(key, Reason.NO_ROOM)
                 case Verdict.FITS:
                     yield self._load(key, now)
+                case Verdict.LATER if self._queues[key].first is None:
+                    pass  # room beside the others it may have, none of theirs
                 case Verdict.LATER:
                     engine = self.room.takes(key)
                     if engine is not None:
@@ -296,12 +295,23 @@ class Scheduler:
 
     def _swap_or_evict(self, engine: EngineView, now: float) -> Action:
         """The end of an engine that has drained, or of its model only: the first in line may take it."""
-        cold = [key for key in self._queues if key not in self.engines]
-        first = min(cold, key=lambda key: self._queues[key].oldest.number, default=None)
-        heir = engine.successor if engine.successor in cold else first
+        cold = self._cold()
+        heir = engine.successor if engine.successor in cold else next(iter(cold), None)
         if engine.gives_way and heir is not None and self._queues[heir].fits_into(engine):
             return self._swap(heir, engine, now)
         return self._evict(engine)
+
+    def _cold(self, *, claims: bool = True) -> list[str]:
+        """Wanted models without an engine, the longest awaited first: those that claim room, or the others.
+
+        Nobody gives way for one whose every waiter wants an adapter whose files are not there.
+        """
+        found = [
+            key
+            for key, queue in self._queues.items()
+            if key not in self.engines and (queue.first is not None) is claims
+        ]
+        return sorted(found, key=lambda key: self._queues[key].oldest.number)
 
     def _replace(self, key: str, old: EngineView) -> Iterator[Action]:
         """Case 15: `old` makes room for its own next revision."""

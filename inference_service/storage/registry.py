@@ -124,7 +124,11 @@ class Registry:
                 await self.examine(model.carrier)
             except ModelNotServable as error:
                 raise ModelNotServable(model.name, f"of its base: {error.message}") from error
-        await self._preflight.examine(model)
+        try:
+            await self._preflight.examine(model)
+        except ObjectReplaced:
+            self.catalog.forget()
+            raise
 
     def shape(self, model: Model) -> Shape:
         """What the model takes in memory; where it was not examined, as much as on the disk."""

@@ -16,6 +16,7 @@ from inference_service.errors import (
     EngineError,
     EngineStartFailed,
     EngineUnloaded,
+    LoadTimedOut,
     NoRoom,
     OutOfMemory,
     Overloaded,
@@ -56,6 +57,7 @@ class Bench:
         # Model -> its files come when this is set; and all that were asked for.
         self.gates: dict[str, asyncio.Event] = {}
         self.broken: dict[str, ServiceError] = {}
+        self.broken_later: dict[str, ServiceError] = {}
         self.fetched: list[str] = []
         # What the device has free; None: not to be told.
         self.free: int | None = None
@@ -87,6 +89,8 @@ class Bench:
             raise self.broken[model.name]
         if model.name in self.gates:
             await self.gates[model.name].wait()
+        if model.name in self.broken_later:
+            raise self.broken_later[model.name]
         self.held.append(model.name)
         return Snapshot(model.name, model.revision, Path("/nowhere"), model.bytes)
 
@@ -898,3 +902,92 @@ async def test_an_adapter_whose_files_cannot_be_had_is_not_asked_for_again_at_on
             await two.ask_adapter("t", "base")
     assert two.fetched == ["base", "t"], "the second is told from memory"
     (await two.ask("base")).release()
+
+
+async def _drained_while_wanted(bench: Bench, waiting: int) -> "list[asyncio.Task[Lease]]":
+    """Requests for an adapter that its engine had when they came, and the next engine has not."""
+    asked = bench.ask_adapter("t", "base")
+    await bench.settle()
+    bench.engine("base").started.set_result(None)
+    (await asked).release()
+    busy = await bench.ask("base")
+    unloading = asyncio.create_task(bench.pool.unload("base"))
+    await bench.settle()
+    found = [bench.ask_adapter("t", "base") for _ in range(waiting)]
+    await bench.settle()
+    busy.release()
+    await bench.settle()
+    bench.engine("base").may_close.set_result(None)
+    await bench.settle()
+    await unloading
+    bench.engine("base").started.set_result(None)
+    return found
+
+
+async def test_an_adapter_that_is_fetched_again_is_held_once_while_it_is_used(one: Bench) -> None:
+    for lease in [await each for each in await _drained_while_wanted(one, 2)]:
+        assert sorted(one.held) == ["base", "t"]
+        lease.release()
+    assert sorted(one.held) == ["base", "t"]
+    one.engine("base").may_close.set_result(None)
+    await one.pool.unload("base")
+    assert one.held == []
+
+
+async def test_who_leaves_takes_no_adapters_files_from_the_others(one: Bench) -> None:
+    one.gates["t"] = asyncio.Event()
+    one.gates["t"].set()
+    first, second = await _drained_while_wanted(one, 2)
+    one.gates["t"].clear()
+    await one.settle()
+    first.cancel()
+    await one.settle()
+    one.gates["t"].set()
+    (await second).release()
+
+
+async def test_files_that_come_to_nothing_are_known_also_when_nobody_waits_any_more() -> None:
+    async for bench in _bench(1, queue_timeout=0.05):
+        (await bench.started("base")).release()
+        bench.gates["t"] = asyncio.Event()
+        bench.broken_later["t"] = SnapshotCorrupt("it is not what the bucket holds")
+        with pytest.raises(QueueTimedOut):
+            await bench.ask_adapter("t", "base")
+        bench.gates["t"].set()
+        await bench.settle()
+        with pytest.raises(SnapshotCorrupt):
+            await bench.ask_adapter("t", "base")
+
+
+async def test_a_load_that_goes_on_for_one_is_not_ended_by_another_who_leaves() -> None:
+    async for bench in _bench(1, queue_timeout=0.05):
+        (await bench.started("base")).release()
+        bench.gates["t"] = asyncio.Event()
+        with pytest.raises(QueueTimedOut):
+            await bench.ask_adapter("t", "base")
+        hasty = bench.ask_adapter("t", "base")
+        await bench.settle()
+        hasty.cancel()
+        await asyncio.sleep(LINGER_SECONDS + 0.1)
+        bench.gates["t"].set()
+        await bench.settle()
+        (await bench.ask_adapter("t", "base")).release()
+        assert bench.fetched == ["base", "t"]
+
+
+async def test_an_adapters_files_have_the_time_of_a_load() -> None:
+    async for bench in _bench(1, load_timeout=0.3):
+        (await bench.started("base")).release()
+        bench.gates["t"] = asyncio.Event()
+        with pytest.raises(LoadTimedOut):
+            await bench.pool.order(adapter("t", "base"))
+
+
+async def test_who_waits_for_an_adapter_that_is_unloaded_is_told(two: Bench) -> None:
+    (await two.started("base")).release()
+    two.gates["t"] = asyncio.Event()
+    asked = two.ask_adapter("t", "base")
+    await two.settle()
+    await two.pool.unload("t")
+    with pytest.raises(EngineUnloaded):
+        await asked

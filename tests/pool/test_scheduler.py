@@ -119,6 +119,26 @@ def test_1_an_adapters_files_that_cannot_be_had_are_the_concern_of_who_waits_for
     assert play.tell(Fetched("u")) == [Grant(4, "a")]
 
 
+def test_13_nobody_gives_way_for_the_base_of_an_adapter_whose_files_are_not_there() -> None:
+    play = Play(slots=1, min_residency=5)
+    play.serve("a")
+    play.ask("base", adapter="t")
+    assert play.later(60) == []
+    assert play.ask("b") == [Evict("a")], "what can be served has no need to wait for it"
+    assert play.tell(Gone("a")) == [Load("b")]
+    play.tell(Loaded("b"))
+    play.tell(Released("b"))
+    assert play.later(60) == []
+    assert play.tell(Fetched("t")) == [Evict("b")]
+    assert play.tell(Gone("b")) == [Load("base")]
+
+
+def test_13_such_a_base_is_loaded_where_room_is_free() -> None:
+    play = Play(slots=2)
+    play.serve("a")
+    assert play.ask("base", adapter="t") == [Load("base")]
+
+
 def test_8_who_waits_for_an_adapters_files_waits_in_the_queue() -> None:
     play = Play(queued=1)
     play.serve("a")
