@@ -36,8 +36,8 @@ class Fetch:
 class Fetches:
     """At most one a model reference.
 
-    `seconds`: what one may take. `ended` is told of each that ends by itself and that nobody is about to take,
-    with its error if any; `wanted` whether somebody waits for a reference.
+    `seconds`: what one may take. `ended` is told of each that ends by itself and that nobody is about to
+    take, with its error if any; `wanted` whether somebody waits for a reference.
     """
 
     def __init__(
