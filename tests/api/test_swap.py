@@ -381,6 +381,32 @@ def test_an_adapter_asked_first_finds_the_base_that_serves(fakes: Fakes) -> None
         assert (answer.status_code, answer.headers["x-base-revision"]) == (200, served)
 
 
+def test_an_adapter_is_not_at_fault_for_its_base(fakes: Fakes) -> None:
+    fakes.put("base")
+    put_adapter(fakes, "t", "base")
+    with fakes.service(**ONE) as service:
+        served = post(service, "t")
+        service.http.post("/admin/unload/base")
+        fakes.put("base", fail_start="RuntimeError: broken weights")
+        put_adapter(fakes, "t", "base", rank=4)
+        service.wait_until(lambda: revision(service, "base") != served.headers["x-base-revision"], 10)
+        answer = post(service, "t")
+        assert answer.status_code == 200
+        assert answer.headers["x-base-revision"] == served.headers["x-base-revision"]
+        assert answer.headers["x-model-revision"] == revision(service, "t")
+        assert not service.stats()["rollovers"]["t"]["rejected"]
+
+
+def test_what_was_replaced_since_it_was_listed_is_served_at_once(fakes: Fakes) -> None:
+    fakes.put("m")
+    with fakes.service(**ONE | {"CATALOG_TTL": "60"}) as service:
+        old = revision(service, "m")
+        fakes.put("m", start_seconds=0.01)
+        answer = post(service, "m")
+        assert answer.status_code == 200
+        assert answer.headers["x-model-revision"] != old
+
+
 def test_a_pinned_adapter_keeps_its_bases_engine(fakes: Fakes) -> None:
     fakes.put("base")
     fakes.put("other")
