@@ -152,9 +152,9 @@ def test_what_is_loaded_is_served_while_a_new_revision_is_uploaded(bucket: Bucke
         service.http.post("/admin/unload/m").raise_for_status()
         answer = service.http.post("/v1/chat/completions", json=CHAT)
         assert (answer.status_code, answer.headers["x-model-revision"]) == (200, old), "it is on the disk"
-        answer = service.http.get("/v1/models/m")
-        assert answer.status_code == 422
-        assert "model-00002-of-00002.safetensors is missing" in answer.json()["error"]["message"]
+        card = service.http.get("/v1/models/m").json()
+        assert card["serving_revision"] == old != card["revision"]
+        assert "model-00002-of-00002.safetensors is missing" in service.stats()["unservable"]["m"]
 
 
 def listed(service: ServiceProcess) -> list[str]:
