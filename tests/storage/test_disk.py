@@ -156,7 +156,8 @@ async def test_a_new_revision_under_pressure_still_takes_only_what_changed(sourc
     (source / "models" / "a" / "tokenizer.json").write_bytes(bytes(MIB))
     store.bytes_read = 0
     await sync.snapshot(listed(source, "a"))
-    assert store.bytes_read == MIB
+    # A connection that is slow for a moment hands its stretch over, and some of it comes twice.
+    assert MIB <= store.bytes_read < 2 * MIB
     assert kept(cache) == ["a", "a"], "the other one gave way"
 
 
