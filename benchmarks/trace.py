@@ -149,7 +149,8 @@ def draw(runs: dict[str, Run], file: Path) -> None:
         distribution.step(ordered, [(rank + 1) / len(ordered) for rank in range(len(ordered))], label=name)
     for axis in (over_time, distribution):
         axis.grid(visible=True, alpha=0.3)
-        axis.legend()
+    # Beside the points, which are everywhere.
+    distribution.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     over_time.set(xlabel="arrival (s)", ylabel="seconds to the first token", yscale="log")
     distribution.set(xlabel="seconds to the first token", ylabel="share of requests", xscale="log")
     figure.suptitle(f"{CHECKPOINTS} checkpoints and {ADAPTERS} adapters, two slots, Zipf {SKEW}")
