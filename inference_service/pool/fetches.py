@@ -95,9 +95,8 @@ class Fetches:
                     self._drop(fetch)
                 raise
             fetch.takers -= 1
-            if not (
-                fetch.taken or fetch.dropped
-            ):  # else another taker was faster, and each needs a hold of its own
+            # Where another taker was faster: each needs a hold of its own.
+            if not (fetch.taken or fetch.dropped):
                 snapshot = fetch.task.result()
                 fetch.taken = True
                 self._forget(fetch)

@@ -242,6 +242,9 @@ class Pool:
         A pinned adapter stays on its engine, and that in its place.
         """
         self._pins[model.name] = pinned
+        self._tell_pins()
+
+    def _tell_pins(self) -> None:
         for slot in list(self._lives.slots.values()):
             self._tell(Pinned(slot.key, self._is_pinned(slot)))
         for waiter in list(self._waiters.values()):
@@ -278,7 +281,9 @@ class Pool:
     async def _remove_adapters(self, name: str) -> bool:
         on = [slot.adapters for slot in self._lives.slots.values() if slot.adapters is not None]
         found = [(each, model) for each in on for model in each.models() if model.name == name]
-        return any([await adapters.remove(model.reference) for adapters, model in found])
+        removed = any([await adapters.remove(model.reference) for adapters, model in found])
+        self._tell_pins()  # one that was pinned keeps its base's engine no longer
+        return removed
 
     def retire(self, reference: str) -> None:
         """Another revision has taken over: the engine ends with its last lease, and who waits is told."""

@@ -416,7 +416,7 @@ def test_a_pinned_adapter_keeps_its_bases_engine(fakes: Fakes) -> None:
         service.http.post("/admin/pin/t")
         assert service.engine("base")["pinned"]
         assert post(service, "other").json()["error"]["code"] == "no_room"
-        service.http.post("/admin/unpin/t")
+        service.http.post("/admin/unload/t")
         assert post(service, "other").status_code == 200
 
 
