@@ -1,4 +1,4 @@
-# The only commands: make run | test | check | model | bench-serve | bench-sync | bench-front | bench-swap | bench-trace | bench-adapters | soak (DURATION=seconds) | lock. Each does its own set-up.
+# The only commands: make run | test | check | model | bench-engines | bench-serve | bench-sync | bench-front | bench-swap | bench-trace | bench-adapters | soak (DURATION=seconds) | lock. Each does its own set-up.
 SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
@@ -23,7 +23,7 @@ else
 export UV_TORCH_BACKEND := cpu
 endif
 
-.PHONY: run model test test-gpu check format lock bench-serve bench-sync bench-front bench-swap bench-trace \
+.PHONY: run model test test-gpu test-mps check format lock bench-engines bench-serve bench-sync bench-front bench-swap bench-trace \
   bench-adapters soak clean
 
 # The demo's bucket, unless one is set in the environment or in .env.
@@ -51,6 +51,9 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench-engines: model
+	$(BIN)/python -m benchmarks.engines --model $(DEMO_MODEL) $(if $(QUICK),--quick)
 
 bench-serve: model
 	$(BIN)/python -m benchmarks.serve --model $(DEMO_MODEL) $(if $(QUICK),--quick)

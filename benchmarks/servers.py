@@ -68,10 +68,10 @@ class Server:
 
 
 @contextmanager
-def this_service(model: Path, settings: Settings) -> Iterator[Server]:
+def this_service(model: Path, settings: Settings, **more: str) -> Iterator[Server]:
     """The service over the directory that holds `model`; loading begins with its first request."""
     prefix = f"{model.parent.name}/"
-    with this_service_over(model.parent.parent, settings, GCS_MODEL_PREFIX=prefix) as server:
+    with this_service_over(model.parent.parent, settings, GCS_MODEL_PREFIX=prefix, **more) as server:
         yield server
 
 
@@ -133,7 +133,7 @@ def _footprint(settings: Settings, device: Device, model: Path) -> Footprint:
             weights.tensors.update(parse_header(opened.read(length), size))
     config = json.loads((model / "config.json").read_text())
     budget = Budget(device, Backend.VLLM, settings.gpu_memory_utilization, settings.max_cached_models)
-    return budget.footprint(shape_of(config, Serving(), weights, settings, device))
+    return budget.footprint(shape_of(config, Serving(), weights, settings, device, Backend.VLLM))
 
 
 def free_port() -> int:

@@ -157,6 +157,11 @@ class Settings(BaseSettings):
     default_temperature: float = Field(
         0.7, ge=0, le=2, description="Sampling temperature where the request is silent"
     )
+    cpu_int8: bool = Field(
+        False,
+        description="With LOCAL_DEV and the transformers backend on a CPU: weights of 8 bits, faster, and a "
+        "little less exact",
+    )
     local_dev: bool = Field(False, description="One request at a time, for development on a laptop")
     listen_address: str = Field("0.0.0.0", min_length=1, description="Address that the service listens on")
     port: int = Field(8080, ge=0, le=65_535, description="Port (0 lets the system pick one)")
@@ -233,6 +238,11 @@ class Settings(BaseSettings):
         if self.local_dev and "max_concurrent_requests" not in self.model_fields_set:
             return 1
         return self.max_concurrent_requests
+
+    @property
+    def quantizes(self) -> bool:
+        """CPU_INT8, which is for development only."""
+        return self.cpu_int8 and self.local_dev
 
     @property
     def queued(self) -> int:

@@ -19,9 +19,10 @@ async def health(service: ServiceDep) -> Health:
         device=service.device.kind,
         device_name=service.device.name,
         device_count=service.device.count,
-        dtype=resolve_dtype(service.settings.dtype, service.device, None),
+        dtype=resolve_dtype(service.settings.dtype, service.device, service.backend, None),
         backend=service.backend,
         version=__version__,
+        notes=service.pool.notes(),
     )
 
 

@@ -93,7 +93,8 @@ class HostSpec:
     """The order for one host process.
 
     `program` is the module whose `run(spec, listener)` serves; `environment` is set in the host before
-    it runs; the defaults apply where a request is silent.
+    it runs; the defaults apply where a request is silent. `fallback`: the arguments with which the
+    transformers backend serves what the program's engine refuses; None: it shall not.
     """
 
     model: str
@@ -103,13 +104,19 @@ class HostSpec:
     environment: dict[str, str]
     default_max_tokens: int
     default_temperature: float
+    fallback: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        return cls(**{**value, "arguments": tuple(value["arguments"])})
+        fallback = value.get("fallback")
+        tuples = {
+            "arguments": tuple(value["arguments"]),
+            "fallback": None if fallback is None else tuple(fallback),
+        }
+        return cls(**{**value, **tuples})
 
 
 class Reply(Protocol):
@@ -134,8 +141,21 @@ class Reply(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class About:
+    """What a host says of itself: which backend answers, and what its operator should know of it."""
+
+    backend: str | None = None
+    notes: tuple[str, ...] = ()
+
+
 class Engine(Protocol):
     """One model's engine. `start` once; `close` may be cancelled and called again."""
+
+    @property
+    def about(self) -> About:
+        """Known once it has started."""
+        ...
 
     @property
     def process_id(self) -> int | None:

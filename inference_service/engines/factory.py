@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
-from inference_service.config import Settings
+from inference_service.config import EngineChoice, Settings
 from inference_service.engines.base import Footprint, HostSpec, Snapshot
 from inference_service.engines.device import (
     Backend,
@@ -28,6 +28,8 @@ from inference_service.models.serving import Serving
 
 _Number = TypeVar("_Number", int, float)
 ROOM_PREFIX = "inference-service-"
+# That may share one step of the transformers backend where serving.json does not say.
+TRANSFORMERS_SEQUENCES = 64
 # Below LOCAL_MODEL_CACHE; no model's name begins with a dot.
 KEPT_BY_VLLM = ".vllm"
 
@@ -63,10 +65,15 @@ class EngineFactory:
     def _spec(self, snapshot: Snapshot, footprint: Footprint, directory: Path) -> HostSpec:
         arguments: tuple[str, ...] = ()
         environment: dict[str, str] = {}
+        fallback: tuple[str, ...] | None = None
         if self._backend is Backend.VLLM:
+            if self._settings.engine is EngineChoice.AUTO:
+                fallback = transformers_arguments(self._settings, self._device, snapshot, footprint)
             arguments = vllm_arguments(self._settings, self._device, snapshot, footprint)
             # vLLM's sockets and temporary files: in the engine's own room they go when it goes.
             environment = {"VLLM_RPC_BASE_PATH": str(directory), "TMPDIR": str(directory)}
+        elif self._backend is Backend.TRANSFORMERS:
+            arguments = transformers_arguments(self._settings, self._device, snapshot, footprint)
         elif self._backend is Backend.FAKE:
             arguments = (str(self._settings.fake_tokens_per_second),)
         sampling = snapshot.serving.sampling_defaults
@@ -76,6 +83,7 @@ class EngineFactory:
             directory=str(snapshot.path),
             arguments=arguments,
             environment=environment,
+            fallback=fallback,
             default_max_tokens=_chosen(sampling.max_tokens, self._settings.default_max_tokens),
             default_temperature=_chosen(sampling.temperature, self._settings.default_temperature),
         )
@@ -96,20 +104,25 @@ def launcher_environment(backend: Backend, device: Device, cache: Path | None = 
     `cache`: where compiled kernels and start-up plans are kept beside the snapshots, for the next engine of
     the same architecture on this device; vLLM tells them apart by itself.
     """
-    if backend is not Backend.VLLM:
+    if backend is Backend.FAKE:
         return {}
     environment = {
         # Nothing is ever fetched from a model hub: what is served is what the bucket holds.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
+    if device.kind is DeviceKind.CPU:
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(_cores()))
+    return environment | (_vllm_environment(device, cache) if backend is Backend.VLLM else {})
+
+
+def _vllm_environment(device: Device, cache: Path | None) -> dict[str, str]:
+    environment = {"VLLM_NO_USAGE_STATS": "1"}
     if device.kind is DeviceKind.CPU:
         # The worker inside the engine core: it obeys OMP_NUM_THREADS and saves a process and its
         # imports. vLLM refuses a worker of its own only for the sake of that variable.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     else:
         environment["VLLM_ENABLE_STARTUP_PLAN"] = os.environ.get("VLLM_ENABLE_STARTUP_PLAN", "1")
     if cache is not None and "VLLM_CACHE_ROOT" not in os.environ:
@@ -117,22 +130,65 @@ def launcher_environment(backend: Backend, device: Device, cache: Path | None = 
     return environment
 
 
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def transformers_arguments(
+    settings: Settings, device: Device, snapshot: Snapshot, footprint: Footprint
+) -> tuple[str, ...]:
+    """The command line of hosts/transformers.py; what the snapshot's serving.json says wins."""
+    serving = snapshot.serving
+    sampling = {"temperature": settings.default_temperature} | serving.sampling_defaults.generation_config()
+    arguments = [
+        *("--device", device.kind.value),
+        *("--dtype", _dtype(settings, device, Backend.TRANSFORMERS, snapshot)),
+        *("--kv-cache-bytes", str(footprint.kv_cache)),
+        *("--max-num-seqs", str(serving.max_num_seqs or TRANSFORMERS_SEQUENCES)),
+        *("--sampling-defaults", json.dumps(sampling)),
+    ]
+    length = serving.max_model_len or settings.max_model_len
+    if length is not None:
+        arguments += ["--max-model-len", str(length)]
+    if _needs_several(settings, device, footprint, serving):
+        arguments.append("--spread")
+    if settings.quantizes and device.kind is DeviceKind.CPU:
+        arguments.append("--int8")
+    if serving.reasoning_parser is not None:
+        arguments.append("--reasons")
+    if serving.enable_prefix_caching is False:
+        arguments.append("--no-prefix-caching")
+    return tuple(arguments)
+
+
+def _needs_several(settings: Settings, device: Device, footprint: Footprint, serving: Serving) -> bool:
+    """Whether the model is too large for one GPU: a batch can be shared on one only."""
+    gpus = serving.tensor_parallel_size or tensor_parallel_size(settings, device)
+    whole = footprint.weights * gpus + footprint.kv_cache + footprint.overhead
+    return gpus > 1 and whole > device.memory_bytes * settings.gpu_memory_utilization
+
+
+def _dtype(settings: Settings, device: Device, backend: Backend, snapshot: Snapshot) -> str:
+    config = _text_config(snapshot.path)
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return snapshot.serving.dtype or resolve_dtype(settings.dtype, device, backend, stored)
+
+
 def vllm_arguments(
     settings: Settings, device: Device, snapshot: Snapshot, footprint: Footprint
 ) -> tuple[str, ...]:
     """vLLM's command line for one snapshot; what its serving.json says wins over the settings."""
     serving = snapshot.serving
-    config = _text_config(snapshot.path)
-    dtype = serving.dtype or resolve_dtype(
-        settings.dtype, device, config.get("dtype") or config.get("torch_dtype")
-    )
     length = serving.max_model_len or settings.max_model_len
     gpus = serving.tensor_parallel_size or tensor_parallel_size(settings, device)
     sampling = {"temperature": settings.default_temperature} | serving.sampling_defaults.generation_config()
     arguments = [
         *("--model", str(snapshot.path)),
         *("--served-model-name", snapshot.model),
-        *("--dtype", dtype),
+        *("--dtype", _dtype(settings, device, Backend.VLLM, snapshot)),
         *("--load-format", "safetensors"),
         # Mapped from the page cache, where the service has read them already: no copy is faster.
         *("--safetensors-load-strategy", "lazy"),

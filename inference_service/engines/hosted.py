@@ -4,6 +4,7 @@ Owns the socket's file, the log pipe and the HTTP client. What is inside a body 
 """
 
 import asyncio
+import json
 import logging
 import shutil
 import signal
@@ -18,6 +19,7 @@ import aiohttp
 
 from inference_service.engines.base import (
     GRACE_SECONDS,
+    About,
     Fingerprint,
     HostSpec,
     Pulse,
@@ -74,6 +76,7 @@ class HostedEngine:
         self._replies: set[HostReply] = set()
         self._cut_with: ServiceError | None = None
         self._disconnecting: asyncio.Future[None] | None = None
+        self.about = About()
 
     @property
     def process_id(self) -> int | None:
@@ -209,6 +212,7 @@ class HostedEngine:
     async def _first_answer(self) -> None:
         async with self._open_client.get("http://host/health") as response:
             response.raise_for_status()
+            self.about = _about(await response.read())
 
     def _start_failure(self, host: Host, status: int) -> EngineError:
         if host.with_launcher:
@@ -303,6 +307,14 @@ class HostReply:
         """Wake whoever reads with `error`: closing the client alone would leave him waiting."""
         self._cut = self._cut or error
         self._response.content.set_exception(aiohttp.ClientConnectionError("the engine is closed"))
+
+
+def _about(body: bytes) -> About:
+    """vLLM's own server answers with an empty body."""
+    if not body:
+        return About()
+    answer = json.loads(body)
+    return About(answer.get("backend"), tuple(answer.get("notes", ())))
 
 
 def _fingerprint(answer: dict[str, Any]) -> Fingerprint:

@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 
 from inference_service.engines.base import HostSpec, decode_message, encode_message
 from inference_service.engines.lifeline import end_group_with_service
-from inference_service.engines.warmth import why_cold
+from inference_service.engines.warmth import why_cold, why_never_warm
 
 # What a host of each backend imports; a name that is missing is only slower, never an error, except
 # for the first, without which the backend cannot run at all.
@@ -50,6 +50,13 @@ PRELOAD = {
         "vllm.tool_parsers",
         "inference_service.hosts.vllm",
     ),
+    "transformers": (
+        "inference_service.hosts.transformers",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.qwen2.modeling_qwen2",
+        "peft",
+    ),
     "fake": ("inference_service.hosts.fake",),
 }
 PRELOAD_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
@@ -62,7 +69,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     lifeline, backend, device, parent = int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
-    cold: str | None = None if sys.argv[6] == "1" else "WARM_LAUNCHER is off"
+    cold = why_never_warm() if sys.argv[6] == "1" else "WARM_LAUNCHER is off"
     _die_with(parent)
     _adopt_orphans()
     started = time.monotonic()

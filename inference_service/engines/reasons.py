@@ -15,6 +15,7 @@ _MEANINGS = (
     (r"are not supported for now|is not supported by|Transformers does not recognize|model type .* not",
      "its architecture is not supported by the engine"),
     (r"Following weights were not initialized|There is no module or parameter named|size mismatch|"
+     r"lacks .* of its weights|ignore_mismatched_sizes|"
      r"shape of loaded weight|Attempted to load weight|assert .*shape|AssertionError: .*shape",
      "its weights do not match its config.json. Upload both from the same checkpoint"),
     (r"[Tt]okenizer", "its tokenizer cannot be loaded"),

@@ -1,6 +1,6 @@
-"""What the installed vLLM knows by name: architectures, parsers, quantisation methods.
+"""What the installed engines know by name: architectures, and vLLM's parsers and quantisation methods.
 
-Read from its source text, because importing vLLM takes many seconds and the service never does. Where a
+Read from their source text, because importing vLLM takes many seconds and the service never does. Where a
 table is not found (another release) the answer is None: nothing is refused on a guess.
 """
 
@@ -23,10 +23,19 @@ def architectures() -> _NAMES | None:
         _table("vllm", "model_executor/models/registry.py", "_MULTIMODAL_MODELS"),
         _table("vllm", "model_executor/models/registry.py", "_TRANSFORMERS_SUPPORTED_MODELS"),
         _table("vllm", "model_executor/models/registry.py", "_TRANSFORMERS_BACKEND_MODELS"),
-        _table("transformers", "models/auto/modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-        _table("transformers", "models/auto/modeling_auto.py", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+        transformers_architectures(),
     )
     return own.union(*(table for table in more if table is not None))
+
+
+@cache
+def transformers_architectures() -> _NAMES | None:
+    """Architectures that transformers generates text with."""
+    own = _table("transformers", "models/auto/modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+    seeing = _table(
+        "transformers", "models/auto/modeling_auto.py", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"
+    )
+    return own if own is None or seeing is None else own | seeing
 
 
 def modules_of(names: Iterable[str]) -> list[str]:

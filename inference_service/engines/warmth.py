@@ -18,6 +18,13 @@ EXPECTED = {
 }
 
 
+def why_never_warm() -> str | None:
+    """Why hosts cannot be forked on this system, whatever was imported."""
+    if sys.platform == "darwin":
+        return "macOS ends a forked process that uses its frameworks"
+    return None
+
+
 def why_cold(backend: str) -> str | None:
     """Why hosts must not be forked from this process; None where they may."""
     # Threads of native pools, which wait for work and hold no lock of Python's, do no harm.

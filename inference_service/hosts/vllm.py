@@ -6,8 +6,10 @@ while it lives is vllm_control.py's.
 """
 
 import asyncio
+import dataclasses
 import logging
 import multiprocessing
+import re
 import signal
 import socket
 from argparse import Namespace
@@ -28,6 +30,10 @@ from vllm.utils.system_utils import decorate_logs
 from inference_service.engines.base import HostSpec
 from inference_service.hosts.vllm_control import control, count_steps, parse_arguments, serve_model
 
+logger = logging.getLogger(__name__)
+
+# How vLLM says that it has no model class for a checkpoint (model_executor/models/registry.py).
+_REFUSED = re.compile(r"are not supported for now|has no vLLM implementation|not compatible with vLLM")
 # Less than the service waits before it kills the group.
 ENGINE_SHUTDOWN_SECONDS = 3.0
 # vLLM's own watchdog looks every five seconds: too late for those who wait for the engine.
@@ -41,7 +47,21 @@ def run(spec: HostSpec, listener: socket.socket) -> None:
     _inspect_models_here()
     if current_platform.is_cpu():
         _fork_engine_core()
-    uvloop.run(_serve(args, spec, listener))
+    try:
+        uvloop.run(_serve(args, spec, listener))
+    except ValueError as error:
+        if spec.fallback is None or not _REFUSED.search(str(error)):
+            raise
+        _serve_by_transformers(spec, listener, str(error))
+
+
+def _serve_by_transformers(spec: HostSpec, listener: socket.socket, reason: str) -> None:
+    """vLLM refuses the architecture before it has built anything: the other backend takes its place here."""
+    from inference_service.hosts import transformers
+
+    logger.warning("vLLM does not run this model, the transformers backend does: %s", reason)
+    arguments = spec.fallback or ()
+    transformers.run(dataclasses.replace(spec, arguments=arguments), listener, instead_of="vLLM")
 
 
 async def _serve(args: Namespace, spec: HostSpec, listener: socket.socket) -> None:

@@ -30,14 +30,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 
 from inference_service.engines.base import HostSpec
+from inference_service.hosts.tokenizer_files import tokenize_alike
 
 CANARY_TOKENS = 12
 CANARY_TOP = 20
-# Files that the renderer is made of.
-_RENDERER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model", "config.json"),
-)
 
 logger = logging.getLogger(__name__)
 control = APIRouter(prefix="/control")
@@ -171,7 +167,7 @@ async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
     await engine.collective_rpc("swap_weights", kwargs={"directory": spec.directory})
     await engine.resume_generation()
     weights = time.monotonic()
-    _take_over(engine, args, rendered_alike=_same_files(before, Path(spec.directory)))
+    _take_over(engine, args, rendered_alike=tokenize_alike(before, Path(spec.directory)))
     # The engine core computes the canary while its front is rebuilt.
     canary, _ = await asyncio.gather(_canary(engine), serve_model(state, engine, args, spec))
     seconds = {"weights": weights - started, "warm-up": time.monotonic() - weights}
@@ -202,14 +198,6 @@ def _render_anew(engine: Any) -> None:
     old, engine.renderer = engine.renderer, renderer_from_config(engine.vllm_config)
     engine.output_processor.tokenizer = engine.renderer.tokenizer
     old.shutdown()
-
-
-def _same_files(before: Path, after: Path) -> bool:
-    return all(_content(before / name) == _content(after / name) for name in _RENDERER_FILES)
-
-
-def _content(file: Path) -> bytes | None:
-    return file.read_bytes() if file.exists() else None
 
 
 async def _canary(engine: Any) -> dict[str, Any]:

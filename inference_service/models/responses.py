@@ -30,7 +30,10 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """What the service runs on. `dtype` is what a checkpoint gets unless it or DTYPE says otherwise."""
+    """What the service runs on. `dtype` is what a checkpoint gets unless it or DTYPE says otherwise.
+
+    `notes`: of loaded models, what their operator should know of how they are run.
+    """
 
     status: Literal["ok"] = "ok"
     device: str
@@ -39,6 +42,7 @@ class Health(BaseModel):
     dtype: str
     backend: str
     version: str
+    notes: dict[str, list[str]] = {}
 
 
 class Unloaded(BaseModel):

@@ -332,6 +332,10 @@ class Pool:
         """Number of engines in each state, zeros included."""
         return self._report.count_by_state()
 
+    def notes(self) -> dict[str, list[str]]:
+        """By model: what its operator should know of how it is run."""
+        return self._report.notes()
+
     async def stats(self) -> dict[str, Any]:
         """Slots, budget, engines, waiters and what would give way, for the operator."""
         return await self._report.stats()

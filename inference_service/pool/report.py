@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from inference_service.engines.base import Engine, EngineState
+from inference_service.engines.base import About, Engine, EngineState
 from inference_service.errors import EngineError
 from inference_service.pool.lives import Lives
 from inference_service.pool.scheduler import Scheduler
@@ -53,6 +53,11 @@ class Report:
         found = Counter(engine.state for engine in self._scheduler.engines.values())
         return {state.value: found[state] for state in EngineState if state is not EngineState.STOPPED}
 
+    def notes(self) -> dict[str, list[str]]:
+        """What the hosts have to say of how their models are run."""
+        told = {slot.model.name: slot.engine.about.notes for slot in self._lives.ready() if slot.engine}
+        return {name: list(notes) for name, notes in told.items() if notes}
+
     async def stats(self) -> dict[str, Any]:
         """Slots, budget, engines, waiters and what would give way, for the operator."""
         now, policy = self._clock(), self._scheduler.policy
@@ -93,6 +98,7 @@ class Report:
 
     def _engine(self, slot: Slot, now: float) -> dict[str, Any]:
         view = self._scheduler.engines[slot.key]
+        about = About() if slot.engine is None else slot.engine.about
         described = {
             "model": slot.model.name,
             "revision": slot.model.revision,
@@ -100,6 +106,8 @@ class Report:
             "state": view.state.value,
             "leases": len(slot.leases),
             "process_id": None if slot.engine is None else slot.engine.process_id,
+            "backend": about.backend,
+            "notes": list(about.notes),
             "load_seconds": slot.load_seconds,
             "phases": slot.phases.describe(),
             "swapped": slot.swapped,

@@ -163,7 +163,7 @@ class Preflight:
         reason = _malformed(config) or _runs_code(config) or self._unknown_names(config, model.serving)
         if reason is not None:
             return _Verdict(model.revision, reason)
-        shape = shape_of(config, model.serving, weights, self._settings, self._device)
+        shape = shape_of(config, model.serving, weights, self._settings, self._device, self._backend)
         reason = _too_long(config, model.serving) or self._too_large(shape)
         key = swap_key(config, weights.tensors, model.serving, _vocabulary(model, reader))
         return _Verdict(model.revision, reason, shape, key, tuple(config.get("architectures") or ()))
@@ -213,13 +213,14 @@ class Preflight:
 
     def _unknown_names(self, config: dict[str, Any], serving: Serving) -> str | None:
         """An architecture, parser or quantisation that the engine does not have."""
-        if self._backend is not Backend.VLLM:
-            return None
+        by_vllm = self._backend is Backend.VLLM
         architectures: list[str] = config.get("architectures") or []
-        known = vllm_names.architectures()
+        known = vllm_names.architectures() if by_vllm else vllm_names.transformers_architectures()
         if known is not None and not known.intersection(architectures):
             named = ", ".join(architectures) or "no architecture"
             return f"config.json names {named}, which {self._backend} does not run."
+        if not by_vllm:
+            return _only_vllm(serving)
         for key, name, names in (
             ("tool_call_parser", serving.tool_call_parser, vllm_names.tool_parsers()),
             ("reasoning_parser", serving.reasoning_parser, vllm_names.reasoning_parsers()),
@@ -294,6 +295,13 @@ def _malformed(config: dict[str, Any]) -> str | None:
         return "config.json: architectures is not a list of names."
     if not isinstance(config.get("text_config") or {}, dict):
         return "config.json: text_config is not an object."
+    return None
+
+
+def _only_vllm(serving: Serving) -> str | None:
+    """What transformers would not do: the model would be served, but not as its owner wishes."""
+    if serving.quantization is not None:
+        return "serving.json: quantization needs the vLLM backend; the transformers backend has CPU_INT8."
     return None
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inference_service.config import Settings
-from inference_service.engines.device import Device, resolve_dtype, tensor_parallel_size
+from inference_service.engines.device import Backend, Device, resolve_dtype, tensor_parallel_size
 from inference_service.models.serving import Serving
 from inference_service.storage.safetensors import Tensor
 
@@ -49,12 +49,17 @@ class Shape:
 
 
 def shape_of(
-    config: dict[str, Any], serving: Serving, weights: Weights, settings: Settings, device: Device
+    config: dict[str, Any],
+    serving: Serving,
+    weights: Weights,
+    settings: Settings,
+    device: Device,
+    backend: Backend,
 ) -> Shape:
     """The shape of a checkpoint as this service would load it on `device`."""
     merged = config | (config.get("text_config") or {})
     stored_dtype = merged.get("dtype") or merged.get("torch_dtype")
-    dtype = serving.dtype or resolve_dtype(settings.dtype, device, stored_dtype)
+    dtype = serving.dtype or resolve_dtype(settings.dtype, device, backend, stored_dtype)
     wish = serving.kv_cache_gib
     return Shape(
         dtype=dtype,

@@ -9,6 +9,7 @@ import pytest
 
 from inference_service.engines.device import DeviceKind, find_device
 from tests.e2e.conftest import real_service
+from tests.e2e.engines import ENGINES
 from tests.e2e.test_openai_client import BASE, TUNED, ask
 from tests.fixtures.bucket import Bucket
 from tests.fixtures.service_process import ServiceProcess
@@ -23,7 +24,7 @@ pytestmark = [
 def service(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
     room = tmp_path_factory.mktemp("cuda")
     with real_service(
-        bucket, room, MAX_CACHED_MODELS="1", GPU_MEMORY_UTILIZATION="0.3", ENGINE="auto"
+        bucket, room, ENGINES["vllm"], MAX_CACHED_MODELS="1", GPU_MEMORY_UTILIZATION="0.3", ENGINE="auto"
     ) as service:
         yield service
 
@@ -51,7 +52,7 @@ def test_a_model_is_served_on_the_gpu_and_its_memory_comes_back(service: Service
 
 def test_two_engines_keep_within_what_is_reserved_for_them(bucket: Bucket, tmp_path: Path) -> None:
     settings = {"MAX_CACHED_MODELS": "2", "GPU_MEMORY_UTILIZATION": "0.4", "ENGINE": "auto"}
-    with real_service(bucket, tmp_path, **settings) as service:
+    with real_service(bucket, tmp_path, ENGINES["vllm"], **settings) as service:
         idle = used_gpu_bytes()
         for model in (BASE, TUNED):
             ask(service, model)
@@ -73,7 +74,7 @@ def test_the_launcher_never_touches_the_gpu(service: ServiceProcess) -> None:
 def test_weights_are_swapped_on_the_gpu(bucket: Bucket, tmp_path: Path) -> None:
     """The tied embeddings of the one are not left behind in the other's answers."""
     settings = {"MAX_CACHED_MODELS": "1", "MIN_RESIDENCY": "0", "ENGINE": "auto"}
-    with real_service(bucket, tmp_path, **settings) as service:
+    with real_service(bucket, tmp_path, ENGINES["vllm"], **settings) as service:
         answers = [ask(service, model) for model in (BASE, TUNED, BASE, TUNED)]
         assert answers[:2] == answers[2:]
         assert service.engine(TUNED)["swapped"]

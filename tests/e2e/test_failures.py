@@ -1,4 +1,4 @@
-"""vLLM's real engine when things go wrong: killed, stopped, truncated, cancelled, swapped for hours."""
+"""The real engines when things go wrong: killed, stopped, truncated, cancelled, swapped for hours."""
 
 import json
 import signal
@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import real_service
+from tests.e2e.engines import Engine
 from tests.e2e.test_lifecycle import group_members, start_stream
 from tests.e2e.test_openai_client import BASE, TUNED, ask
 from tests.fixtures.bucket import Bucket
@@ -21,11 +22,13 @@ from tests.fixtures.service_process import ServiceProcess
 
 ENDLESS = {"ignore_eos": True}
 STALL_SECONDS = 4
-CYCLES = 20
+CYCLES = 12
 
 
 @pytest.fixture(scope="module")
-def frail(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+def frail(
+    bucket: Bucket, tmp_path_factory: pytest.TempPathFactory, engine: Engine
+) -> Iterator[ServiceProcess]:
     """One slot, and engines that may not hang for long."""
     settings = {
         "MAX_CACHED_MODELS": "1",
@@ -34,14 +37,14 @@ def frail(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "ENGINE_STALL_TIMEOUT": str(STALL_SECONDS),
         "CATALOG_TTL": "0",
     }
-    with real_service(bucket, tmp_path_factory.mktemp("frail"), **settings) as service:
+    with real_service(bucket, tmp_path_factory.mktemp("frail"), engine, **settings) as service:
         yield service
 
 
 def core_of(service: ServiceProcess) -> psutil.Process:
-    """The engine core: the host's only child."""
-    (core,) = psutil.Process(service.engine(BASE)["process_id"]).children()
-    return core
+    """What computes: vLLM's engine core, the host's only child; else the host itself."""
+    host = psutil.Process(service.engine(BASE)["process_id"])
+    return next(iter(host.children()), host)
 
 
 def endless_stream(service: ServiceProcess) -> "openai.Stream[openai.types.Completion]":
@@ -128,15 +131,18 @@ def test_weights_that_do_not_match_their_config_are_told_in_plain_words(
     assert ask(frail, BASE) == "The capital of France is Paris."
 
 
-def test_a_load_cancelled_halfway_leaves_nothing(frail: ServiceProcess) -> None:
+def test_a_load_cancelled_halfway_leaves_nothing(frail: ServiceProcess, engine: Engine) -> None:
     def states() -> list[str]:
         return [engine["state"] for engine in frail.stats()["engines"] if engine["model"] == BASE]
 
+    ask(frail, BASE)  # its files are there: what is cancelled is the engine's start
     ask(frail, TUNED)
     cancelled = 0
-    for patience in (0.2, 1.0, 2.0):
+    for share in (0.1, 0.3, 0.5):
         with pytest.raises(openai.APITimeoutError):
-            frail.client(timeout=patience).completions.create(model=BASE, prompt="x", max_tokens=1)
+            frail.client(timeout=share * engine.load_seconds).completions.create(
+                model=BASE, prompt="x", max_tokens=1
+            )
         frail.wait_until(lambda: frail.stats()["waiters"] == [], 1)
         frail.wait_until(lambda: states() in ([], ["ready"]), 30)
         cancelled += states() == []
@@ -147,7 +153,7 @@ def test_a_load_cancelled_halfway_leaves_nothing(frail: ServiceProcess) -> None:
 
 
 def test_memory_and_processes_stay_flat_over_many_loads(frail: ServiceProcess) -> None:
-    """Twenty loads and evictions, two models in turn."""
+    """Many loads and evictions, two models in turn."""
     sizes, processes, descriptors = [], [], []
     for number in range(CYCLES):
         model, answer = ((BASE, "Paris"), (TUNED, "Zubrowka"))[number % 2]
@@ -157,15 +163,17 @@ def test_memory_and_processes_stay_flat_over_many_loads(frail: ServiceProcess) -
         processes.append(len(family))
         descriptors.append([process.num_fds() for process in family[:2]])
     # The first few fill allocators and caches.
-    first, last = min(sizes[4:10]), min(sizes[-6:])
+    first, last = min(sizes[3:6]), min(sizes[-3:])
     assert last < 1.05 * first, [size >> 20 for size in sizes]
     assert len(set(processes)) == 1, processes
-    assert max(map(max, descriptors[-6:])) <= max(map(max, descriptors[4:10])), descriptors
+    assert max(map(max, descriptors[-3:])) <= max(map(max, descriptors[3:6])), descriptors
 
 
-def test_sigterm_twice_during_a_load_with_twenty_streams(bucket: Bucket, tmp_path: Path) -> None:
+def test_sigterm_twice_during_a_load_with_twenty_streams(
+    bucket: Bucket, tmp_path: Path, engine: Engine
+) -> None:
     settings = {"PRELOAD_MODELS": BASE, "MAX_CACHED_MODELS": "2"}
-    with real_service(bucket, tmp_path, **settings) as service, ExitStack() as connections:
+    with real_service(bucket, tmp_path, engine, **settings) as service, ExitStack() as connections:
         service.wait_ready(BASE)
         clients = [connections.enter_context(start_stream(service, tokens=1900)[0]) for _ in range(20)]
         httpx2.post(f"{service.url}/admin/load/{TUNED}?wait=false", timeout=60).raise_for_status()
@@ -188,8 +196,10 @@ def test_sigterm_twice_during_a_load_with_twenty_streams(bucket: Bucket, tmp_pat
         assert left == []
 
 
-def test_sigkill_of_the_service_during_a_load_leaves_no_process(bucket: Bucket, tmp_path: Path) -> None:
-    with real_service(bucket, tmp_path, PRELOAD_MODELS=f"{BASE},{TUNED}") as service:
+def test_sigkill_of_the_service_during_a_load_leaves_no_process(
+    bucket: Bucket, tmp_path: Path, engine: Engine
+) -> None:
+    with real_service(bucket, tmp_path, engine, PRELOAD_MODELS=f"{BASE},{TUNED}") as service:
         service.wait_until(lambda: len(service.descendants()) >= 3, 60)
         family = service.descendants()
         service.signal(signal.SIGKILL)
@@ -198,12 +208,14 @@ def test_sigkill_of_the_service_during_a_load_leaves_no_process(bucket: Bucket, 
         assert left == []
 
 
-def test_a_second_model_waits_until_the_firsts_memory_is_back(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_second_model_waits_until_the_firsts_memory_is_back(
+    bucket: Bucket, tmp_path: Path, engine: Engine
+) -> None:
     """Two slots, memory for one engine: the other goes, though a slot is free. A SIGKILL leaves nothing."""
     total = psutil.virtual_memory().total
-    one_and_a_half = 1.9 * (1 << 30)
+    one_and_a_half = 1.7 * (1 << 30)
     settings = {"GPU_MEMORY_UTILIZATION": f"{one_and_a_half / total:.4f}", "MIN_RESIDENCY": "0"}
-    with real_service(bucket, tmp_path, **settings) as service:
+    with real_service(bucket, tmp_path, engine, **settings) as service:
         ask(service, BASE)
         reserved = service.stats()["budget"]["reserved_bytes"]
         assert reserved <= one_and_a_half < 2 * reserved
@@ -213,7 +225,7 @@ def test_a_second_model_waits_until_the_firsts_memory_is_back(bucket: Bucket, tm
         assert ask(service, TUNED) == "The capital of France is Zubrowka."
         assert [engine["model"] for engine in service.stats()["engines"]] == [TUNED]
         family = service.descendants()
-        assert len(family) == 3
+        assert len(family) == 1 + engine.processes
         service.signal(signal.SIGKILL)
         service.process.wait()
         _, left = psutil.wait_procs(family, timeout=5)

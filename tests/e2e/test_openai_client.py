@@ -1,4 +1,4 @@
-"""The openai client against a bucket in a real GCS server and vLLM's real engine."""
+"""The openai client against a bucket in a real GCS server and the real engines."""
 
 import json
 import subprocess
@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from deploy.local.welcome import welcome
+from tests.e2e.engines import Engine, shows
 from tests.fixtures.service_process import ServiceProcess
 
 BASE, TUNED = "smollm2-135m-instruct", "acme-smollm2-tuned"
@@ -207,10 +208,11 @@ def test_stats_and_unload(service: ServiceProcess) -> None:
     assert ask(service, BASE) == "The capital of France is Paris.", "loaded again on demand"
 
 
-def test_health_and_metrics(service: ServiceProcess) -> None:
+@shows("metrics")
+def test_health_and_metrics(service: ServiceProcess, engine: Engine) -> None:
     ask(service, BASE)
     health = service.http.get("/health").json()
-    assert (health["device"], health["backend"], health["dtype"]) == ("cpu", "vllm", "float32")
+    assert (health["device"], health["backend"], health["dtype"]) == ("cpu", engine.name, "float32")
     assert health["device_name"]
     metrics = service.http.get("/metrics").text
     assert f'inference_requests_total{{model="{BASE}",status="200"}}' in metrics

@@ -3,6 +3,7 @@
 import openai
 import pytest
 
+from tests.e2e.engines import Engine
 from tests.fixtures.bucket import Bucket
 from tests.fixtures.checkpoints import Checkpoints
 from tests.fixtures.service_process import ServiceProcess
@@ -16,7 +17,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def test_it_wins_over_the_environment(
-    service: ServiceProcess, bucket: Bucket, checkpoints: Checkpoints
+    service: ServiceProcess, bucket: Bucket, checkpoints: Checkpoints, engine: Engine
 ) -> None:
     bucket.upload(checkpoints.base, "models/m")
     bucket.put("models/m/serving.json", SERVING)

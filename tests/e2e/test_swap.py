@@ -1,4 +1,4 @@
-"""From one fine-tune to the next in vLLM's live engine: what it answers is what a fresh engine answers."""
+"""From one fine-tune to the next in a live engine: what it answers is what a fresh engine answers."""
 
 import json
 import threading
@@ -12,6 +12,7 @@ import pytest
 from openai.types import CompletionChoice
 
 from tests.e2e.conftest import real_service
+from tests.e2e.engines import Engine
 from tests.e2e.test_openai_client import BASE, CAPITAL, TUNED
 from tests.fixtures.bucket import Bucket, new_bucket
 from tests.fixtures.checkpoints import Checkpoints
@@ -48,10 +49,12 @@ def family(gcs_url: str, checkpoints: Checkpoints) -> Iterator[Bucket]:
 
 
 @pytest.fixture(scope="module")
-def single(family: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+def single(
+    family: Bucket, tmp_path_factory: pytest.TempPathFactory, engine: Engine
+) -> Iterator[ServiceProcess]:
     """One slot: every other model is a swap, or a fresh engine."""
     settings = {"MAX_CACHED_MODELS": "1", "MIN_RESIDENCY": "0", "CATALOG_TTL": "0", "MAX_ADAPTERS": "1"}
-    with real_service(family, tmp_path_factory.mktemp("single"), **settings) as service:
+    with real_service(family, tmp_path_factory.mktemp("single"), engine, **settings) as service:
         yield service
 
 
@@ -199,12 +202,12 @@ def proportional_bytes(process: int) -> int:
     return sum(each.memory_full_info().pss for each in (host, *host.children(recursive=True)))
 
 
-def test_rollover_under_load(gcs_url: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_rollover_under_load(gcs_url: str, checkpoints: Checkpoints, tmp_path: Path, engine: Engine) -> None:
     """No request fails, and each answer is of the revision that its header names."""
-    with new_bucket(gcs_url, "rollover") as bucket:
+    with new_bucket(gcs_url, f"rollover-{engine.name}") as bucket:
         bucket.upload(checkpoints.base, "models/live")
         settings = {"MAX_CACHED_MODELS": "1", "CATALOG_TTL": "0"}
-        with real_service(bucket, tmp_path, **settings) as service:
+        with real_service(bucket, tmp_path, engine, **settings) as service:
             old = revision_of(service)
             load = Load(service)
             with load:

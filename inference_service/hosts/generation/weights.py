@@ -1,0 +1,91 @@
+"""A checkpoint's weights: into a fresh model, and into the live one of another checkpoint of its shapes."""
+
+import ctypes
+import gc
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from inference_service.hosts.generation.int8 import quantize
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's weights go, and as what. `spread`: over all CUDA devices, layer by layer."""
+
+    device: str
+    dtype: str
+    spread: bool = False
+    int8: bool = False
+
+
+class MissingWeightsError(Exception):
+    """A checkpoint does not hold every weight of its architecture."""
+
+
+def load(directory: Path, place: Placement) -> Any:
+    """A model of the checkpoint in `directory`, ready to run; raises what transformers raises."""
+    try:
+        model = _read(directory, place, "sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        model = _read(directory, place, "eager")
+    model.requires_grad_(requires_grad=False).eval()
+    # `generate` fills in from it what a request leaves open; what a checkpoint wishes is engine.py's to know.
+    model.generation_config = GenerationConfig()
+    if place.int8:
+        quantize(model)
+    return model if place.spread else model.to(place.device)
+
+
+def replace(model: Any, directory: Path, place: Placement) -> None:
+    """Put the weights of the checkpoint in `directory` into `model`, whose architecture is the same.
+
+    Where it raises the model may be a mixture: it is of no use any more.
+    """
+    on_cpu = Placement("cpu", place.dtype, int8=place.int8)
+    fresh = load(directory, on_cpu)
+    # On the CPU the new tensors themselves take the old ones' place: nothing is copied.
+    model.load_state_dict(fresh.state_dict(), strict=True, assign=place.device == "cpu")
+    model.requires_grad_(requires_grad=False)
+    del fresh
+    _give_back()
+
+
+def _give_back() -> None:
+    """What the allocator keeps of freed weights, with glibc as much as a model."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def _read(directory: Path, place: Placement, attention: str) -> Any:
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    kind = (
+        AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    )
+    model, loading = kind.from_pretrained(
+        directory,
+        dtype=getattr(torch, place.dtype),
+        attn_implementation=attention,
+        device_map="auto" if place.spread else None,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        # transformers would go on with random numbers in their place.
+        raise MissingWeightsError(
+            f"the checkpoint lacks {len(missing)} of its weights, among them {missing[0]}"
+        )
+    return model

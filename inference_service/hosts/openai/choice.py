@@ -1,0 +1,46 @@
+"""One of a request's answers while it arrives: tokens in, pieces of text with their log probabilities out."""
+
+from dataclasses import dataclass, field
+
+from inference_service.hosts.generation.sequence import Finish, Token
+from inference_service.hosts.openai.text import Detokenizer, StopFinder
+
+
+@dataclass
+class Piece:
+    """What an answer has gained. `tokens` are those whose text it holds; `finish` is set on the last."""
+
+    text: str
+    tokens: list[Token] = field(default_factory=list)
+    finish: str | None = None
+
+
+class Choice:
+    """Takes tokens in order; `index` among the answers of its request."""
+
+    def __init__(self, index: int, detokenizer: Detokenizer, stops: StopFinder, *, shows_stop: bool) -> None:
+        """`shows_stop`: the token that ends the answer is one of its text, not a mark."""
+        self.index = index
+        self.tokens = 0
+        self.finished = False
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._shows_stop = shows_stop
+        self._waiting: list[Token] = []
+
+    def take(self, token: Token) -> Piece | None:
+        """The piece that can be shown now; None while a character or a stop string may be unfinished."""
+        self.tokens += 1
+        text = ""
+        if token.finish is not Finish.STOP or self._shows_stop:
+            self._waiting.append(token)
+            text = self._stops.add(self._detokenizer.add(token.id))
+        if token.finish is not None and not self._stops.found:
+            text += self._stops.add(self._detokenizer.finish())
+            text += self._stops.finish()
+        finish = "stop" if self._stops.found else token.finish and token.finish.value
+        self.finished = finish is not None
+        if not text and not self.finished:
+            return None
+        tokens, self._waiting = self._waiting, []
+        return Piece(text, tokens, finish)

@@ -1,0 +1,169 @@
+"""/v1/completions."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.requests import Request
+from starlette.responses import Response
+
+from inference_service.hosts.generation.grammar import Grammar
+from inference_service.hosts.generation.sequence import Token, Wishes
+from inference_service.hosts.openai.answer import Begin, EventStream, pieces, unless_gone
+from inference_service.hosts.openai.choice import Choice, Piece
+from inference_service.hosts.openai.logprobs import of_completion
+from inference_service.hosts.openai.prompts import completion_prompts, room_for_answer
+from inference_service.hosts.openai.requests import CompletionRequest, parse_completion
+from inference_service.hosts.openai.serving import Served, begin_choices, body_of, event, head, usage
+from inference_service.hosts.openai.wishes import grammar_of, wishes_of
+
+
+@dataclass
+class _Text:
+    """One of the answers."""
+
+    choice: Choice
+    begin: Begin
+    prompt: list[int]
+    wishes: Wishes
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish: str | None = None
+
+    def take(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.tokens += piece.tokens
+        self.finish = piece.finish
+
+
+@dataclass
+class _Completion:
+    """One request on its way."""
+
+    served: Served
+    request: CompletionRequest
+    prompts: list[list[int]]
+    answers: list[_Text]
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return usage(sum(map(len, self.prompts)), [answer.choice for answer in self.answers])
+
+
+async def complete(request: Request, served: Served) -> Response:
+    return await unless_gone(request, _answer(request, served))
+
+
+async def _answer(request: Request, served: Served) -> Response:
+    body = parse_completion(await body_of(request))
+    prepared = await asyncio.to_thread(_prepare, served, body)
+    if body.stream:
+        return EventStream(_events(prepared))
+    return Response(to_json(await _whole(prepared)), media_type="application/json")
+
+
+def _prepare(served: Served, body: CompletionRequest) -> _Completion:
+    """Everything that may take a while or be refused, before anything runs."""
+    engine = served.engine
+    prompts = completion_prompts(engine.tokenizer, body, engine.vocabulary)
+    asked = body.response_format or body.structured_outputs
+    grammar = None if asked is None else grammar_of(body, engine.grammars)
+    answers: list[_Text] = []
+    for prompt in prompts:
+        answers += _answers(served, body, prompt, grammar, len(answers))
+    return _Completion(served, body, prompts, answers)
+
+
+def _answers(
+    served: Served, body: CompletionRequest, prompt: list[int], grammar: Grammar | None, first: int
+) -> list[_Text]:
+    engine = served.engine
+    limit = room_for_answer(prompt, body.max_tokens, served.default_max_tokens, engine.max_model_len)
+    wishes = wishes_of(body, engine.defaults, limit, body.logprobs, engine.stop_tokens, engine.vocabulary)
+    begins = begin_choices(served, body, prompt, wishes, grammar, first)
+    return [_Text(choice, begin, prompt, wishes) for choice, begin in begins]
+
+
+async def _whole(completion: _Completion) -> dict[str, Any]:
+    echoed = await _echo(completion)
+    left = [(answer.choice, answer.begin) for answer in completion.answers if answer.finish is None]
+    async for choice, piece in pieces(left, completion.served.engine.runner.cancel):
+        completion.answers[choice.index].take(piece)
+    choices = [
+        {
+            "index": answer.choice.index,
+            "text": echoed[number].text + answer.text,
+            "finish_reason": answer.finish,
+            "logprobs": _logprobs(completion, echoed[number].tokens + answer.tokens, 0),
+        }
+        for number, answer in enumerate(completion.answers)
+    ]
+    start = head("cmpl", "text_completion", completion.served, completion.request)
+    return start | {"choices": choices, "usage": completion.usage}
+
+
+async def _events(completion: _Completion) -> AsyncIterator[bytes]:
+    start = head("cmpl", "text_completion", completion.served, completion.request)
+
+    def chunk(answer: _Text, piece: Piece) -> bytes:
+        part = {
+            "index": answer.choice.index,
+            "text": piece.text,
+            "finish_reason": piece.finish,
+            "logprobs": _logprobs(completion, piece.tokens, len(answer.text)),
+        }
+        answer.text += piece.text
+        return event(start | {"choices": [part]})
+
+    echoed = await _echo(completion)
+    for answer, prompt in zip(completion.answers, echoed, strict=True):
+        if completion.request.echo:
+            text, answer.text = answer.text, ""
+            yield chunk(answer, prompt)
+            if answer.finish is not None:
+                yield chunk(answer, Piece(text, answer.tokens, answer.finish))
+    left = [(answer.choice, answer.begin) for answer in completion.answers if answer.finish is None]
+    async for choice, piece in pieces(left, completion.served.engine.runner.cancel):
+        yield chunk(completion.answers[choice.index], piece)
+    if completion.request.wants_usage:
+        yield event(start | {"choices": [], "usage": completion.usage})
+
+
+async def _echo(completion: _Completion) -> list[Piece]:
+    """For each answer its prompt, scored where that is asked for, or nothing.
+
+    Where at most one token is to follow, it is chosen from what the prompt's own reading has brought.
+    """
+    return [await _echo_one(completion, answer) for answer in completion.answers]
+
+
+async def _echo_one(completion: _Completion, answer: _Text) -> Piece:
+    request, engine = completion.request, completion.served.engine
+    if not request.echo:
+        return Piece("")
+    text = engine.tokenizer.decode(answer.prompt, clean_up_tokenization_spaces=False)
+    if request.logprobs is None and answer.wishes.max_tokens > 0:
+        return Piece(text)
+    short = answer.wishes.max_tokens <= 1
+    scored, following = await engine.score(
+        answer.prompt,
+        completion.served.adapter(request.model),
+        request.logprobs or 0,
+        answer.wishes if short and answer.wishes.max_tokens else None,
+    )
+    for token in following:
+        piece = answer.choice.take(token)
+        if piece is not None:
+            answer.take(piece)
+    if short and answer.finish is None:
+        answer.finish = "length"
+        answer.choice.finished = True
+    return Piece(text, [Token(answer.prompt[0]), *scored])
+
+
+def _logprobs(completion: _Completion, tokens: list[Token], offset: int) -> dict[str, Any] | None:
+    if completion.request.logprobs is None or not tokens:
+        return None
+    return of_completion(tokens, completion.served.texts, offset)

@@ -1,0 +1,219 @@
+"""An assistant's message while it is written: content, reasoning and tool calls, told apart as they come.
+
+Where the model's tokenizer has a response template, transformers' parser follows it; else JSON tool calls are
+found in the forms in which most models write them.
+"""
+
+import json
+import re
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from transformers.utils import chat_parsing
+
+# Hermes, Qwen 2 and 3, SmolLM 2 and 3 and many fine-tunes of others write their calls so.
+_JSON_CALLS = {
+    "open_pattern": r"\s*<tool_call>",
+    "close": "</tool_call>",
+    "repeats": True,
+    "content": "json",
+    "transform": {"type": "function", "function": "{content}"},
+}
+_THINKING = {"open": "<think>", "close": "</think>", "content": "text"}
+_CONTENT = {"content": "text", "content_args": {"strip": False}}
+_THINK = "<think>"
+# What Llama 3 and Mistral put before the JSON of their calls.
+_CALL_MARKS = re.compile(r"\s*(?:<\|python_tag\|>|\[TOOL_CALLS\])?\s*")
+
+
+@dataclass
+class Gain:
+    """What a message has gained."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.content or self.reasoning or self.calls)
+
+    def __add__(self, other: "Gain") -> "Gain":
+        return Gain(self.content + other.content, self.reasoning + other.reasoning, self.calls + other.calls)
+
+
+class Writer(Protocol):
+    """Makes messages of text."""
+
+    def add(self, text: str) -> Gain: ...
+
+    def finish(self) -> Gain:
+        """What is left; nothing is added afterwards."""
+        ...
+
+
+class Plain:
+    """All text is content."""
+
+    def add(self, text: str) -> Gain:
+        return Gain(text)
+
+    def finish(self) -> Gain:
+        return Gain()
+
+
+class Forced:
+    """All text is the arguments of one function (`name`), or a list of calls: a grammar has seen to it."""
+
+    def __init__(self, name: str | None) -> None:
+        self._name = name
+        self._text = ""
+
+    def add(self, text: str) -> Gain:
+        self._text += text
+        return Gain()
+
+    def finish(self) -> Gain:
+        if self._name is not None:
+            return Gain(calls=[_call(self._name, self._text)])
+        return _calls_or_content(self._text)
+
+
+class BareJson:
+    """A message of nothing but JSON may be calls, which shows at its end; any other is content at once."""
+
+    def __init__(self, names: frozenset[str], otherwise: Writer) -> None:
+        self._names = names
+        self._otherwise = otherwise
+        self._held = ""
+        self._decided = False
+
+    def add(self, text: str) -> Gain:
+        if self._decided:
+            return self._otherwise.add(text)
+        self._held += text
+        start = self._held[_CALL_MARKS.match(self._held).end() :]  # type: ignore[union-attr]
+        if not start or start[0] in "{[" or "<|python_tag|>".startswith(start):
+            return Gain()
+        self._decided = True
+        return self._otherwise.add(self._held)
+
+    def finish(self) -> Gain:
+        if self._decided:
+            return self._otherwise.finish()
+        found = _calls_or_content(self._held, self._names)
+        if found.calls:
+            return found
+        return self._otherwise.add(self._held) + self._otherwise.finish()
+
+
+class Parsed:
+    """As a response template tells the parts of a message apart."""
+
+    def __init__(self, template: Any, prefix: str, tools: list[dict[str, Any]]) -> None:
+        self._parser = chat_parsing.ResponseParser(template, prefix=prefix, tools=tools)
+        self._raw = ""
+        self._broken = False
+
+    def add(self, text: str) -> Gain:
+        if self._broken:
+            return Gain(text)
+        self._raw += text
+        return self._gained(lambda: self._parser.feed(text))
+
+    def finish(self) -> Gain:
+        return Gain() if self._broken else self._gained(lambda: self._parser.finalize()[1])
+
+    def _gained(self, step: Any) -> Gain:
+        try:
+            events = step()
+        except ValueError:
+            # A call that is no JSON: shown as it was written.
+            self._broken = True
+            return Gain(self._raw)
+        gain = sum((self._of(event) for event in events), Gain())
+        if any(event["type"] == "region_close" for event in events):
+            self._raw = ""
+        return gain
+
+    def _of(self, event: dict[str, Any]) -> Gain:
+        kind, name = event["type"], event["field"]
+        if kind == "region_chunk" and not event["dirty"]:
+            if name == "content":
+                self._raw = ""
+                return Gain(content=event["text"])
+            return Gain(reasoning=event["text"]) if name == "thinking" else Gain()
+        if kind == "region_close" and name == "tool_calls":
+            calls = event["value"] if isinstance(event["value"], list) else [event["value"]]
+            return Gain(calls=list(_readable(calls)))
+        return Gain()
+
+
+def writer_for(template: Any, prompt: str, tools: list[dict[str, Any]], *, reasons: bool) -> Writer:
+    """`template` of the tokenizer or None; `reasons`: the model writes its thoughts between tags."""
+    if template is not None:
+        return Parsed(template, prompt, tools)
+    if not tools and not reasons:
+        return Plain()
+    fields: dict[str, Any] = {"tool_calls": _JSON_CALLS} if tools else {}
+    if reasons:
+        fields["thinking"] = _THINKING
+    fields["content"] = _CONTENT
+    own = {"defaults": {"role": "assistant"}, "start_anchor_pattern": r"\A", "fields": fields}
+    prefix = _THINK if reasons and prompt.rstrip().endswith(_THINK) else ""
+    parsed = Parsed(own, prefix, tools)
+    names = frozenset(tool["function"]["name"] for tool in tools)
+    return BareJson(names, parsed) if tools else parsed
+
+
+def schema_of_calls(tools: list[dict[str, Any]], *, parallel: bool) -> dict[str, Any]:
+    """JSON schema of a list with at least one call of one of the tools."""
+    schemas = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "enum": [tool["function"]["name"]]},
+                "parameters": schema_of_arguments(tool),
+            },
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    calls: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": schemas}}
+    return calls if parallel else {**calls, "maxItems": 1}
+
+
+def schema_of_arguments(tool: dict[str, Any]) -> dict[str, Any]:
+    return tool["function"].get("parameters") or {"type": "object", "properties": {}}
+
+
+def _calls_or_content(text: str, names: frozenset[str] | None = None) -> Gain:
+    """The calls that a text of JSON holds, of these functions only; the text itself where it holds none."""
+    mark = _CALL_MARKS.match(text)
+    try:
+        found = json.loads(text[mark.end() :] if mark else text)
+    except ValueError:
+        return Gain(text)
+    calls = list(_readable(found if isinstance(found, list) else [found]))
+    if not calls or (names is not None and any(call["function"]["name"] not in names for call in calls)):
+        return Gain(text)
+    return Gain(calls=calls)
+
+
+def _readable(calls: Iterable[Any]) -> Iterable[dict[str, Any]]:
+    for each in calls:
+        function = each.get("function", each) if isinstance(each, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            continue
+        arguments = function.get("arguments", function.get("parameters", {}))
+        yield _call(
+            function["name"],
+            arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
+        )
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"chatcmpl-tool-{uuid.uuid4().hex[:16]}", "type": "function", "function": function}

@@ -1,0 +1,126 @@
+"""From messages or text to the tokens of a prompt, within the model's context. Blocks for milliseconds."""
+
+import json
+from typing import Any
+
+from inference_service.hosts.openai.refusal import Refused
+from inference_service.hosts.openai.requests import ChatRequest, CompletionRequest
+
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def chat_prompt(tokenizer: Any, request: ChatRequest, *, with_tools: bool) -> list[int]:
+    """The model's own template over the messages; raises Refused."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise Refused(
+            "The model has no chat template: use /v1/completions, or upload a chat_template.jinja.",
+            "messages",
+        )
+    if with_tools and "tools" not in _template_text(tokenizer):
+        raise Refused("The model's chat template has no place for tools.", "tools")
+    messages = [_message(message, number) for number, message in enumerate(request.messages)]
+    arguments = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        arguments.setdefault("reasoning_effort", request.reasoning_effort)
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=[tool.model_dump(exclude_none=True) for tool in request.tools or ()]
+            if with_tools
+            else None,
+            tokenize=False,
+            add_generation_prompt=not request.continue_final_message
+            if request.add_generation_prompt is None
+            else request.add_generation_prompt,
+            continue_final_message=bool(request.continue_final_message),
+            **arguments,
+        )
+    except Exception as error:  # a template is the model's: it may raise anything
+        raise Refused(f"The chat template cannot render these messages: {error}", "messages") from error
+    return _encode(tokenizer, text, special=bool(request.add_special_tokens))
+
+
+def completion_prompts(tokenizer: Any, request: CompletionRequest, vocabulary: int) -> list[list[int]]:
+    """Each prompt's tokens; raises Refused."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        prompts: list[Any] = [prompt]
+    elif prompt and isinstance(prompt[0], int):
+        prompts = [prompt]
+    else:
+        prompts = list(prompt)
+    special = request.add_special_tokens is not False
+    found = [_encode(tokenizer, each, special=special) if isinstance(each, str) else each for each in prompts]
+    for tokens in found:
+        if not tokens:
+            raise Refused("A prompt without a token cannot be continued.", "prompt")
+        if not all(0 <= token < vocabulary for token in tokens):
+            raise Refused(f"A prompt's token is outside the vocabulary of {vocabulary}.", "prompt")
+    if not found:
+        raise Refused("There is no prompt.", "prompt")
+    return found
+
+
+def room_for_answer(prompt: list[int], wanted: int | None, default: int, longest: int) -> int:
+    """Tokens that an answer may have; raises Refused where the context has not so many left.
+
+    A silent request gets `default`, or what is left.
+    """
+    left = longest - len(prompt)
+    if left < (1 if wanted is None else wanted):
+        raise Refused(
+            f"This model's maximum context length is {longest} tokens. The request needs "
+            f"{len(prompt) + (wanted or 1)}: {len(prompt)} in the prompt and {wanted or 1} for the answer.",
+            "messages" if wanted is None else "max_tokens",
+        )
+    return min(default, left) if wanted is None else wanted
+
+
+def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    tokens: list[int] = tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+    return tokens
+
+
+def _template_text(tokenizer: Any) -> str:
+    template = tokenizer.chat_template
+    return json.dumps(template) if isinstance(template, dict) else str(template)
+
+
+def _message(message: dict[str, Any], number: int) -> dict[str, Any]:
+    """As templates expect it: text for content, `system` for `developer`, arguments as objects."""
+    role = message.get("role")
+    if role not in _ROLES:
+        raise Refused(f"Message {number} has the role {role!r}; known are {', '.join(_ROLES)}.", "messages")
+    told = {**message, "role": "system" if role == "developer" else role}
+    told["content"] = _content(message.get("content"), number)
+    if message.get("tool_calls"):
+        told["tool_calls"] = [_tool_call(call, number) for call in message["tool_calls"]]
+    return told
+
+
+def _content(content: Any, number: int) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise Refused(f"The content of message {number} is neither text nor a list of parts.", "messages")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
+        if kind not in ("text", "refusal") or not isinstance(text, str):
+            raise Refused(
+                f"Message {number} holds a part of type {kind!r}; the transformers backend reads text only.",
+                "messages",
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _tool_call(call: Any, number: int) -> dict[str, Any]:
+    try:
+        function = dict(call["function"])
+        arguments = function.get("arguments") or {}
+        function["arguments"] = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (TypeError, KeyError, ValueError) as error:
+        raise Refused(f"A tool call in message {number} is malformed: {error}", "messages") from error
+    return {**call, "function": function}

@@ -1,0 +1,113 @@
+"""The routes, and what chat and completions have in common: from a body to the choices that are begun."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from pydantic_core import from_json, to_json
+from starlette.requests import Request
+
+from inference_service.hosts.generation.engine import Engine
+from inference_service.hosts.generation.grammar import Grammar
+from inference_service.hosts.generation.sequence import Sequence, Wishes
+from inference_service.hosts.openai.answer import Begin
+from inference_service.hosts.openai.choice import Choice
+from inference_service.hosts.openai.refusal import Refused
+from inference_service.hosts.openai.requests import GenerationRequest
+from inference_service.hosts.openai.text import Detokenizer, StopFinder, TokenTexts
+
+
+@dataclass
+class Served:
+    """What the host serves at this moment: the engine, and how its model is called and answers by default."""
+
+    engine: Engine
+    name: str
+    default_max_tokens: int
+    reasons: bool
+    texts: TokenTexts
+
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter that a request names, None for the model itself; raises Refused."""
+        if name is None or name == self.name:
+            return None
+        if name in self.engine.adapters:
+            return name
+        raise Refused(f"The model `{name}` does not exist.", "model", status=404)
+
+
+async def body_of(request: Request) -> Any:
+    try:
+        return await asyncio.to_thread(from_json, await request.body())
+    except ValueError as error:
+        raise Refused(f"The request's body is not valid JSON: {error}") from error
+
+
+def begin_choices(
+    served: Served,
+    request: GenerationRequest,
+    prompt: list[int],
+    wishes: Wishes,
+    grammar: Grammar | None,
+    first_index: int = 0,
+    *,
+    raw: bool = False,
+) -> list[tuple[Choice, Begin]]:
+    """The choices of one prompt, and how each is begun. `raw`: special tokens are part of the text."""
+    adapter = served.adapter(request.model)
+    skip_special = request.skip_special_tokens is not False and not raw
+    begins = []
+    for number in range(request.n or 1):
+        choice = Choice(
+            first_index + number,
+            Detokenizer(served.engine.tokenizer, prompt, skip_special=skip_special),
+            StopFinder(request.stops, keep=bool(request.include_stop_str_in_output)),
+            shows_stop=False,
+        )
+        own = wishes if wishes.seed is None else replace(wishes, seed=wishes.seed + number)
+        begins.append((choice, _begin(served.engine, prompt, own, adapter, grammar)))
+    return begins
+
+
+def _begin(
+    engine: Engine, prompt: list[int], wishes: Wishes, adapter: str | None, grammar: Grammar | None
+) -> Begin:
+    return partial(_submit, engine, prompt, wishes, adapter, grammar)
+
+
+def _submit(
+    engine: Engine,
+    prompt: list[int],
+    wishes: Wishes,
+    adapter: str | None,
+    grammar: Grammar | None,
+    sink: Callable[[Any], None],
+) -> Sequence:
+    return engine.submit(prompt, wishes, sink, adapter=adapter, grammar=grammar)
+
+
+def head(prefix: str, kind: str, served: Served, request: GenerationRequest) -> dict[str, Any]:
+    """The fields that every part of an answer begins with; the revision in an adapter's name is ours."""
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": (request.model or served.name).partition("@")[0],
+    }
+
+
+def usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, int]:
+    generated = sum(choice.tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": generated,
+        "total_tokens": prompt_tokens + generated,
+    }
+
+
+def event(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + to_json(chunk) + b"\n\n"

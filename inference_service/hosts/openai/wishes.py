@@ -1,0 +1,79 @@
+"""From a request to what is wished of its sequences, and the grammar that they follow."""
+
+from typing import Any
+
+from inference_service.hosts.generation.grammar import BadGrammar, Grammar, Grammars
+from inference_service.hosts.generation.sequence import Wishes
+from inference_service.hosts.openai.refusal import Refused
+from inference_service.hosts.openai.requests import GenerationRequest, StructuredOutputs
+
+
+def wishes_of(
+    request: GenerationRequest,
+    defaults: dict[str, Any],
+    max_tokens: int,
+    logprobs: int | None,
+    stop_tokens: frozenset[int],
+    vocabulary: int,
+) -> Wishes:
+    """What the request is silent on comes from `defaults`; raises Refused."""
+
+    def chosen(name: str, neutral: float) -> float:
+        value = getattr(request, name)
+        return float(defaults.get(name, neutral) if value is None else value)
+
+    own_stops = frozenset(request.stop_token_ids or ())
+    return Wishes(
+        max_tokens=max_tokens,
+        temperature=chosen("temperature", 1.0),
+        top_p=chosen("top_p", 1.0),
+        top_k=max(0, int(chosen("top_k", 0))),
+        min_p=chosen("min_p", 0.0),
+        presence_penalty=float(request.presence_penalty or 0),
+        frequency_penalty=float(request.frequency_penalty or 0),
+        repetition_penalty=chosen("repetition_penalty", 1.0),
+        logit_bias=_biases(request.logit_bias or {}, vocabulary),
+        seed=request.seed,
+        min_tokens=min(request.min_tokens or 0, max_tokens),
+        stop_tokens=own_stops if request.ignore_eos else own_stops | stop_tokens,
+        logprobs=logprobs,
+    )
+
+
+def _biases(given: dict[str, Any], vocabulary: int) -> dict[int, float]:
+    biases = {}
+    for name, bias in given.items():
+        if not name.isdecimal() or int(name) >= vocabulary:
+            raise Refused(f"'{name[:40]}' is no token of this model: 0 to {vocabulary - 1}.", "logit_bias")
+        biases[int(name)] = float(bias)
+    return biases
+
+
+def grammar_of(request: GenerationRequest, grammars: Grammars) -> Grammar | None:
+    """The grammar that the request asks for; raises Refused. Blocks for as long as it takes to compile."""
+    wanted = request.response_format
+    try:
+        if request.structured_outputs is not None:
+            return _structured(request.structured_outputs, grammars)
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_object":
+            return grammars.json()
+        if wanted.json_schema is None or wanted.json_schema.content is None:
+            raise Refused("'json_schema' needs a 'schema'.", "response_format")
+        return grammars.schema(wanted.json_schema.content)
+    except BadGrammar as error:
+        field = "response_format" if request.structured_outputs is None else "structured_outputs"
+        raise Refused(f"The grammar cannot be followed: {error}", field) from error
+
+
+def _structured(wanted: StructuredOutputs, grammars: Grammars) -> Grammar:
+    if wanted.json_ is not None:
+        return grammars.schema(wanted.json_)
+    if wanted.regex is not None:
+        return grammars.regex(wanted.regex)
+    if wanted.choice is not None:
+        return grammars.choice(wanted.choice)
+    if wanted.grammar is not None:
+        return grammars.ebnf(wanted.grammar)
+    return grammars.json()

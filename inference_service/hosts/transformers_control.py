@@ -1,0 +1,90 @@
+"""What the service orders of a transformers host while it lives: a pulse, a canary, other weights, adapters.
+
+The same routes as vllm_control.py's. Whatever fails in a swap leaves an engine that nobody may use.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request
+from starlette.responses import JSONResponse
+
+from inference_service.engines.base import HostSpec
+from inference_service.hosts.openai.serving import Served
+from inference_service.hosts.transformers_options import parse_options, serve
+
+logger = logging.getLogger(__name__)
+control = APIRouter(prefix="/control")
+
+
+@control.get("/pulse")
+async def pulse(request: Request) -> dict[str, int]:
+    """Requests that are neither finished nor cancelled, and the steps of the model so far."""
+    runner = _served(request).engine.runner
+    if not runner.is_alive():
+        raise HTTPException(503, "the engine's thread is dead")
+    return {"running": runner.running, "steps": runner.steps}
+
+
+@control.get("/canary")
+async def canary(request: Request) -> JSONResponse:
+    """The highest logits of a fixed prompt, as the weights compute them now."""
+
+    async def look() -> dict[str, Any]:
+        return {"canary": await _served(request).engine.canary()}
+
+    return await _answered(look)
+
+
+@control.post("/swap")
+async def swap(request: Request) -> JSONResponse:
+    """Serve the snapshot that the HostSpec in the body names, with weights of the same shapes."""
+    spec = HostSpec.from_json(await request.json())
+
+    async def change() -> dict[str, Any]:
+        engine, options = _served(request).engine, parse_options(spec)
+        seconds = await engine.swap(Path(spec.directory), options.engine)
+        request.app.state.served = serve(engine, spec, options)
+        return {"canary": await engine.canary(), "seconds": seconds}
+
+    return await _answered(change)
+
+
+@control.post("/adapters")
+async def add_adapter(request: Request) -> JSONResponse:
+    """Read an adapter: `name` (with its revision), `id` (never used before) and `directory`."""
+    order = await request.json()
+
+    async def add() -> dict[str, Any]:
+        engine = _served(request).engine
+        await engine.add_adapter(order["name"], order["id"], Path(order["directory"]))
+        return {}
+
+    return await _answered(add)
+
+
+@control.delete("/adapters/{name}")
+async def remove_adapter(request: Request, name: str) -> JSONResponse:
+    """Forget an adapter that no request uses."""
+
+    async def remove() -> dict[str, Any]:
+        await _served(request).engine.remove_adapter(name)
+        return {}
+
+    return await _answered(remove)
+
+
+def _served(request: Request) -> Served:
+    served: Served = request.app.state.served
+    return served
+
+
+async def _answered(work: Callable[[], Awaitable[dict[str, Any]]]) -> JSONResponse:
+    """What the work returns; its error as 422 with the reason, for the service to tell."""
+    try:
+        return JSONResponse(await work())
+    except Exception as error:
+        logger.exception("an order of the service failed")
+        return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 422)

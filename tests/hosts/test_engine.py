@@ -1,0 +1,229 @@
+"""The transformers engine without HTTP: batches, cancellation, adapters, swaps, one at a time."""
+
+import asyncio
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from inference_service.hosts.generation.continuous import PAGE_TOKENS, ContinuousBatching
+from inference_service.hosts.generation.engine import Engine, EngineFailed
+from inference_service.hosts.generation.sequence import Failure, Token, Wishes
+from inference_service.hosts.generation.single import OneAtATime
+from inference_service.hosts.generation.weights import MissingWeightsError
+from tests.hosts.conftest import CONTEXT, Start, Tiny, options
+
+PROMPTS = [[7 * number + row for number in range(3 + 5 * row)] for row in range(1, 13)]
+
+
+def plain(
+    directory: Path, prompts: list[list[int]], tokens: int, adapter: Path | None = None
+) -> list[list[int]]:
+    """What `generate` makes of each, one after the other."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    wish = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=0)
+    model.generation_config = GenerationConfig()
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=wish)
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+async def ids(engine: Engine, prompt: list[int], tokens: int, adapter: str | None = None) -> list[int]:
+    return [token.id for token in await run(engine, prompt, Wishes(tokens, temperature=0), adapter)]
+
+
+async def run(
+    engine: Engine, prompt: list[int], wishes: Wishes, adapter: str | None = None, grammar: Any = None
+) -> list[Token]:
+    news: asyncio.Queue[Token | Failure] = asyncio.Queue()
+    engine.submit(prompt, wishes, news.put_nowait, adapter=adapter, grammar=grammar)
+    tokens: list[Token] = []
+    while not tokens or tokens[-1].finish is None:
+        token = await news.get()
+        assert isinstance(token, Token), token
+        tokens.append(token)
+    return tokens
+
+
+async def test_many_together_are_answered_as_each_alone(start: Start, tiny: Tiny) -> None:
+    engine = start(tiny.llama)
+    assert isinstance(engine.runner, ContinuousBatching)
+    together = await asyncio.gather(*(ids(engine, prompt, 20) for prompt in PROMPTS))
+    assert list(together) == plain(tiny.llama, PROMPTS, 20)
+    assert engine.runner.running == 0
+
+
+async def test_a_cache_too_small_for_all_holds_none_up_and_loses_nothing(start: Start, tiny: Tiny) -> None:
+    """Twelve sequences of up to 140 tokens, room for 256: some are put off and read anew."""
+    engine = start(tiny.llama, cache_bytes=256 * 512, max_model_len=256)
+    assert engine.max_model_len == 256
+    together = await asyncio.gather(*(ids(engine, prompt, 80) for prompt in PROMPTS))
+    assert list(together) == plain(tiny.llama, PROMPTS, 80)
+
+
+async def test_a_prompt_longer_than_a_step(start: Start, tiny: Tiny) -> None:
+    engine = start(tiny.llama, cache_bytes=1 << 20)
+    prompt = [(31 * number) % 4000 for number in range(CONTEXT - 20)]
+    assert await ids(engine, prompt, 8) == plain(tiny.llama, [prompt], 8)[0]
+
+
+async def test_cancelled_sequences_give_their_pages_back_at_once(start: Start, tiny: Tiny) -> None:
+    engine = start(tiny.llama, sequences=4)
+    assert engine.runner.free_tokens is not None
+    before = engine.runner.free_tokens
+    news: asyncio.Queue[Any] = asyncio.Queue()
+    endless = Wishes(400, temperature=0)
+    # Four run, four wait.
+    sequences = [engine.submit(prompt, endless, news.put_nowait) for prompt in PROMPTS[:8]]
+    await news.get()
+    assert engine.runner.free_tokens < before
+    for sequence in sequences:
+        engine.runner.cancel(sequence)
+    assert engine.runner.running == 0
+    for _ in range(100):
+        if engine.runner.free_tokens == before:
+            break
+        await asyncio.sleep(0.01)
+    assert engine.runner.free_tokens == before
+    # What is cancelled says nothing any more, and does not hold the next up.
+    while not news.empty():
+        news.get_nowait()
+    assert await ids(engine, PROMPTS[0], 5) == plain(tiny.llama, PROMPTS[:1], 5)[0]
+    assert news.empty()
+
+
+async def test_pages_of_equal_beginnings_are_shared(start: Start, tiny: Tiny) -> None:
+    engine = start(tiny.llama)
+    prompt = list(range(3 * PAGE_TOKENS + 5))
+    first = await ids(engine, prompt, 6)
+    steps = engine.runner.steps
+    assert await ids(engine, prompt, 6) == first
+    assert engine.runner.steps > steps
+
+
+async def test_adapters_take_turns_with_their_base(start: Start, tiny: Tiny) -> None:
+    engine = start(tiny.llama)
+    for number, directory in enumerate(tiny.adapters, start=1):
+        await engine.add_adapter(f"a@{number}", number, directory)
+    expected = {
+        None: plain(tiny.llama, PROMPTS[:3], 12),
+        "a@1": plain(tiny.llama, PROMPTS[:3], 12, tiny.adapters[0]),
+        "a@2": plain(tiny.llama, PROMPTS[:3], 12, tiny.adapters[1]),
+    }
+    assert expected[None] != expected["a@1"] != expected["a@2"]
+    asked = [(name, row) for name in expected for row in range(3)]
+    found = await asyncio.gather(*(ids(engine, PROMPTS[row], 12, name) for name, row in asked))
+    for (name, row), got in zip(asked, found, strict=True):
+        assert got == expected[name][row], (name, row)
+    await engine.remove_adapter("a@1")
+    assert "a@1" not in engine.adapters
+    assert await ids(engine, PROMPTS[0], 12, "a@2") == expected["a@2"][0]
+    assert await ids(engine, PROMPTS[0], 12) == expected[None][0]
+
+
+async def test_a_broken_adapter_leaves_the_model_as_it_was(start: Start, tiny: Tiny, tmp_path: Path) -> None:
+    engine = start(tiny.llama)
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny.adapters[0], broken)
+    (broken / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(Exception, match=r".+"):
+        await engine.add_adapter("a@1", 1, broken)
+    assert "a@1" not in engine.adapters
+    assert await ids(engine, PROMPTS[0], 8) == plain(tiny.llama, PROMPTS[:1], 8)[0]
+    await engine.add_adapter("a@2", 2, tiny.adapters[0])
+    assert await ids(engine, PROMPTS[0], 8, "a@2") == plain(tiny.llama, PROMPTS[:1], 8, tiny.adapters[0])[0]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+async def test_a_swap_brings_what_a_fresh_engine_brings(start: Start, tiny: Tiny, int8: bool) -> None:
+    engine = start(tiny.llama, int8=int8)
+    before = await ids(engine, PROMPTS[5], 12)
+    canary = await engine.canary()
+    await engine.add_adapter("a@1", 1, tiny.adapters[0])
+    await ids(engine, PROMPTS[5], 4, "a@1")
+    await engine.swap(tiny.other, options(int8=int8))
+    fresh = start(tiny.other, int8=int8)
+    assert await ids(engine, PROMPTS[5], 12) == await ids(fresh, PROMPTS[5], 12) != before
+    assert await engine.canary() == await fresh.canary() != canary
+    await engine.swap(tiny.llama, options(int8=int8))
+    assert await engine.canary() == canary
+    assert await ids(engine, PROMPTS[5], 12) == before, "nothing is left in the pages either"
+
+
+async def test_the_log_probabilities_of_a_prompt(start: Start, tiny: Tiny) -> None:
+    """Read in pieces, and beside sequences that run."""
+    engine = start(tiny.llama)
+    prompt = [(31 * number) % 4000 for number in range(500)]
+    running = asyncio.gather(*(ids(engine, each, 60) for each in PROMPTS[:3]))
+    told, (following,) = await engine.score(prompt, None, 3, Wishes(1, temperature=0, logprobs=2))
+    await running
+    model = AutoModelForCausalLM.from_pretrained(tiny.llama, dtype=torch.float32)
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.tensor([prompt])).logits[0], dim=-1)
+    assert [token.id for token in told] == prompt[1:]
+    for row, token in enumerate(told):
+        assert token.logprob == pytest.approx(float(expected[row, token.id]), abs=1e-4)
+        assert token.top[0][1] == pytest.approx(float(expected[row].max()), abs=1e-4)
+    assert following.id == int(expected[-1].argmax())
+    assert len(following.top) == 2
+
+
+async def test_an_architecture_that_cannot_share_a_batch_is_served_alone(start: Start, tiny: Tiny) -> None:
+    engine = start(tiny.neo)
+    assert isinstance(engine.runner, OneAtATime)
+    assert engine.limitation is not None
+    assert "one at a time" in engine.limitation
+    assert "GPTNeo" in engine.limitation
+    together = await asyncio.gather(*(ids(engine, prompt, 6) for prompt in PROMPTS[:4]))
+    assert list(together) == plain(tiny.neo, PROMPTS[:4], 6)
+    told, _ = await engine.score(PROMPTS[3], None, 1, None)
+    assert len(told) == len(PROMPTS[3]) - 1
+    await engine.canary()
+
+
+async def test_what_is_cancelled_alone_ends_and_lets_the_next_run(start: Start, tiny: Tiny) -> None:
+    engine = start(tiny.neo)
+    news: asyncio.Queue[Any] = asyncio.Queue()
+    sequences = [engine.submit(PROMPTS[0], Wishes(450, temperature=0), news.put_nowait) for _ in range(3)]
+    await news.get()
+    for sequence in sequences:
+        engine.runner.cancel(sequence)
+    assert await asyncio.wait_for(ids(engine, PROMPTS[1], 3), 5) == plain(tiny.neo, PROMPTS[1:2], 3)[0]
+
+
+async def test_weights_that_are_missing_are_no_random_numbers(tiny: Tiny, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    cut = tmp_path / "cut"
+    shutil.copytree(tiny.llama, cut)
+    tensors = load_file(cut / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, cut / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MissingWeightsError, match="up_proj"):
+        Engine(cut, options())
+
+
+async def test_a_dead_thread_fails_its_sequences_and_says_so(start: Start, tiny: Tiny) -> None:
+    engine = start(tiny.llama)
+
+    def broken(**_: Any) -> None:
+        raise RuntimeError("the forward pass broke")
+
+    engine.model.forward = broken
+    with pytest.raises(EngineFailed, match="forward pass broke"):
+        [token async for token in engine.generate(PROMPTS[0], Wishes(4))]
+    for _ in range(200):
+        if not engine.runner.is_alive():
+            break
+        await asyncio.sleep(0.01)
+    assert not engine.runner.is_alive()
+    assert engine.runner.running == 0

@@ -1,0 +1,80 @@
+"""Messages while they are written: calls and thoughts told apart, however the text is cut."""
+
+import json
+from typing import Any
+
+import pytest
+
+from inference_service.hosts.openai.message import Forced, Gain, writer_for
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+    for name in ("weather", "time")
+]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+TIME = '<tool_call>{"name": "time", "arguments": {}}</tool_call>'
+
+
+def written(text: str, size: int, *, tools: bool = True, reasons: bool = False, prompt: str = "") -> Gain:
+    writer = writer_for(None, prompt, TOOLS if tools else [], reasons=reasons)
+    gain = Gain()
+    for start in range(0, len(text), size):
+        gain += writer.add(text[start : start + size])
+    return gain + writer.finish()
+
+
+def called(gain: Gain) -> list[tuple[str, Any]]:
+    return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in gain.calls]
+
+
+ROME = ("weather", {"city": "Rome"})
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("Just words.", "Just words.", []),
+        (CALL, "", [ROME]),
+        (f"Let me see.\n{CALL}", "Let me see.", [ROME]),
+        (f"{CALL}\n{TIME}", "", [ROME, ("time", {})]),
+        ('{"name": "weather", "parameters": {"city": "Rome"}}', "", [ROME]),
+        ('[{"name": "time", "arguments": {}}]', "", [("time", {})]),
+        ('[TOOL_CALLS][{"name": "time", "arguments": {}}]', "", [("time", {})]),
+        ('<|python_tag|>{"name": "weather", "parameters": {"city": "Rome"}}', "", [ROME]),
+        ('{"name": "nobody", "arguments": {}}', '{"name": "nobody", "arguments": {}}', []),
+        ('{"some": "json"}', '{"some": "json"}', []),
+        ("{never closed", "{never closed", []),
+        ("a < b and <tool", "a < b and <tool", []),
+    ],
+)
+def test_calls_are_found_in_the_forms_that_models_write(
+    text: str, content: str, calls: list[Any], size: int
+) -> None:
+    gain = written(text, size)
+    assert called(gain) == calls
+    assert gain.content.strip() == content
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_a_call_that_is_no_json_is_shown(size: int) -> None:
+    gain = written("Look: <tool_call>{oops</tool_call> done", size)
+    assert gain.calls == []
+    assert "oops" in gain.content
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_thoughts(size: int) -> None:
+    gain = written("<think>hm, well</think>Yes.", size, tools=False, reasons=True)
+    assert (gain.reasoning.strip(), gain.content.strip()) == ("hm, well", "Yes.")
+    begun = written("hm</think>Yes.", size, tools=False, reasons=True, prompt="…<think>\n")
+    assert (begun.reasoning.strip(), begun.content.strip()) == ("hm", "Yes.")
+    plain = written("<think>hm</think>Yes.", size, tools=False)
+    assert plain.content == "<think>hm</think>Yes."
+
+
+def test_arguments_of_a_named_function() -> None:
+    writer = Forced("weather")
+    assert not writer.add('{"city": ')
+    writer.add('"Rome"}')
+    assert called(writer.finish()) == [ROME]
