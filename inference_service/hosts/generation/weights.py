@@ -12,16 +12,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from inference_service.hosts.generation.int8 import quantize
+from inference_service.hosts.generation.packed import pack, take_packed
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model's weights go, and as what. `spread`: over all CUDA devices, layer by layer."""
+    """Where a model's weights go, and as what. `spread`: over all CUDA devices, layer by layer.
+
+    `device`: cpu, cuda, mps, or host: in the machine's memory, on their way to a device.
+    """
 
     device: str
     dtype: str
     spread: bool = False
     int8: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """All numbers have 32 bits; weights of 8 are multiplied as 16."""
+        return self.dtype == "float32" and not self.int8
 
 
 class MissingWeightsError(Exception):
@@ -41,7 +50,9 @@ def load(directory: Path, place: Placement) -> Any:
     model.generation_config = GenerationConfig()
     if place.int8:
         quantize(model)
-    return model if place.spread else model.to(place.device)
+    elif place.device == "cpu":
+        pack(model)
+    return model if place.spread or place.device == "host" else model.to(place.device)
 
 
 def replace(model: Any, directory: Path, place: Placement) -> None:
@@ -49,10 +60,10 @@ def replace(model: Any, directory: Path, place: Placement) -> None:
 
     Where it raises the model may be a mixture: it is of no use any more.
     """
-    on_cpu = Placement("cpu", place.dtype, int8=place.int8)
-    fresh = load(directory, on_cpu)
+    fresh = load(directory, place if place.device == "cpu" else Placement("host", place.dtype))
     # On the CPU the new tensors themselves take the old ones' place: nothing is copied.
     model.load_state_dict(fresh.state_dict(), strict=True, assign=place.device == "cpu")
+    take_packed(model, fresh)
     model.requires_grad_(requires_grad=False)
     del fresh
     _give_back()
