@@ -1,10 +1,13 @@
-# The only commands: make run | test | check | model | bench-engines | bench-serve | bench-sync | bench-front | bench-swap | bench-trace | bench-adapters | soak (DURATION=seconds) | lock. Each does its own set-up.
+# The only commands: make run | test | test-gpu | test-mps | check | model | bench-engines | bench-serve | bench-sync | bench-front | bench-swap | bench-trace | bench-adapters | soak (DURATION=seconds) | lock. Each does its own set-up.
 SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-REQUIREMENTS := requirements/dev-cpu.txt
-INSTALLED := $(VENV)/.installed
+# vLLM's CPU build has wheels for Linux on these; elsewhere, and with VLLM=no, the transformers backend serves.
+SYSTEM := $(shell uname -s)-$(shell uname -m)
+VLLM ?= $(if $(filter Linux-x86_64 Linux-aarch64,$(SYSTEM)),yes,no)
+REQUIREMENTS := requirements/$(if $(filter Darwin-%,$(SYSTEM)),dev-macos,$(if $(filter yes,$(VLLM)),dev-cpu,dev-transformers)).txt
+INSTALLED := $(VENV)/.installed-$(basename $(notdir $(REQUIREMENTS)))
 DEMO := .demo
 DEMO_MODEL := $(DEMO)/models/smollm2-135m-instruct
 QUICK ?=
@@ -43,6 +46,10 @@ test-gpu: $(BIN)/uv
 	env -u UV_EXCLUDE -u UV_TORCH_BACKEND $(BIN)/uv pip install --compile-bytecode --python .venv-cuda/bin/python --editable '.[cuda,transformers,dev]'
 	.venv-cuda/bin/python -m pytest -m gpu
 
+# On a Mac with Apple Silicon.
+test-mps: $(INSTALLED)
+	$(BIN)/python -m pytest -m mps
+
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -72,7 +79,12 @@ soak: $(INSTALLED)
 
 lock: $(BIN)/uv
 	$(BIN)/uv pip compile --python $(BIN)/python pyproject.toml --extra cpu --extra transformers --extra dev \
-	  --output-file $(REQUIREMENTS)
+	  --output-file requirements/dev-cpu.txt
+	$(BIN)/uv pip compile --python $(BIN)/python pyproject.toml --extra transformers --extra dev \
+	  --output-file requirements/dev-transformers.txt
+	env -u UV_TORCH_BACKEND MACOSX_DEPLOYMENT_TARGET=14.0 $(BIN)/uv pip compile \
+	  --python-platform aarch64-apple-darwin --python-version 3.11 pyproject.toml --extra transformers \
+	  --extra dev --output-file requirements/dev-macos.txt
 
 clean:
 	rm -rf $(VENV) $(DEMO) .cache .mypy_cache .ruff_cache .pytest_cache

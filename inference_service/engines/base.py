@@ -4,7 +4,6 @@ Owns the words: states, footprints, the Engine and Reply protocols, and HostSpec
 process that travels to the launcher as JSON.
 """
 
-import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -209,13 +208,3 @@ class Engine(Protocol):
     async def close(self, grace: float = GRACE_SECONDS) -> None:
         """End the host's process group, with SIGKILL after `grace` seconds; returns when nothing is left."""
         ...
-
-
-def encode_message(message: dict[str, Any]) -> bytes:
-    """One message between service and launcher (a SOCK_SEQPACKET datagram)."""
-    return json.dumps(message).encode()
-
-
-def decode_message(packet: bytes) -> dict[str, Any]:
-    message: dict[str, Any] = json.loads(packet)
-    return message

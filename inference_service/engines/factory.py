@@ -94,8 +94,18 @@ def _sweep_orphaned_rooms() -> None:
     for room in Path(tempfile.gettempdir()).glob(f"{ROOM_PREFIX}*-*"):
         owner = room.name.removeprefix(ROOM_PREFIX).partition("-")[0]
         with contextlib.suppress(FileNotFoundError):  # another service sweeps too
-            if owner.isdigit() and room.stat().st_uid == os.getuid() and not Path("/proc", owner).exists():
+            if owner.isdigit() and room.stat().st_uid == os.getuid() and not _lives(int(owner)):
                 shutil.rmtree(room, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's, but alive
+    return True
 
 
 def launcher_environment(backend: Backend, device: Device, cache: Path | None = None) -> dict[str, str]:

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from inference_service.engines.base import HostSpec, decode_message, encode_message
+from inference_service.engines.base import HostSpec
+from inference_service.engines.channel import Channel
 from inference_service.engines.host_log import HostLog
-from inference_service.engines.launcher_process import MAX_MESSAGE_BYTES
 from inference_service.errors import EngineError, EngineStartFailed, LauncherGone
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Launcher:
         self._hosts: dict[int, Host] = {}
         self._failure: str | None = None
         self._imported = False
-        self._control: socket.socket
+        self._control: Channel
         self._lifeline: int
         self._process: subprocess.Popen[bytes]
         self._log: HostLog
@@ -96,9 +96,9 @@ class Launcher:
         order = next(self._orders)
         launched: asyncio.Future[Host] = asyncio.get_running_loop().create_future()
         self._launching[order] = launched
-        message = encode_message({"launch": order, "spec": spec.to_json()})
+        message = {"launch": order, "spec": spec.to_json()}
         try:
-            socket.send_fds(self._control, [message], [listener.fileno(), log])
+            self._control.send(message, [listener.fileno(), log])
         except BlockingIOError as error:
             del self._launching[order]
             raise EngineStartFailed("The launcher does not answer; too many orders wait for it.") from error
@@ -124,13 +124,13 @@ class Launcher:
         if self._failure is None:
             # Where it does not take the order the host imports the module by itself.
             with contextlib.suppress(BlockingIOError, ConnectionError):
-                self._control.send(encode_message({"preload": module}))
+                self._control.send({"preload": module})
 
     def kill(self, pid: int, number: signal.Signals) -> None:
         if self._failure is not None:
             return
         try:
-            self._control.send(encode_message({"kill": pid, "signal": number}))
+            self._control.send({"kill": pid, "signal": number})
         except BlockingIOError:
             kill_group(pid, number)
         except ConnectionError:
@@ -148,9 +148,8 @@ class Launcher:
         self._log.close()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control, theirs = Channel.pair()
         watched, self._lifeline = os.pipe()
-        self._control = ours
         self._log = HostLog("launcher")
         command = [sys.executable, "-m", "inference_service.engines.launcher_process"]
         arguments = [theirs.fileno(), watched, self._backend, self._device, os.getpid(), int(self._warm)]
@@ -188,14 +187,17 @@ class Launcher:
         """Take in all messages that have come, up to the launcher's end."""
         while self._failure is None:
             try:
-                packet = self._control.recv(MAX_MESSAGE_BYTES)
+                messages = self._control.receive()
             except BlockingIOError:
                 return
             except ConnectionResetError:
                 # It ended with orders unread. That is told first, and only once; its last messages
                 # are still there.
                 continue
-            self._take(decode_message(packet) if packet else {"failed": "the launcher's process ended"})
+            if messages is None:
+                messages = [{"failed": "the launcher's process ended"}]
+            for message in messages:
+                self._take(message)
 
     def _take(self, message: dict[str, Any]) -> None:
         match message:

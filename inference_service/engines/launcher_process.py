@@ -5,7 +5,7 @@ WARM` and holds one thread, because a fork keeps only the thread that called it.
 touches CUDA: a CUDA context does not survive a fork. Where a fork could go wrong (warmth.py), and where WARM
 is 0, a host imports everything by itself (cold_host.py).
 
-Messages (one SOCK_SEQPACKET datagram each, JSON):
+Messages (see channel.py):
     service -> launcher   {"launch": id, "spec": {...}}  with two descriptors: listener, log
                           {"kill": pid, "signal": n}     the host's whole process group
                           {"preload": module}            the next hosts will need it
@@ -30,7 +30,8 @@ import traceback
 from types import FrameType
 from typing import Any, NoReturn
 
-from inference_service.engines.base import HostSpec, decode_message, encode_message
+from inference_service.engines.base import HostSpec
+from inference_service.engines.channel import Channel
 from inference_service.engines.lifeline import end_group_with_service
 from inference_service.engines.warmth import why_cold, why_never_warm
 
@@ -61,13 +62,12 @@ PRELOAD = {
 }
 PRELOAD_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
 
-MAX_MESSAGE_BYTES = 1 << 17
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def main() -> None:
-    control = socket.socket(fileno=int(sys.argv[1]))
+    control = Channel(socket.socket(fileno=int(sys.argv[1])))
     lifeline, backend, device, parent = int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
     cold = why_never_warm() if sys.argv[6] == "1" else "WARM_LAUNCHER is off"
     _die_with(parent)
@@ -80,10 +80,10 @@ def main() -> None:
             cold = why_cold(backend)
     except Exception as error:
         traceback.print_exc()
-        control.send(encode_message({"failed": f"{type(error).__name__}: {error}"}))
+        control.send({"failed": f"{type(error).__name__}: {error}"})
         sys.exit(1)
     imported = round(time.monotonic() - started, 2)
-    control.send(encode_message({"imported": imported, "cold": cold}))
+    control.send({"imported": imported, "cold": cold})
     # Pages that the collector never touches again stay shared with every host.
     gc.collect()
     gc.freeze()
@@ -107,7 +107,7 @@ def _preload(name: str) -> None:
 
 
 class _Launcher:
-    def __init__(self, control: socket.socket, lifeline: int, *, cold: bool) -> None:
+    def __init__(self, control: Channel, lifeline: int, *, cold: bool) -> None:
         self._control = control
         self._lifeline = lifeline
         self._cold = cold
@@ -128,11 +128,18 @@ class _Launcher:
                     key.data()
 
     def _obey(self) -> None:
-        packet, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 2)
-        if not packet:
+        try:
+            messages = self._control.receive()
+        except ConnectionResetError:
+            messages = None
+        if messages is None:
             self._end()
-        message = decode_message(packet)
+        for message in messages:
+            self._carry_out(message)
+
+    def _carry_out(self, message: dict[str, Any]) -> None:
         if "launch" in message:
+            descriptors = self._control.descriptors(2)
             try:
                 self._launch(message["launch"], message["spec"], *descriptors)
             finally:
@@ -147,14 +154,14 @@ class _Launcher:
         try:
             pid = os.fork()
         except OSError as error:  # out of processes or of memory: no reason to end the other hosts
-            self._control.send(encode_message({"refused": order, "reason": str(error)}))
+            self._control.send({"refused": order, "reason": str(error)})
             return
         if pid == 0:
             self._become_host(HostSpec.from_json(spec), listener, log)
         self._hosts.add(pid)
         # Also here, not only in the child: a kill may be ordered before the child has run.
         _lead_group(pid)
-        self._control.send(encode_message({"launched": order, "pid": pid}))
+        self._control.send({"launched": order, "pid": pid})
 
     def _become_host(self, spec: HostSpec, listener: int, log: int) -> NoReturn:
         try:
@@ -164,7 +171,8 @@ class _Launcher:
             _lead_group(0)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            for descriptor in (self._control.detach(), self._wakeup_read, self._wakeup_write, log):
+            self._control.close_in_fork()
+            for descriptor in (self._wakeup_read, self._wakeup_write, log):
                 os.close(descriptor)
             os.environ.update(spec.environment)
             if self._cold:
@@ -187,7 +195,9 @@ class _Launcher:
     def _reap(self) -> None:
         """Reap whatever ended: hosts, and what they left behind, which falls to this process."""
         os.read(self._wakeup_read, 4096)
-        while (pid := _next_zombie()) is not None:
+        if not hasattr(os, "waitid"):
+            self._reap_leaders()
+        while hasattr(os, "waitid") and (pid := _next_zombie()) is not None:
             if pid in self._hosts:
                 # Before the leader is reaped: until then the group's id cannot be anyone else's.
                 _kill_group(pid, signal.SIGKILL)
@@ -197,7 +207,16 @@ class _Launcher:
                 os.waitpid(pid, 0)
         for pid in [pid for pid in self._ending if not _group_exists(pid)]:
             exited = {"exited": pid, "status": self._ending.pop(pid)}
-            self._control.send(encode_message(exited))
+            self._control.send(exited)
+
+    def _reap_leaders(self) -> None:
+        """Where a zombie cannot be looked at before it is reaped, and orphans fall to process 1 (macOS)."""
+        for pid in list(self._hosts):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                self._hosts.discard(pid)
+                _kill_group(pid, signal.SIGKILL)
+                self._ending[pid] = os.waitstatus_to_exitcode(status)
 
     def _end(self) -> NoReturn:
         for pid in self._hosts:

@@ -342,3 +342,21 @@ async def host_answers(launcher: Launcher, room: Path) -> None:
 async def test_a_module_that_cannot_be_preloaded_harms_nobody(launcher: Launcher, tmp_path: Path) -> None:
     launcher.preload(["nobody.has.it", "json.tool"])
     await host_answers(launcher, tmp_path)
+
+
+async def test_hosts_are_reaped_where_zombies_cannot_be_looked_at(tmp_path: Path) -> None:
+    """As on macOS, whose Python 3.11 has no os.waitid."""
+    (tmp_path / "sitecustomize.py").write_text("import os\ndel os.waitid\n")
+    launcher = Launcher("fake", "cpu", {"PYTHONPATH": str(tmp_path)})
+    launcher.attach()
+    try:
+        host = engine(launcher, tmp_path)
+        await host.start()
+        pid = host.process_id
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        assert "SIGKILL" in await asyncio.wait_for(host.wait_dead(), 5)
+        await host.close()
+        assert not psutil.pid_exists(pid)
+    finally:
+        launcher.close()
