@@ -15,7 +15,8 @@ from inference_service.hosts.generation.engine import Engine, EngineFailed
 from inference_service.hosts.generation.sequence import Failure, Token, Wishes
 from inference_service.hosts.generation.single import OneAtATime
 from inference_service.hosts.generation.weights import MissingWeightsError
-from tests.hosts.conftest import CONTEXT, Start, Tiny, options
+from tests.fixtures.tiny import CONTEXT, Tiny
+from tests.hosts.conftest import Start, options
 
 PROMPTS = [[7 * number + row for number in range(3 + 5 * row)] for row in range(1, 13)]
 
