@@ -1,4 +1,4 @@
-# The only commands: make run | test | test-gpu | test-mps | check | model | bench-engines | bench-serve | bench-sync | bench-front | bench-swap | bench-trace | bench-adapters | soak (DURATION=seconds) | lock. Each does its own set-up.
+# The only commands: make run | test | test-gpu | test-mps | check | model | bench-engines | bench-int8 | bench-lm-eval | bench-serve | bench-sync | bench-front | bench-swap | bench-trace | bench-adapters | soak (DURATION=seconds) | lock. Each does its own set-up.
 SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
@@ -26,7 +26,7 @@ else
 export UV_TORCH_BACKEND := cpu
 endif
 
-.PHONY: run model test test-gpu test-mps check format lock bench-engines bench-serve bench-sync bench-front bench-swap bench-trace \
+.PHONY: run model test test-gpu test-mps check format lock bench-engines bench-int8 bench-lm-eval bench-serve bench-sync bench-front bench-swap bench-trace \
   bench-adapters soak clean
 
 # The demo's bucket, unless one is set in the environment or in .env.
@@ -58,6 +58,16 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# lm-eval wants other releases of what the service uses: an environment of its own.
+bench-lm-eval: model
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-lm-eval
+	$(BIN)/uv pip install --quiet --python .venv-lm-eval/bin/python "lm-eval[api]==0.4.13" torch==2.13.0 \
+	  transformers==5.19.0 accelerate
+	$(BIN)/python -m benchmarks.lm_eval --model $(DEMO_MODEL) --lm-eval .venv-lm-eval/bin/python
+
+bench-int8: model
+	$(BIN)/python -m benchmarks.int8 --model $(DEMO_MODEL)
 
 bench-engines: model
 	$(BIN)/python -m benchmarks.engines --model $(DEMO_MODEL) $(if $(QUICK),--quick)

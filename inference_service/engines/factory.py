@@ -19,6 +19,7 @@ from inference_service.engines.device import (
     Device,
     DeviceKind,
     backend_version,
+    missing_for,
     resolve_dtype,
     tensor_parallel_size,
 )
@@ -67,7 +68,9 @@ class EngineFactory:
         environment: dict[str, str] = {}
         fallback: tuple[str, ...] | None = None
         if self._backend is Backend.VLLM:
-            if self._settings.engine is EngineChoice.AUTO:
+            if self._settings.engine is EngineChoice.AUTO and not missing_for(
+                Backend.TRANSFORMERS, self._device
+            ):
                 fallback = transformers_arguments(self._settings, self._device, snapshot, footprint)
             arguments = vllm_arguments(self._settings, self._device, snapshot, footprint)
             # vLLM's sockets and temporary files: in the engine's own room they go when it goes.

@@ -18,22 +18,21 @@ class Piece:
 class Choice:
     """Takes tokens in order; `index` among the answers of its request."""
 
-    def __init__(self, index: int, detokenizer: Detokenizer, stops: StopFinder, *, shows_stop: bool) -> None:
-        """`shows_stop`: the token that ends the answer is one of its text, not a mark."""
+    def __init__(self, index: int, detokenizer: Detokenizer, stops: StopFinder) -> None:
         self.index = index
         self.tokens = 0
         self.finished = False
         self._detokenizer = detokenizer
         self._stops = stops
-        self._shows_stop = shows_stop
         self._waiting: list[Token] = []
 
     def take(self, token: Token) -> Piece | None:
         """The piece that can be shown now; None while a character or a stop string may be unfinished."""
         self.tokens += 1
         text = ""
-        if token.finish is not Finish.STOP or self._shows_stop:
-            self._waiting.append(token)
+        # The mark that ends an answer has a log probability, which lm-eval counts on, but no text.
+        self._waiting.append(token)
+        if token.finish is not Finish.STOP:
             text = self._stops.add(self._detokenizer.add(token.id))
         if token.finish is not None and not self._stops.found:
             text += self._stops.add(self._detokenizer.finish())

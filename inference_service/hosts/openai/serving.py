@@ -66,7 +66,6 @@ def begin_choices(
             first_index + number,
             Detokenizer(served.engine.tokenizer, prompt, skip_special=skip_special),
             StopFinder(request.stops, keep=bool(request.include_stop_str_in_output)),
-            shows_stop=False,
         )
         own = wishes if wishes.seed is None else replace(wishes, seed=wishes.seed + number)
         begins.append((choice, _begin(served.engine, prompt, own, adapter, grammar)))
