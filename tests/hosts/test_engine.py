@@ -228,3 +228,52 @@ async def test_a_dead_thread_fails_its_sequences_and_says_so(start: Start, tiny:
         await asyncio.sleep(0.01)
     assert not engine.runner.is_alive()
     assert engine.runner.running == 0
+
+
+async def test_a_prompt_whose_client_leaves_is_read_no_further(start: Start, tiny: Tiny) -> None:
+    engine = start(tiny.neo)
+    news: asyncio.Queue[Any] = asyncio.Queue()
+    running = engine.submit(PROMPTS[0], Wishes(450, temperature=0), news.put_nowait)
+    await news.get()
+    scoring = asyncio.ensure_future(engine.score(PROMPTS[1], None, 1, None))
+    await asyncio.sleep(0.05)  # it waits for the model, which the other holds
+    scoring.cancel()
+    started = asyncio.get_running_loop().time()
+    with pytest.raises(asyncio.CancelledError):
+        await scoring
+    assert asyncio.get_running_loop().time() - started < 0.5, "the event loop is not held up"
+    engine.runner.cancel(running)
+
+
+@pytest.mark.parametrize("name", ["llama", "neo"])
+async def test_one_sequences_failure_is_its_own(start: Start, tiny: Tiny, name: str) -> None:
+    """Wishes that raise, and a grammar that ends where the end of the text does not end it."""
+    engine = start(getattr(tiny, name))
+    grammar = await asyncio.to_thread(engine.grammars.choice, ["yes", "no"])
+    beside = asyncio.ensure_future(run(engine, PROMPTS[0], Wishes(30, temperature=0)))
+    whole = await run(engine, PROMPTS[1], Wishes(20, temperature=0), grammar=grammar)
+    assert engine.tokenizer.decode([token.id for token in whole], skip_special_tokens=True) in ("yes", "no")
+    forced = Wishes(20, temperature=0, min_tokens=15, stop_tokens=engine.stop_tokens)
+    long = await run(engine, PROMPTS[1], forced, grammar=grammar)
+    assert len(long) < 15, "nothing beyond the grammar"
+    news: asyncio.Queue[Any] = asyncio.Queue()
+    engine.submit(PROMPTS[1], Wishes(9, min_tokens=5, stop_tokens=frozenset({10**9})), news.put_nowait)
+    failure = await news.get()
+    assert isinstance(failure, Failure)
+    assert failure.refused
+    assert len(await beside) == 30
+    assert engine.runner.is_alive()
+    assert engine.runner.running == 0
+
+
+async def test_adapters_take_turns_where_the_cache_has_no_room_for_all(start: Start, tiny: Tiny) -> None:
+    """Running sequences of one hold the whole cache while others wait."""
+    engine = start(tiny.llama, cache_bytes=256 * 512, max_model_len=256)
+    for number, directory in enumerate(tiny.adapters, start=1):
+        await engine.add_adapter(f"a@{number}", number, directory)
+    names = (None, "a@1", "a@2")
+    asked = [(names[row % 3], [(row * 31 + number) % 4000 for number in range(150)]) for row in range(18)]
+    found = await asyncio.gather(*(ids(engine, prompt, 24, name) for name, prompt in asked))
+    assert all(len(each) == 24 for each in found)
+    alone = [await ids(engine, prompt, 24, name) for name, prompt in asked[:6]]
+    assert found[:6] == alone

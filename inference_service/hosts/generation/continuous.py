@@ -69,7 +69,7 @@ class ContinuousBatching:
         """Raises whatever transformers raises where it cannot run this architecture so."""
         self._sequences: dict[str, Sequence] = {}
         self._lock = threading.Lock()
-        self._chooser = _Chooser(self._sequences)
+        self._chooser = _Chooser(self._sequences, self._end_early)
         SCHEDULER_MAPPING[_TURNS] = partial(Turns, adapter_of=self._adapter_of, enter=enter)
         self._manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
@@ -144,6 +144,10 @@ class ContinuousBatching:
     def close(self) -> None:
         self._manager.stop(block=True, timeout=STOP_SECONDS, hard_stop=True)
 
+    def _end_early(self, sequence: Sequence) -> None:
+        """It has ended for a reason that transformers does not know of."""
+        self._manager.cancel_request(sequence.name)
+
     def _adapter_of(self, name: str) -> str | None:
         sequence = self._sequences.get(name)
         return None if sequence is None else sequence.adapter
@@ -178,21 +182,31 @@ class Turns(FIFOScheduler):  # type: ignore[misc]
         self._turn: str | None = None
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
-        self._turn = self._next_turn()
+        """A turn for which the cache has no room is left out; where it has room for none, one that holds some
+        of it is told of, so that transformers can put its sequences off."""
+        turns = self._turns()
+        holding = [turn for turn in turns if turn in map(self._adapter_of, self.active_requests)]
+        for turn in (*turns, *holding[:1]):
+            self._turn = turn
+            self.cache.use_prefix_sharing = self._shares and turn is None
+            scheduled = super().schedule_batch(token_budget, cache_budget)
+            if scheduled[0] is not None:
+                break
         self._enter(self._turn)
-        self.cache.use_prefix_sharing = self._shares and self._turn is None
-        return super().schedule_batch(token_budget, cache_budget)
+        return scheduled
 
     def _process_candidates(self, candidates: list[Any], *budgets: Any) -> Any:
         mine = [state for state in candidates if self._adapter_of(state.request_id) == self._turn]
         return super()._process_candidates(mine, *budgets)
 
-    def _next_turn(self) -> str | None:
+    def _turns(self) -> list[str | None]:
+        """Adapters that are wanted, the next in turn first; never empty."""
         waiting = () if self.block_new_requests else self.waiting_requests
         adapters = list(dict.fromkeys(map(self._adapter_of, (*self.active_requests, *waiting))))
-        if self._turn not in adapters:
-            return adapters[0] if adapters else None
-        return adapters[(adapters.index(self._turn) + 1) % len(adapters)]
+        if self._turn in adapters:
+            after = adapters.index(self._turn) + 1
+            adapters = adapters[after:] + adapters[:after]
+        return adapters or [None]
 
 
 class _Chooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
@@ -201,8 +215,9 @@ class _Chooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
     supported_kwargs: dict[str, type] = {}  # noqa: RUF012  (transformers reads it from the class)
     ignored_kwargs = ()
 
-    def __init__(self, sequences: dict[str, Sequence]) -> None:
+    def __init__(self, sequences: dict[str, Sequence], end_early: Callable[[Sequence], None]) -> None:
         self.steps = 0
+        self._end_early = end_early
         self._sequences = sequences
         self._rows: list[str] = []
 
@@ -229,9 +244,13 @@ class _Chooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
         return _only(scores, list(present), [token.id for token in tokens])
 
     def _tell(self, sequence: Sequence, token: Token) -> None:
-        if token.finish is not None:
+        known = token.id in sequence.wishes.stop_tokens or len(sequence.output) >= sequence.wishes.max_tokens
+        ended = token.finish is not None or sequence.failure is not None
+        if ended:
             self._sequences.pop(sequence.name, None)
-        sequence.tell(token)
+        if ended and not known:
+            self._end_early(sequence)
+        sequence.tell(sequence.failure or token)
 
 
 class _Router(OutputRouter):  # type: ignore[misc]

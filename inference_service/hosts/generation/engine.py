@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import queue
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -127,10 +128,19 @@ class Engine:
         self, prompt: list[int], adapter: str | None, top: int, wishes: Wishes | None
     ) -> tuple[list[Token], list[Token]]:
         """The prompt's own log probabilities, and where `wishes` is given the one token that follows."""
-        return await apart_from_loop(lambda: self._score(prompt, adapter, top, wishes))
+        unwanted = threading.Event()
+        try:
+            return await apart_from_loop(lambda: self._score(prompt, adapter, top, wishes, unwanted))
+        finally:
+            unwanted.set()
 
     def _score(
-        self, prompt: list[int], adapter: str | None, top: int, wishes: Wishes | None
+        self,
+        prompt: list[int],
+        adapter: str | None,
+        top: int,
+        wishes: Wishes | None,
+        unwanted: threading.Event,
     ) -> tuple[list[Token], list[Token]]:
         told, logits = score(
             self.runner,
@@ -140,6 +150,7 @@ class Engine:
             top,
             in_pieces=self.limitation is None,
             vocabulary=self.vocabulary,
+            unwanted=unwanted,
         )
         if wishes is None:
             return told, []

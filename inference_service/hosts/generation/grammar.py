@@ -4,6 +4,7 @@ A grammar is compiled once and shared; each sequence has a matcher of its own.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ CACHE_BYTES = 64 << 20
 COMPILER_THREADS = 2
 # In a row: a small model may write nothing else until its tokens are used up.
 MAX_WHITESPACE = 24
+# Characters of a grammar's source: one of a megabyte compiles for minutes.
+MAX_SOURCE = 64 << 10
 
 
 class BadGrammar(Exception):
@@ -46,9 +49,14 @@ class Matcher:
         spread = (self._bits[0].unsqueeze(-1) >> self._shifts) & 1
         return spread.flatten()[: self._vocabulary].bool()
 
-    def accept(self, token: int) -> None:
-        if not self._matcher.is_terminated():
-            self._matcher.accept_token(token)
+    @property
+    def ended(self) -> bool:
+        """Whether the text is whole: nothing may follow."""
+        return bool(self._matcher.is_terminated())
+
+    def accept(self, token: int) -> bool:
+        """Whether the token was allowed."""
+        return bool(self._matcher.accept_token(token))
 
 
 class Grammars:
@@ -70,16 +78,17 @@ class Grammars:
 
     def schema(self, schema: Any, *, compact: bool = False) -> Grammar:
         """JSON that a schema describes; raises BadGrammar. `compact`: without whitespace."""
-        written = json.dumps(schema)
+        written = schema if isinstance(schema, str) else json.dumps(schema)
         return self._compiled(
+            written,
             lambda: self._compiler.compile_json_schema(
                 written, any_whitespace=not compact, max_whitespace_cnt=None if compact else MAX_WHITESPACE
-            )
+            ),
         )
 
     def regex(self, pattern: str) -> Grammar:
         """Text that a regular expression describes; raises BadGrammar."""
-        return self._compiled(lambda: self._compiler.compile_regex(pattern))
+        return self._compiled(pattern, lambda: self._compiler.compile_regex(pattern))
 
     def choice(self, texts: list[str]) -> Grammar:
         """One of some texts; raises BadGrammar."""
@@ -87,9 +96,11 @@ class Grammars:
 
     def ebnf(self, text: str) -> Grammar:
         """Text that a grammar in EBNF describes; raises BadGrammar."""
-        return self._compiled(lambda: self._compiler.compile_grammar(text))
+        return self._compiled(text, lambda: self._compiler.compile_grammar(text))
 
-    def _compiled(self, compile_it: Any) -> Grammar:
+    def _compiled(self, source: str, compile_it: Callable[[], Any]) -> Grammar:
+        if len(source) > MAX_SOURCE:
+            raise BadGrammar(f"it has {len(source)} characters, {MAX_SOURCE} are the most")
         try:
             return Grammar(compile_it(), self._vocabulary)
         except Exception as error:  # xgrammar raises RuntimeError, ValueError and its own

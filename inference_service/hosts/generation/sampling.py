@@ -6,7 +6,7 @@ those of the logits as they came.
 
 import torch
 
-from inference_service.hosts.generation.sequence import Sequence, Token
+from inference_service.hosts.generation.sequence import Failure, Sequence, Token
 
 # Below it a temperature means the likeliest token.
 GREEDY_BELOW = 1e-5
@@ -44,8 +44,19 @@ def _by_wishes(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
         return logits
     scores = logits.clone()
     for row in changed:
-        _change(scores[row], sequences[row])
+        _change_or_fail(scores[row], sequences[row])
     return scores
+
+
+def _change_or_fail(row: torch.Tensor, sequence: Sequence) -> None:
+    """What goes wrong with one sequence's wishes is its own affair, not its neighbours'."""
+    try:
+        _change(row, sequence)
+        if not bool(torch.isfinite(row.max())):
+            raise ValueError("its wishes leave no token to choose")
+    except Exception as error:
+        sequence.failure = Failure(str(error) or repr(error), refused=True)
+        row.zero_()
 
 
 def _changes(sequence: Sequence) -> bool:
@@ -63,7 +74,11 @@ def _change(row: torch.Tensor, sequence: Sequence) -> None:
     if sequence.matcher is not None:
         row.masked_fill_(~sequence.matcher.allowed().to(row.device), _NEVER)
     if len(sequence.output) < wishes.min_tokens and wishes.stop_tokens:
-        row[torch.tensor(sorted(wishes.stop_tokens), device=row.device)] = _NEVER
+        stops = torch.tensor(sorted(wishes.stop_tokens), device=row.device)
+        longer = row.index_fill(0, stops, _NEVER)
+        # A grammar that has come to its end wins: more tokens would be none of it.
+        if bool(torch.isfinite(longer.max())):
+            row.copy_(longer)
     if wishes.logit_bias:
         index = torch.tensor(list(wishes.logit_bias), device=row.device)
         row[index] += torch.tensor(list(wishes.logit_bias.values()), device=row.device)

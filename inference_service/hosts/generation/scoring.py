@@ -1,5 +1,6 @@
 """The log probabilities of a prompt's own tokens, read in pieces between the steps of what is generated."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,12 @@ MAX_PIECE_TOKENS = 512
 MIN_PIECE_TOKENS = 16
 
 
+class NotWanted(Exception):
+    """Whoever asked has left."""
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def score(
+def score(  # noqa: PLR0913  (each is one fact of the request)
     runner: Runner,
     enter: Callable[[str | None], None],
     prompt: list[int],
@@ -27,10 +32,12 @@ def score(
     *,
     in_pieces: bool,
     vocabulary: int,
+    unwanted: threading.Event,
 ) -> tuple[list[Token], torch.Tensor]:
     """For each token of the prompt but the first its log probability; the logits [1, vocabulary] after it.
 
-    Blocks. `in_pieces`: whether the model goes on from a cache of keys and values.
+    Blocks. `in_pieces`: whether the model goes on from a cache of keys and values. Raises NotWanted before
+    the next piece once `unwanted` is set.
     """
     size = LOGITS_BYTES // (4 * vocabulary)
     size = max(MIN_PIECE_TOKENS, min(MAX_PIECE_TOKENS, size)) if in_pieces else len(prompt)
@@ -40,6 +47,8 @@ def score(
     for start in range(0, len(prompt), size):
         piece = prompt[start : start + size]
         with runner.exclusive() as model, plain_attention(model):
+            if unwanted.is_set():
+                raise NotWanted
             enter(adapter)
             logits = forward(model, piece, past)
         targets = prompt[start + 1 : start + len(piece) + 1]

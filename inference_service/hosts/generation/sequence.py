@@ -61,9 +61,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Failure:
-    """The engine cannot go on with a sequence."""
+    """The engine cannot go on with a sequence. `refused`: because of what was wished of it."""
 
     reason: str
+    refused: bool = False
 
 
 Sink = Callable[[Token | Failure], None]
@@ -87,6 +88,7 @@ class Sequence:
         self.wishes = wishes
         self.adapter = adapter
         self.cancelled = False
+        self.failure: Failure | None = None
         self.output: list[int] = []
         self.counts: Counter[int] = Counter()
         self.matcher = None if grammar is None else grammar.matcher(wishes.stop_tokens)
@@ -102,8 +104,8 @@ class Sequence:
         """Take in the token that was chosen, and say whether it was the last."""
         self.output.append(token)
         self.counts[token] += 1
-        if self.matcher is not None:
-            self.matcher.accept(token)
+        if self.matcher is not None and self.failure is None and not self.matcher.accept(token):
+            self.failure = Failure("the grammar does not allow any token here", refused=True)
         return Token(token, logprob, top, self._finish(token))
 
     def tell(self, news: Token | Failure) -> None:
@@ -111,6 +113,6 @@ class Sequence:
             self._sink(news)
 
     def _finish(self, token: int) -> Finish | None:
-        if token in self.wishes.stop_tokens:
+        if token in self.wishes.stop_tokens or (self.matcher is not None and self.matcher.ended):
             return Finish.STOP
         return Finish.LENGTH if len(self.output) >= self.wishes.max_tokens else None

@@ -80,7 +80,7 @@ class OneAtATime:
     def _generate(self, sequence: Sequence) -> None:
         self._enter(sequence.adapter)
         prompt = torch.tensor([sequence.prompt], device=self._model.device)
-        follower = _Follower(sequence, self._count)
+        follower = _Follower(sequence, self._count, lambda: self._running.pop(sequence.name, None))
         self._model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -98,8 +98,9 @@ class OneAtATime:
 class _Follower(LogitsProcessor):  # type: ignore[misc]
     """Chooses the token, and leaves to the argmax that follows one finite logit."""
 
-    def __init__(self, sequence: Sequence, count: Callable[[], None]) -> None:
+    def __init__(self, sequence: Sequence, count: Callable[[], None], end: Callable[[], Any]) -> None:
         self.ended = False
+        self._end = end
         self._sequence = sequence
         self._count = count
 
@@ -107,7 +108,10 @@ class _Follower(LogitsProcessor):  # type: ignore[misc]
         (token,) = choose(scores.float(), [self._sequence])
         self._count()
         self.ended = token.finish is not None
-        self._sequence.tell(token)
+        self.ended = self.ended or self._sequence.failure is not None
+        if self.ended:
+            self._end()
+        self._sequence.tell(self._sequence.failure or token)
         alone = torch.full_like(scores, torch.finfo(scores.dtype).min)
         alone[0, token.id] = 0.0
         return alone

@@ -21,5 +21,9 @@ def apart(work: Callable[[], Result]) -> Result:
 
 async def apart_from_loop(work: Callable[[], Result]) -> Result:
     """The same, with the event loop going on meanwhile."""
-    with ThreadPoolExecutor(1, thread_name_prefix="apart") as thread:
+    thread = ThreadPoolExecutor(1, thread_name_prefix="apart")
+    try:
         return await asyncio.get_running_loop().run_in_executor(thread, work)
+    finally:
+        # Who is cancelled does not wait for it, and neither does the loop.
+        thread.shutdown(wait=False)

@@ -34,7 +34,7 @@ async def pieces(
         while left:
             choice, told = await news.get()
             if isinstance(told, Failure):
-                raise Refused(f"The engine failed: {told.reason}", status=500)
+                raise _refusal(told)
             if choice.finished:
                 continue
             piece = choice.take(told)
@@ -48,6 +48,12 @@ async def pieces(
     finally:
         for sequence in sequences.values():
             cancel(sequence)
+
+
+def _refusal(failure: Failure) -> Refused:
+    if failure.refused:
+        return Refused(f"The request cannot be followed: {failure.reason}", "structured_outputs")
+    return Refused(f"The engine failed: {failure.reason}", status=500)
 
 
 def _into(

@@ -25,7 +25,15 @@ from inference_service.hosts.openai.message import (
 from inference_service.hosts.openai.prompts import chat_prompt, room_for_answer
 from inference_service.hosts.openai.refusal import Refused
 from inference_service.hosts.openai.requests import ChatRequest, NamedTool, parse_chat
-from inference_service.hosts.openai.serving import Served, begin_choices, body_of, event, head, usage
+from inference_service.hosts.openai.serving import (
+    Served,
+    begin_choices,
+    body_of,
+    compiled,
+    event,
+    head,
+    usage,
+)
 from inference_service.hosts.openai.wishes import grammar_of, wishes_of
 
 
@@ -50,37 +58,45 @@ async def chat(request: Request, served: Served) -> Response:
 
 async def _answer(request: Request, served: Served) -> Response:
     body = parse_chat(await body_of(request))
-    prepared = await asyncio.to_thread(_prepare, served, body)
+    grammar = await compiled(lambda: _grammar(served, body)) if _wants_grammar(body) else None
+    prepared = await asyncio.to_thread(_prepare, served, body, grammar)
     if body.stream:
         return EventStream(_events(prepared))
     return Response(to_json(await _whole(prepared)), media_type="application/json")
 
 
-def _prepare(served: Served, body: ChatRequest) -> _Chat:
+def _wants_grammar(body: ChatRequest) -> bool:
+    forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
+    return forced or body.response_format is not None or body.structured_outputs is not None
+
+
+def _prepare(served: Served, body: ChatRequest, grammar: Grammar | None) -> _Chat:
     """Everything that may take a while or be refused, before anything runs."""
     engine = served.engine
-    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or () if body.tool_choice != "none"]
+    tools = _tools(body)
     prompt = chat_prompt(engine.tokenizer, body, with_tools=bool(tools))
     limit = room_for_answer(prompt, body.limit, served.default_max_tokens, engine.max_model_len)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     wishes = wishes_of(body, engine.defaults, limit, logprobs, engine.stop_tokens, engine.vocabulary)
     template = getattr(engine.tokenizer, "response_template", None)
-    grammar = _grammar(served, body, tools)
     begins = begin_choices(served, body, prompt, wishes, grammar, raw=template is not None or bool(tools))
     text = engine.tokenizer.decode(prompt) if template is not None or served.reasons else ""
     writers = [_writer(body, tools, template, text, served) for _ in begins]
     return _Chat(served, body, prompt, begins, writers)
 
 
-def _grammar(served: Served, body: ChatRequest, tools: list[dict[str, Any]]) -> Grammar | None:
-    forced = _forced_schema(body, tools)
+def _tools(body: ChatRequest) -> list[dict[str, Any]]:
+    return [tool.model_dump(exclude_none=True) for tool in body.tools or () if body.tool_choice != "none"]
+
+
+def _grammar(served: Served, body: ChatRequest) -> Grammar | None:
+    forced = _forced_schema(body, _tools(body))
     try:
         if forced is not None:
             return served.engine.grammars.schema(forced, compact=True)
     except BadGrammar as error:
         raise Refused(f"A tool's parameters cannot be followed: {error}", "tools") from error
-    asked = body.response_format or body.structured_outputs
-    return None if asked is None else grammar_of(body, served.engine.grammars)
+    return grammar_of(body, served.engine.grammars)
 
 
 def _forced_schema(body: ChatRequest, tools: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -16,7 +16,15 @@ from inference_service.hosts.openai.choice import Choice, Piece
 from inference_service.hosts.openai.logprobs import of_completion
 from inference_service.hosts.openai.prompts import completion_prompts, room_for_answer
 from inference_service.hosts.openai.requests import CompletionRequest, parse_completion
-from inference_service.hosts.openai.serving import Served, begin_choices, body_of, event, head, usage
+from inference_service.hosts.openai.serving import (
+    Served,
+    begin_choices,
+    body_of,
+    compiled,
+    event,
+    head,
+    usage,
+)
 from inference_service.hosts.openai.wishes import grammar_of, wishes_of
 
 
@@ -40,12 +48,13 @@ class _Text:
 
 @dataclass
 class _Completion:
-    """One request on its way."""
+    """One request on its way. `free`: no grammar binds its answers."""
 
     served: Served
     request: CompletionRequest
     prompts: list[list[int]]
     answers: list[_Text]
+    free: bool
 
     @property
     def usage(self) -> dict[str, int]:
@@ -58,22 +67,23 @@ async def complete(request: Request, served: Served) -> Response:
 
 async def _answer(request: Request, served: Served) -> Response:
     body = parse_completion(await body_of(request))
-    prepared = await asyncio.to_thread(_prepare, served, body)
+    grammar = None
+    if body.response_format is not None or body.structured_outputs is not None:
+        grammar = await compiled(lambda: grammar_of(body, served.engine.grammars))
+    prepared = await asyncio.to_thread(_prepare, served, body, grammar)
     if body.stream:
         return EventStream(_events(prepared))
     return Response(to_json(await _whole(prepared)), media_type="application/json")
 
 
-def _prepare(served: Served, body: CompletionRequest) -> _Completion:
+def _prepare(served: Served, body: CompletionRequest, grammar: Grammar | None) -> _Completion:
     """Everything that may take a while or be refused, before anything runs."""
     engine = served.engine
     prompts = completion_prompts(engine.tokenizer, body, engine.vocabulary)
-    asked = body.response_format or body.structured_outputs
-    grammar = None if asked is None else grammar_of(body, engine.grammars)
     answers: list[_Text] = []
     for prompt in prompts:
         answers += _answers(served, body, prompt, grammar, len(answers))
-    return _Completion(served, body, prompts, answers)
+    return _Completion(served, body, prompts, answers, free=grammar is None)
 
 
 def _answers(
@@ -132,34 +142,37 @@ async def _events(completion: _Completion) -> AsyncIterator[bytes]:
 
 
 async def _echo(completion: _Completion) -> list[Piece]:
-    """For each answer its prompt, scored where that is asked for, or nothing.
+    """For each answer its prompt, scored where that is asked for, or nothing."""
+    if not completion.request.echo:
+        return [Piece("") for _ in completion.answers]
+    read: dict[int, Piece] = {}
+    echoed = []
+    for answer in completion.answers:
+        # One token can be chosen from what the prompt's own reading brings.
+        follows = (
+            completion.free and completion.request.logprobs is not None and answer.wishes.max_tokens == 1
+        )
+        if follows or id(answer.prompt) not in read:
+            read[id(answer.prompt)] = await _read_prompt(completion, answer, follows=follows)
+        if answer.wishes.max_tokens == 0:
+            answer.finish, answer.choice.finished = "length", True
+        echoed.append(read[id(answer.prompt)])
+    return echoed
 
-    Where at most one token is to follow, it is chosen from what the prompt's own reading has brought.
-    """
-    return [await _echo_one(completion, answer) for answer in completion.answers]
 
-
-async def _echo_one(completion: _Completion, answer: _Text) -> Piece:
+async def _read_prompt(completion: _Completion, answer: _Text, *, follows: bool) -> Piece:
+    """The prompt with its log probabilities; `follows`: the answer's only token is taken from it too."""
     request, engine = completion.request, completion.served.engine
-    if not request.echo:
-        return Piece("")
     text = engine.tokenizer.decode(answer.prompt, clean_up_tokenization_spaces=False)
-    if request.logprobs is None and answer.wishes.max_tokens > 0:
+    if request.logprobs is None:
         return Piece(text)
-    short = answer.wishes.max_tokens <= 1
-    scored, following = await engine.score(
-        answer.prompt,
-        completion.served.adapter(request.model),
-        request.logprobs or 0,
-        answer.wishes if short and answer.wishes.max_tokens else None,
-    )
+    adapter = completion.served.adapter(request.model)
+    wishes = answer.wishes if follows else None
+    scored, following = await engine.score(answer.prompt, adapter, request.logprobs, wishes)
     for token in following:
         piece = answer.choice.take(token)
         if piece is not None:
             answer.take(piece)
-    if short and answer.finish is None:
-        answer.finish = "length"
-        answer.choice.finished = True
     return Piece(text, [Token(answer.prompt[0]), *scored])
 
 

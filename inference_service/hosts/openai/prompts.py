@@ -6,6 +6,8 @@ from typing import Any
 from inference_service.hosts.openai.refusal import Refused
 from inference_service.hosts.openai.requests import ChatRequest, CompletionRequest
 
+# Of one request: prompts times n.
+MAX_ANSWERS = 2_048
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -51,6 +53,8 @@ def completion_prompts(tokenizer: Any, request: CompletionRequest, vocabulary: i
         prompts = list(prompt)
     special = request.add_special_tokens is not False
     found = [_encode(tokenizer, each, special=special) if isinstance(each, str) else each for each in prompts]
+    if len(found) * (request.n or 1) > MAX_ANSWERS:
+        raise Refused(f"{len(found)} prompts times 'n' are more than {MAX_ANSWERS} answers.", "n")
     for tokens in found:
         if not tokens:
             raise Refused("A prompt without a token cannot be continued.", "prompt")
@@ -93,8 +97,11 @@ def _message(message: dict[str, Any], number: int) -> dict[str, Any]:
         raise Refused(f"Message {number} has the role {role!r}; known are {', '.join(_ROLES)}.", "messages")
     told = {**message, "role": "system" if role == "developer" else role}
     told["content"] = _content(message.get("content"), number)
-    if message.get("tool_calls"):
-        told["tool_calls"] = [_tool_call(call, number) for call in message["tool_calls"]]
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise Refused(f"The tool_calls of message {number} are no list.", "messages")
+    if calls:
+        told["tool_calls"] = [_tool_call(call, number) for call in calls]
     return told
 
 
@@ -121,6 +128,6 @@ def _tool_call(call: Any, number: int) -> dict[str, Any]:
         function = dict(call["function"])
         arguments = function.get("arguments") or {}
         function["arguments"] = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
         raise Refused(f"A tool call in message {number} is malformed: {error}", "messages") from error
     return {**call, "function": function}

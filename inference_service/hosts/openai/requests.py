@@ -73,7 +73,7 @@ class StructuredOutputs(BaseModel):
     @model_validator(mode="after")
     def _one(self) -> Self:
         given = [value for value in self.model_dump().values() if value is not None]
-        if len(given) != 1:
+        if len(given) != 1 or self.json_object is False:
             raise ValueError("exactly one of json, json_object, regex, choice and grammar must be given")
         return self
 
@@ -130,7 +130,7 @@ class GenerationRequest(BaseModel):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=2)] | None = None
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     seed: StrictInt | None = None
     stop: StrictStr | list[StrictStr] | None = None

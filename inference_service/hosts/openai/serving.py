@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -40,9 +41,28 @@ class Served:
         raise Refused(f"The model `{name}` does not exist.", "model", status=404)
 
 
+# Neither shares threads with templates and tokenizers: what takes long holds up its own kind only.
+_PARSERS = ThreadPoolExecutor(2, thread_name_prefix="parse")
+_COMPILERS = ThreadPoolExecutor(2, thread_name_prefix="compile")
+COMPILE_SECONDS = 20.0
+
+
+async def compiled(work: Callable[[], Grammar | None]) -> Grammar | None:
+    """The grammar that `work` compiles; raises Refused where it takes too long."""
+    try:
+        async with asyncio.timeout(COMPILE_SECONDS):
+            return await asyncio.get_running_loop().run_in_executor(_COMPILERS, work)
+    except TimeoutError as error:
+        raise Refused(
+            f"The grammar was not compiled within {COMPILE_SECONDS:.0f} s: make it smaller, or try again.",
+            "response_format",
+        ) from error
+
+
 async def body_of(request: Request) -> Any:
     try:
-        return await asyncio.to_thread(from_json, await request.body())
+        body = await request.body()
+        return await asyncio.get_running_loop().run_in_executor(_PARSERS, from_json, body)
     except ValueError as error:
         raise Refused(f"The request's body is not valid JSON: {error}") from error
 

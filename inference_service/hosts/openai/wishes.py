@@ -1,11 +1,14 @@
 """From a request to what is wished of its sequences, and the grammar that they follow."""
 
+import re
 from typing import Any
 
 from inference_service.hosts.generation.grammar import BadGrammar, Grammar, Grammars
 from inference_service.hosts.generation.sequence import Wishes
 from inference_service.hosts.openai.refusal import Refused
 from inference_service.hosts.openai.requests import GenerationRequest, StructuredOutputs
+
+_TOKEN_ID = re.compile(r"[0-9]{1,9}")
 
 
 def wishes_of(
@@ -23,6 +26,8 @@ def wishes_of(
         return float(defaults.get(name, neutral) if value is None else value)
 
     own_stops = frozenset(request.stop_token_ids or ())
+    if not all(0 <= token < vocabulary for token in own_stops):
+        raise Refused(f"A stop token is outside the vocabulary of {vocabulary}.", "stop_token_ids")
     return Wishes(
         max_tokens=max_tokens,
         temperature=chosen("temperature", 1.0),
@@ -43,7 +48,7 @@ def wishes_of(
 def _biases(given: dict[str, Any], vocabulary: int) -> dict[int, float]:
     biases = {}
     for name, bias in given.items():
-        if not name.isdecimal() or int(name) >= vocabulary:
+        if not _TOKEN_ID.fullmatch(name) or int(name) >= vocabulary:
             raise Refused(f"'{name[:40]}' is no token of this model: 0 to {vocabulary - 1}.", "logit_bias")
         biases[int(name)] = float(bias)
     return biases
