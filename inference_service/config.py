@@ -173,7 +173,8 @@ class Settings(BaseSettings):
     dtype: DtypeChoice = Field(
         DtypeChoice.AUTO,
         description="Weights' type: `float32`, `float16`, `bfloat16`, or `auto`, which is float16 on CUDA "
-        "(bfloat16 where the checkpoint is bfloat16) and float32 elsewhere",
+        "(bfloat16 where the checkpoint is bfloat16) and float32 elsewhere (the transformers backend keeps "
+        "bfloat16 on a processor that multiplies it faster)",
     )
     max_model_len: int | None = Field(
         None,

@@ -75,10 +75,21 @@ def test_fences(file: Path) -> None:
 
 
 def test_hosts_know_the_engine_room_only() -> None:
-    for file in (PACKAGE / "hosts").glob("*.py"):
+    for file in (PACKAGE / "hosts").rglob("*.py"):
         for name in imports(file):
             if name.startswith("inference_service"):
                 assert room(name) in ("engines", "hosts")
+
+
+def test_tokens_and_http_are_apart() -> None:
+    """What runs the model knows no HTTP, what speaks HTTP knows no torch."""
+    for file in (PACKAGE / "hosts" / "generation").glob("*.py"):
+        assert not any(
+            name.startswith(("fastapi", "starlette", "inference_service.hosts.openai"))
+            for name in imports(file)
+        )
+    for file in (PACKAGE / "hosts" / "openai").glob("*.py"):
+        assert not any(name.split(".")[0] == "torch" for name in imports(file))
 
 
 def test_nothing_in_the_service_imports_hosts() -> None:
