@@ -100,10 +100,9 @@ class ContinuousBatching:
     @property
     def free_tokens(self) -> int | None:
         cache = self._manager.batch_processor.cache
-        allocators = list(cache.cache_allocators.values())
-        cached = max(len(allocator.ledger.cached_blocks) for allocator in allocators)
-        used = max(sum(map(len, allocator.block_table.values())) for allocator in allocators)
-        return int(cache.num_blocks - used) * PAGE_TOKENS if cached >= 0 else None
+        tables = [allocator.block_table for allocator in cache.cache_allocators.values()]
+        used = max(sum(map(len, list(table.values()))) for table in tables)
+        return int(cache.num_blocks - used) * PAGE_TOKENS
 
     def is_alive(self) -> bool:
         return bool(self._manager.is_running())

@@ -8,15 +8,23 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from inference_service.hosts.generation import weights
 from inference_service.hosts.generation.adapters import Adapters
+from inference_service.hosts.generation.checkpoint import (
+    context,
+    generation_config,
+    sampling_defaults,
+    stop_tokens,
+    token_bytes,
+)
 from inference_service.hosts.generation.continuous import CacheSize, ContinuousBatching
 from inference_service.hosts.generation.grammar import Grammars
 from inference_service.hosts.generation.runner import Runner
@@ -81,10 +89,10 @@ class Engine:
 
     def _take_in(self, directory: Path) -> None:
         """What belongs to the checkpoint besides its weights and its tokenizer."""
-        generation = _generation_config(directory)
-        self.defaults = _sampling_defaults(generation) | self.options.sampling
+        generation = generation_config(directory)
+        self.defaults = sampling_defaults(generation) | self.options.sampling
         self.vocabulary = self._count_logits()
-        self.stop_tokens = _stop_tokens(self.tokenizer, generation, self.model.config)
+        self.stop_tokens = stop_tokens(self.tokenizer, generation, self.model.config)
 
     def _count_logits(self) -> int:
         head = self.model.get_output_embeddings()
@@ -94,7 +102,7 @@ class Engine:
     def max_model_len(self) -> int:
         """Tokens of a prompt and its continuation together."""
         longest = [self._cache_size.tokens] if isinstance(self.runner, ContinuousBatching) else []
-        return min([*longest, self.options.max_model_len or _context(self.model.config)])
+        return min([*longest, self.options.max_model_len or context(self.model.config)])
 
     @property
     def grammars(self) -> Grammars:
@@ -116,7 +124,8 @@ class Engine:
         loop = asyncio.get_running_loop()
 
         def tell(news: Token | Failure) -> None:
-            loop.call_soon_threadsafe(sink, news)
+            with suppress(RuntimeError):  # the loop has ended, and nobody listens
+                loop.call_soon_threadsafe(sink, news)
 
         sequence = Sequence(
             f"sequence-{next(self._names)}", prompt, wishes, tell, adapter=adapter, grammar=grammar
@@ -216,7 +225,7 @@ class Engine:
     def _cache_size(self) -> CacheSize:
         config = self.model.config.get_text_config()
         return CacheSize(
-            self.options.cache_bytes, _token_bytes(config, self.model.dtype), self.options.sequences
+            self.options.cache_bytes, token_bytes(config, self.model.dtype), self.options.sequences
         )
 
     def _choose_runner(self) -> tuple[Runner, str | None]:
@@ -254,8 +263,7 @@ class Engine:
     def _differs_from_plain(self, runner: Runner) -> str | None:
         """An architecture with states of its own may run in a batch and bring nonsense."""
         prompt = self._canary_prompt()
-        wishes = Wishes(CANARY_STEPS, temperature=0, logprobs=1)
-        tokens = _run(runner, Sequence("trial", prompt, wishes, lambda news: None))
+        tokens = _run(runner, prompt, Wishes(CANARY_STEPS, temperature=0, logprobs=1))
         with plain_attention(self.model):
             logits = forward(self.model, prompt + [token.id for token in tokens[:-1]])[len(prompt) - 1 :]
         expected = torch.log_softmax(logits, dim=-1)
@@ -266,7 +274,7 @@ class Engine:
         return None
 
     def _canary_prompt(self) -> list[int]:
-        count = min(CANARY_TOKENS, max(1, _context(self.model.config) - CANARY_STEPS))
+        count = min(CANARY_TOKENS, max(1, context(self.model.config) - CANARY_STEPS))
         return [(7919 * (number + 1)) % self.vocabulary for number in range(count)]
 
     def _top(self) -> int:
@@ -291,11 +299,10 @@ class Engine:
             self.runner.cancel(sequence)
 
 
-def _run(runner: Runner, sequence: Sequence) -> list[Token]:
+def _run(runner: Runner, prompt: list[int], wishes: Wishes) -> list[Token]:
     """A whole sequence, waited for; raises EngineFailed."""
     news: queue.SimpleQueue[Token | Failure] = queue.SimpleQueue()
-    sequence._sink = news.put
-    runner.submit(sequence)
+    runner.submit(Sequence("trial", prompt, wishes, news.put))
     tokens: list[Token] = []
     while not tokens or tokens[-1].finish is None:
         token = news.get()
@@ -303,36 +310,3 @@ def _run(runner: Runner, sequence: Sequence) -> list[Token]:
             raise EngineFailed(token.reason)
         tokens.append(token)
     return tokens
-
-
-def _generation_config(directory: Path) -> GenerationConfig:
-    if (directory / "generation_config.json").exists():
-        return GenerationConfig.from_pretrained(directory, local_files_only=True)
-    return GenerationConfig()
-
-
-def _sampling_defaults(generation: GenerationConfig) -> dict[str, Any]:
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    given = generation.to_diff_dict()
-    return {name: given[name] for name in names if given.get(name) is not None}
-
-
-def _stop_tokens(tokenizer: Any, generation: GenerationConfig, config: Any) -> frozenset[int]:
-    found: set[int] = set()
-    for ids in (tokenizer.eos_token_id, generation.eos_token_id, config.get_text_config().eos_token_id):
-        found.update([ids] if isinstance(ids, int) else ids or ())
-    return frozenset(found)
-
-
-def _context(config: Any) -> int:
-    text = config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-    found = [getattr(text, name, None) for name in names]
-    return next((int(length) for length in found if length), 1 << 20)
-
-
-def _token_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_hidden_layers * 2 * heads * width * torch.finfo(dtype).bits // 8)

@@ -104,6 +104,11 @@ class _Follower(LogitsProcessor):  # type: ignore[misc]
         self._sequence = sequence
         self._count = count
 
+    @property
+    def is_over(self) -> bool:
+        """Nothing more is to be generated."""
+        return self.ended or self._sequence.cancelled
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         (token,) = choose(scores.float(), [self._sequence])
         self._count()
@@ -122,5 +127,5 @@ class _Ended(StoppingCriteria):  # type: ignore[misc]
         self._follower = follower
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        ended = self._follower.ended or self._follower._sequence.cancelled
-        return torch.full((input_ids.shape[0],), ended, device=input_ids.device, dtype=torch.bool)
+        over = self._follower.is_over
+        return torch.full((input_ids.shape[0],), over, device=input_ids.device, dtype=torch.bool)
