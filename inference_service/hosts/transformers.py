@@ -51,7 +51,9 @@ def run(spec: HostSpec, listener: socket.socket, instead_of: str | None = None) 
         notes = [engine.limitation] if engine.limitation is not None else []
         if instead_of is not None:
             notes.append(f"{instead_of} does not run this architecture: transformers serves it, slower")
-        asyncio.run(_serve(build_app(serve(engine, spec, options), notes), engine, listener))
+        app = build_app(serve(engine, spec, options), notes)
+        app.state.in_place_of_another = instead_of is not None
+        asyncio.run(_serve(app, engine, listener))
     finally:
         engine.close()
 
@@ -97,6 +99,7 @@ def build_app(served: Served, notes: list[str]) -> FastAPI:
     app = FastAPI(openapi_url=None)
     app.state.served = served
     app.state.notes = notes
+    app.state.in_place_of_another = False
     app.include_router(control)
     app.add_api_route("/health", _health)
     app.add_api_route("/v1/chat/completions", _chat, methods=["POST"])

@@ -5,6 +5,7 @@ The same routes as vllm_control.py's. Whatever fails in a swap leaves an engine 
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ async def canary(request: Request) -> JSONResponse:
 async def swap(request: Request) -> JSONResponse:
     """Serve the snapshot that the HostSpec in the body names, with weights of the same shapes."""
     spec = HostSpec.from_json(await request.json())
+    if request.app.state.in_place_of_another and spec.fallback is not None:
+        spec = replace(spec, arguments=spec.fallback)
 
     async def change() -> dict[str, Any]:
         engine, options = _served(request).engine, parse_options(spec)

@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import dataclass
+from typing import NoReturn
 
 from inference_service.engines.base import HostSpec
 from inference_service.hosts.generation.engine import Engine, EngineOptions
@@ -20,7 +21,7 @@ class HostOptions:
 
 
 def parse_options(spec: HostSpec) -> HostOptions:
-    parser = argparse.ArgumentParser("transformers host")
+    parser = _Parser("transformers host")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), required=True)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), required=True)
     parser.add_argument("--spread", action="store_true")
@@ -44,6 +45,12 @@ def parse_options(spec: HostSpec) -> HostOptions:
         ),
         reasons=given.reasons,
     )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Not the end of the process: it may be an order to a host that serves."""
+        raise ValueError(f"{self.prog}: {message}")
 
 
 def serve(engine: Engine, spec: HostSpec, options: HostOptions) -> Served:

@@ -1,6 +1,7 @@
 """ENGINE=auto where vLLM lacks an architecture: transformers serves it, and says so."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def bucket(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -
     model = bucket / "models" / "neo"
     model.parent.mkdir(parents=True)
     make_tiny(checkpoints.base, tmp_path_factory.mktemp("tiny")).neo.rename(model)
+    shutil.copytree(model, model.with_name("neo-2"))
     return bucket
 
 
@@ -28,7 +30,8 @@ def settings(bucket: Path, engine: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def service(bucket: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
-    with running_service(tmp_path_factory.mktemp("auto"), **settings(bucket, "auto")) as service:
+    more = {"MAX_CACHED_MODELS": "1", "MIN_RESIDENCY": "0"}
+    with running_service(tmp_path_factory.mktemp("auto"), **settings(bucket, "auto"), **more) as service:
         yield service
 
 
@@ -56,6 +59,17 @@ def test_a_stream_and_a_client_that_leaves(service: ServiceProcess) -> None:
         next(chunks)
     service.wait_until(lambda: service.engine("neo")["running"] == 0, 5)
     assert complete(service)
+
+
+def test_weights_are_swapped_there_too(service: ServiceProcess) -> None:
+    process = service.engine("neo")["process_id"]
+    expected = complete(service, temperature=0)
+    told = service.openai.completions.create(model="neo-2", prompt="Once", max_tokens=6, temperature=0)
+    assert told.choices[0].text == expected, "the same weights"
+    assert told.model == "neo-2"
+    engine = service.engine("neo-2")
+    assert (engine["swapped"], engine["process_id"]) == (True, process)
+    assert any("vLLM does not run this architecture" in note for note in engine["notes"])
 
 
 def test_vllm_alone_refuses(bucket: Path, tmp_path: Path) -> None:

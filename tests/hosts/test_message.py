@@ -78,3 +78,32 @@ def test_arguments_of_a_named_function() -> None:
     assert not writer.add('{"city": ')
     writer.add('"Rome"}')
     assert called(writer.finish()) == [ROME]
+
+
+# As a tokenizer's file has it: a channel for thoughts, calls with the name in their mark.
+TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|turn>model\n",
+    "fields": {
+        "thinking": {"open": "<|channel>thought\n", "close": "<channel|>", "content": "text"},
+        "tool_calls": {
+            "open_pattern": r"<\|tool_call>call:(?P<name>\w+)",
+            "close": "<tool_call|>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+        },
+        "content": {"close": ["<turn|>"], "content": "text"},
+    },
+}
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_a_tokenizers_own_response_template(size: int) -> None:
+    text = '<|channel>thought\nhm<channel|>Look:<|tool_call>call:weather{"city": "Rome"}<tool_call|><turn|>'
+    writer = writer_for(TEMPLATE, "<|turn>user\nx<turn|>\n<|turn>model\n", TOOLS, reasons=False)
+    gain = Gain()
+    for start in range(0, len(text), size):
+        gain += writer.add(text[start : start + size])
+    gain += writer.finish()
+    assert (gain.reasoning, gain.content, called(gain)) == ("hm", "Look:", [ROME])
