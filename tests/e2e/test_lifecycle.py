@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import real_service
-from tests.e2e.engines import Engine
+from tests.e2e.engines import REAL, Engine, shows
 from tests.e2e.test_openai_client import BASE, TUNED, ask
 from tests.fixtures.bucket import Bucket
 from tests.fixtures.service_process import ServiceProcess
@@ -104,6 +104,8 @@ def test_sockets_are_private(small: ServiceProcess) -> None:
         assert stat.S_IMODE(path.parent.parent.stat().st_mode) == 0o700
 
 
+@shows("death")
+@pytest.mark.engine(*REAL)
 def test_a_killed_engine_fails_its_stream_and_is_replaced(small: ServiceProcess) -> None:
     ask(small, BASE)
     pid = small.engine(BASE)["process_id"]

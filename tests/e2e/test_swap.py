@@ -12,7 +12,7 @@ import pytest
 from openai.types import CompletionChoice
 
 from tests.e2e.conftest import real_service
-from tests.e2e.engines import Engine
+from tests.e2e.engines import REAL, Engine, shows
 from tests.e2e.test_openai_client import BASE, CAPITAL, TUNED
 from tests.fixtures.bucket import Bucket, new_bucket
 from tests.fixtures.checkpoints import Checkpoints
@@ -100,6 +100,8 @@ def unload(service: ServiceProcess) -> None:
         service.http.post(f"/admin/unload/{engine['model']}").raise_for_status()
 
 
+@shows("swap")
+@pytest.mark.engine(*REAL)
 def test_tied_embeddings_and_an_adapter(single: ServiceProcess) -> None:
     fresh_tuned = answers(single, TUNED)
     unload(single)
@@ -129,6 +131,8 @@ def test_untied_embeddings(single: ServiceProcess) -> None:
     assert single.engine(one)["process_id"] == process
 
 
+@shows("adapters")
+@pytest.mark.engine(*REAL)
 def test_adapter_and_base_in_one_batch(single: ServiceProcess) -> None:
     alone = {model: answer(single, model, CAPITAL)[0] for model in (BASE, ADAPTER)}
     found: list[tuple[str, str]] = []
