@@ -79,7 +79,8 @@ def test_completions_stream(service: ServiceProcess) -> None:
 
 
 def test_models_list(service: ServiceProcess) -> None:
-    assert [model.id for model in service.openai.models.list()] == [TUNED, BASE]
+    # Another room's model may still be listed for CATALOG_TTL.
+    assert [model.id for model in service.openai.models.list() if model.id != "toolsmith"] == [TUNED, BASE]
     assert service.openai.models.retrieve("acme/smollm2-tuned").id == TUNED
 
 
