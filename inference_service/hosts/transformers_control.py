@@ -3,8 +3,6 @@
 The same routes as vllm_control.py's. Whatever fails in a swap leaves an engine that nobody may use.
 """
 
-import logging
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ from starlette.responses import JSONResponse
 
 from inference_service.engines.base import HostSpec
 from inference_service.hosts.openai.serving import Served
+from inference_service.hosts.orders import answered
 from inference_service.hosts.transformers_options import parse_options, serve
 
-logger = logging.getLogger(__name__)
 control = APIRouter(prefix="/control")
 
 
@@ -36,7 +34,7 @@ async def canary(request: Request) -> JSONResponse:
     async def look() -> dict[str, Any]:
         return {"canary": await _served(request).engine.canary()}
 
-    return await _answered(look)
+    return await answered(look)
 
 
 @control.post("/swap")
@@ -52,7 +50,7 @@ async def swap(request: Request) -> JSONResponse:
         request.app.state.served = serve(engine, spec, options)
         return {"canary": await engine.canary(), "seconds": seconds}
 
-    return await _answered(change)
+    return await answered(change)
 
 
 @control.post("/adapters")
@@ -65,7 +63,7 @@ async def add_adapter(request: Request) -> JSONResponse:
         await engine.add_adapter(order["name"], order["id"], Path(order["directory"]))
         return {}
 
-    return await _answered(add)
+    return await answered(add)
 
 
 @control.delete("/adapters/{name}")
@@ -76,18 +74,9 @@ async def remove_adapter(request: Request, name: str) -> JSONResponse:
         await _served(request).engine.remove_adapter(name)
         return {}
 
-    return await _answered(remove)
+    return await answered(remove)
 
 
 def _served(request: Request) -> Served:
     served: Served = request.app.state.served
     return served
-
-
-async def _answered(work: Callable[[], Awaitable[dict[str, Any]]]) -> JSONResponse:
-    """What the work returns; its error as 422 with the reason, for the service to tell."""
-    try:
-        return JSONResponse(await work())
-    except Exception as error:
-        logger.exception("an order of the service failed")
-        return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 422)

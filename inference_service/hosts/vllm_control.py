@@ -6,12 +6,10 @@ swap leaves an engine that nobody may use; the service ends it.
 
 import asyncio
 import dataclasses
-import logging
 import math
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +28,12 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 
 from inference_service.engines.base import HostSpec
+from inference_service.hosts.orders import answered
 from inference_service.hosts.tokenizer_files import tokenize_alike
 
 CANARY_TOKENS = 12
 CANARY_TOP = 20
 
-logger = logging.getLogger(__name__)
 control = APIRouter(prefix="/control")
 _reserved_tokens = CompletionRequest.build_tok_params
 
@@ -110,14 +108,14 @@ async def pulse(request: Request) -> dict[str, int]:
 @control.get("/canary")
 async def canary(request: Request) -> JSONResponse:
     """The highest logits of a fixed prompt, as the weights compute them now."""
-    return await _answered(lambda: _canary(request.app.state.engine_client))
+    return await answered(lambda: _canary(request.app.state.engine_client))
 
 
 @control.post("/swap")
 async def swap(request: Request) -> JSONResponse:
     """Serve the snapshot that the HostSpec in the body names, with weights of the same shapes."""
     spec = HostSpec.from_json(await request.json())
-    return await _answered(lambda: _swap(request.app.state, spec))
+    return await answered(lambda: _swap(request.app.state, spec))
 
 
 @control.post("/adapters")
@@ -131,7 +129,7 @@ async def add_adapter(request: Request) -> JSONResponse:
         state.openai_serving_models.lora_requests[order["name"]] = adapter
         return {}
 
-    return await _answered(add)
+    return await answered(add)
 
 
 @control.delete("/adapters/{name}")
@@ -145,16 +143,7 @@ async def remove_adapter(request: Request, name: str) -> JSONResponse:
             await state.engine_client.remove_lora(adapter.lora_int_id)
         return {}
 
-    return await _answered(remove)
-
-
-async def _answered(work: Callable[[], Awaitable[dict[str, Any]]]) -> JSONResponse:
-    """What the work returns; its error as 422 with the reason, for the service to tell."""
-    try:
-        return JSONResponse(await work())
-    except Exception as error:
-        logger.exception("an order of the service failed")
-        return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 422)
+    return await answered(remove)
 
 
 async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
