@@ -36,7 +36,7 @@ PROMPTS = (
 CYCLES = 20
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def family(gcs_url: str, checkpoints: Checkpoints) -> Iterator[Bucket]:
     """Two of one architecture with tied embeddings, two of another with untied ones, and an adapter."""
     with new_bucket(gcs_url, "family") as bucket:

@@ -1,7 +1,7 @@
 """What the launcher relies on, in the pinned vLLM and in itself."""
 
+import subprocess
 import sys
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -24,16 +24,21 @@ def test_a_symbol_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert "nobody.has.it cannot be imported" in str(warmth.why_unexpected())
 
 
+# In a process of its own: whatever other tests imported may have left a thread in this one.
+ASK_WITH_A_THREAD = """
+import threading
+from inference_service.engines import warmth
+print(warmth.why_cold("fake"))
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+print(warmth.why_cold("fake"))
+"""
+
+
 def test_a_second_thread_makes_it_cold() -> None:
-    assert warmth.why_cold("fake") is None
-    done = threading.Event()
-    thread = threading.Thread(target=done.wait)
-    thread.start()
-    try:
-        assert "2 threads" in str(warmth.why_cold("fake"))
-    finally:
-        done.set()
-        thread.join()
+    told = subprocess.run(
+        [sys.executable, "-c", ASK_WITH_A_THREAD], capture_output=True, text=True, check=True
+    ).stdout
+    assert told.splitlines() == ["None", "it has 2 threads, and a fork keeps one"]
 
 
 def test_a_cuda_context_makes_it_cold(monkeypatch: pytest.MonkeyPatch) -> None:
