@@ -101,7 +101,7 @@ async def _perplexity(engine: Engine) -> float:
     ids: list[int] = engine.tokenizer(text)["input_ids"][: PIECE * PIECES]
     logprobs: list[float] = []
     for start in range(0, len(ids), PIECE):
-        told, _ = await engine.score(ids[start : start + PIECE], None, 1, None)
+        told, _ = await engine.score(ids[start : start + PIECE], None, 1, [])
         logprobs += [token.logprob or 0.0 for token in told]
     return math.exp(-sum(logprobs) / len(logprobs))
 

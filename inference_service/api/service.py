@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,7 +69,7 @@ class Service:
 
     async def find(self, name: str) -> Model:
         """As `resolve`, also for a model that cannot be served."""
-        return await self._in_time(self.registry.find(name))
+        return await self._in_time(_as_listed(lambda: self.registry.find(name)))
 
     async def lease(self, model: Model) -> Lease:
         """A lease on the model's engine; on an older revision's, where this one turns out not to serve.
@@ -117,10 +117,7 @@ class Service:
             self._asking.discard(task)
 
     async def _resolve(self, name: str) -> Model:
-        try:
-            return await self._resolved(name)
-        except ObjectReplaced:  # since it was listed: the registry lists anew
-            return await self._resolved(name)
+        return await _as_listed(lambda: self._resolved(name))
 
     async def _resolved(self, name: str) -> Model:
         model = self.rollover.meant(await self.registry.find(name))
@@ -207,6 +204,14 @@ class Service:
             async with asyncio.timeout_at(deadline + LAST_EVENTS_SECONDS):
                 while self.relays:
                     await asyncio.wait({relay.ended for relay in self.relays})
+
+
+async def _as_listed(ask: Callable[[], Awaitable[Model]]) -> Model:
+    """What is asked for, once more where an object was replaced since it was listed: that lists anew."""
+    try:
+        return await ask()
+    except ObjectReplaced:
+        return await ask()
 
 
 def _failed(model: Model, error: ServiceError) -> Model:

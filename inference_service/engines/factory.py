@@ -58,7 +58,9 @@ class EngineFactory:
 
     def conditions(self) -> str:
         """What logits depend on besides the weights: kernels, their version, the type they compute in."""
-        return f"{self._backend} {backend_version(self._backend)} {self._device.name} {self._settings.dtype}"
+        bits = "int8" if self._settings.quantizes else ""
+        computing = f"{self._device.name} {self._settings.dtype} {bits}".rstrip()
+        return f"{self._backend} {backend_version(self._backend)} {computing}"
 
     def close(self) -> None:
         shutil.rmtree(self._room, ignore_errors=True)

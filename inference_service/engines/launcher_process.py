@@ -1,9 +1,9 @@
 """The launcher's program: imports the backend once, then forks a host per order.
 
 Runs as `python -m inference_service.engines.launcher_process CONTROL_FD LIFELINE_FD BACKEND DEVICE PARENT
-WARM` and holds one thread, because a fork keeps only the thread that called it. It imports vLLM and never
-touches CUDA: a CUDA context does not survive a fork. Where a fork could go wrong (warmth.py), and where WARM
-is 0, a host imports everything by itself (cold_host.py).
+WARM` and holds one thread, because a fork keeps only the thread that called it. It imports the backend
+and never touches CUDA: a CUDA context does not survive a fork. Where a fork could go wrong (warmth.py), and
+where WARM is 0, a host imports everything by itself (cold_host.py).
 
 Messages (see channel.py):
     service -> launcher   {"launch": id, "spec": {...}}  with two descriptors: listener, log
@@ -239,7 +239,7 @@ def _next_zombie() -> int | None:
 def _group_exists(pid: int) -> bool:
     try:
         os.killpg(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # macOS refuses where all of a group are zombies
         return False
     return True
 
@@ -250,7 +250,7 @@ def _lead_group(pid: int) -> None:
 
 
 def _kill_group(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
 
 

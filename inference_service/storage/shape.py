@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inference_service.config import Settings
-from inference_service.engines.device import Backend, Device, resolve_dtype, tensor_parallel_size
+from inference_service.engines.device import Backend, Device, DeviceKind, resolve_dtype, tensor_parallel_size
 from inference_service.models.serving import Serving
 from inference_service.storage.safetensors import Tensor
 
@@ -63,13 +63,23 @@ def shape_of(
     wish = serving.kv_cache_gib
     return Shape(
         dtype=dtype,
-        weights_bytes=weights.bytes_as(dtype),
+        weights_bytes=weights.bytes_as(dtype) + _packed_head_bytes(merged, weights, dtype, device, backend),
         token_bytes=_token_bytes(merged, dtype),
         context=serving.max_model_len or settings.max_model_len or _number(merged, "max_position_embeddings"),
         gpus=serving.tensor_parallel_size or tensor_parallel_size(settings, device),
         kv_cache_bytes=None if wish is None else int(wish * _GIB),
         adapter_bytes=_DTYPE_BYTES[dtype] * sum(map(_sides, weights.tensors.values())),
     )
+
+
+def _packed_head_bytes(
+    config: dict[str, Any], weights: Weights, dtype: str, device: Device, backend: Backend
+) -> int:
+    """The embeddings once more, where they are the output layer too, which is packed for the processor."""
+    packs = backend is Backend.TRANSFORMERS and device.kind is DeviceKind.CPU
+    if not packs or config.get("tie_word_embeddings") is False or "lm_head.weight" in weights.tensors:
+        return 0
+    return _number(config, "vocab_size") * _number(config, "hidden_size") * _DTYPE_BYTES[dtype]
 
 
 def _sides(tensor: Tensor) -> int:

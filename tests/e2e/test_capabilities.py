@@ -147,6 +147,16 @@ def test_a_stream_is_the_whole_answer_in_parts(service: ServiceProcess) -> None:
     assert "".join(part.choices[0].delta.content or "" for part in parts)
 
 
+@shows("streaming")
+@pytest.mark.engine("vllm", "transformers")
+def test_usage_in_each_part_where_that_is_wished(service: ServiceProcess) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(complete(service, "Once", 20, stream=True, stream_options=options))
+    running = [chunk.usage.completion_tokens for chunk in chunks]
+    assert running == sorted(running)
+    assert (running[0] <= 3, running[-1]) == (True, 20)
+
+
 @shows("answers")
 def test_a_streams_text_is_the_whole_answers(service: ServiceProcess) -> None:
     for prompt in PROMPTS[:3]:
@@ -419,6 +429,18 @@ def test_the_prompt_alone_and_a_long_one(service: ServiceProcess) -> None:
     long = complete(service, [5] * 1500, 1, echo=True, logprobs=1, temperature=0)
     assert len(long.choices[0].logprobs.token_logprobs) == 1501
     assert long.usage.completion_tokens == 1
+
+
+@shows("echo")
+def test_several_answers_of_one_token_after_the_prompt(service: ServiceProcess) -> None:
+    """Each draws numbers of its own, as they do without the prompt."""
+    prompt = "My favourite number is"
+    fields = {"n": 6, "seed": 11, "temperature": 1.5, "logprobs": 0}
+    alone = [each.text for each in complete(service, prompt, 1, **fields).choices]
+    echoed = complete(service, prompt, 1, echo=True, **fields)
+    assert [each.text for each in echoed.choices] == [prompt + text for text in alone]
+    assert len(set(alone)) > 1
+    assert echoed.usage.completion_tokens == 6
 
 
 # json, tools

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from inference_service.hosts.generation.continuous import PAGE_TOKENS, ContinuousBatching
@@ -79,7 +80,7 @@ async def test_a_prompt_longer_than_a_step(start: Start, tiny: Tiny) -> None:
 
 async def test_cancelled_sequences_give_their_pages_back_at_once(start: Start, tiny: Tiny) -> None:
     engine = start(tiny.llama, sequences=4)
-    assert engine.runner.free_tokens is not None
+    assert isinstance(engine.runner, ContinuousBatching)
     before = engine.runner.free_tokens
     news: asyncio.Queue[Any] = asyncio.Queue()
     endless = Wishes(400, temperature=0)
@@ -165,7 +166,7 @@ async def test_the_log_probabilities_of_a_prompt(start: Start, tiny: Tiny) -> No
     engine = start(tiny.llama)
     prompt = [(31 * number) % 4000 for number in range(500)]
     running = asyncio.gather(*(ids(engine, each, 60) for each in PROMPTS[:3]))
-    told, (following,) = await engine.score(prompt, None, 3, Wishes(1, temperature=0, logprobs=2))
+    told, (following,) = await engine.score(prompt, None, 3, [Wishes(1, temperature=0, logprobs=2)])
     await running
     model = AutoModelForCausalLM.from_pretrained(tiny.llama, dtype=torch.float32)
     with torch.no_grad():
@@ -186,7 +187,7 @@ async def test_an_architecture_that_cannot_share_a_batch_is_served_alone(start: 
     assert "GPTNeo" in engine.limitation
     together = await asyncio.gather(*(ids(engine, prompt, 6) for prompt in PROMPTS[:4]))
     assert list(together) == plain(tiny.neo, PROMPTS[:4], 6)
-    told, _ = await engine.score(PROMPTS[3], None, 1, None)
+    told, _ = await engine.score(PROMPTS[3], None, 1, [])
     assert len(told) == len(PROMPTS[3]) - 1
     await engine.canary()
 
@@ -202,8 +203,6 @@ async def test_what_is_cancelled_alone_ends_and_lets_the_next_run(start: Start, 
 
 
 async def test_weights_that_are_missing_are_no_random_numbers(tiny: Tiny, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     cut = tmp_path / "cut"
     shutil.copytree(tiny.llama, cut)
     tensors = load_file(cut / "model.safetensors")
@@ -235,7 +234,7 @@ async def test_a_prompt_whose_client_leaves_is_read_no_further(start: Start, tin
     news: asyncio.Queue[Any] = asyncio.Queue()
     running = engine.submit(PROMPTS[0], Wishes(450, temperature=0), news.put_nowait)
     await news.get()
-    scoring = asyncio.ensure_future(engine.score(PROMPTS[1], None, 1, None))
+    scoring = asyncio.ensure_future(engine.score(PROMPTS[1], None, 1, []))
     await asyncio.sleep(0.05)  # it waits for the model, which the other holds
     scoring.cancel()
     started = asyncio.get_running_loop().time()
@@ -277,3 +276,120 @@ async def test_adapters_take_turns_where_the_cache_has_no_room_for_all(start: St
     assert all(len(each) == 24 for each in found)
     alone = [await ids(engine, prompt, 24, name) for name, prompt in asked[:6]]
     assert found[:6] == alone
+
+
+async def test_prompts_are_read_one_after_the_other(start: Start, tiny: Tiny) -> None:
+    """Whose adapter is in use is of no concern to the other's numbers."""
+    engine = start(tiny.llama)
+    await engine.add_adapter("a@1", 1, tiny.adapters[0])
+    prompt = [(31 * number) % 4000 for number in range(400)]
+
+    async def read(adapter: str | None) -> list[float | None]:
+        told, _ = await engine.score(prompt, adapter, 1, [])
+        return [token.logprob for token in told]
+
+    expected = {name: await read(name) for name in (None, "a@1")}
+    assert expected[None] != expected["a@1"]
+    names = [None, "a@1"] * 6
+    for name, found in zip(names, await asyncio.gather(*map(read, names)), strict=True):
+        assert found == expected[name], name
+
+
+async def test_adapters_that_come_at_once_can_all_go_again(start: Start, tiny: Tiny) -> None:
+    engine = start(tiny.llama)
+    for _ in range(3):
+        added = enumerate(tiny.adapters * 2, start=1)
+        await asyncio.gather(*(engine.add_adapter(f"a@{number}", number, path) for number, path in added))
+        found = await asyncio.gather(*(ids(engine, PROMPTS[0], 6, f"a@{number}") for number in range(1, 5)))
+        assert found[0] == found[2] != found[1] == found[3]
+        await asyncio.gather(*(engine.remove_adapter(f"a@{number}") for number in range(1, 5)))
+        assert not getattr(engine.model, "peft_config", {})
+
+
+async def test_who_was_put_off_goes_on_when_the_others_leave(start: Start, tiny: Tiny) -> None:
+    """Two that fill the cache between them: the one that is put off outlives the other's client."""
+    engine = start(tiny.llama, cache_bytes=256 * 512, max_model_len=256)
+    news: dict[int, asyncio.Queue[Any]] = {number: asyncio.Queue() for number in range(4)}
+    prompts = [[(row * 31 + number) % 4000 for number in range(60)] for row in news]
+    sequences = [
+        engine.submit(prompt, Wishes(190, temperature=0), news[number].put_nowait)
+        for number, prompt in enumerate(prompts)
+    ]
+    scheduler = engine.runner._manager.batch_processor.scheduler  # type: ignore[attr-defined]
+    for _ in range(2000):
+        if scheduler.block_new_requests:
+            break
+        await asyncio.sleep(0.002)
+    assert scheduler.block_new_requests, "none was put off"
+    put_off = [number for number, each in enumerate(sequences) if each.name in scheduler.waiting_requests]
+    for number, sequence in enumerate(sequences):
+        if number not in put_off:
+            engine.runner.cancel(sequence)
+    assert await asyncio.wait_for(ids(engine, PROMPTS[0], 3), 10) == plain(tiny.llama, PROMPTS[:1], 3)[0]
+    for number in put_off:
+        tokens: list[Token] = []
+        while not tokens or tokens[-1].finish is None:
+            tokens.append(await asyncio.wait_for(news[number].get(), 10))
+        assert [token.id for token in tokens] == plain(tiny.llama, [prompts[number]], 190)[0]
+
+
+async def test_nothing_of_a_sequence_cancelled_in_a_swap_is_left(start: Start, tiny: Tiny) -> None:
+    """Its pages hold what the old weights made of its prompt."""
+    engine = start(tiny.llama)
+    fresh = start(tiny.other)
+    prompt = list(range(3 * PAGE_TOKENS + 5))
+    expected = await ids(fresh, prompt, 8)
+    news: asyncio.Queue[Any] = asyncio.Queue()
+    sequence = engine.submit(prompt, Wishes(400, temperature=0), news.put_nowait)
+    await news.get()
+    forget = engine.runner.forget
+
+    def left_meanwhile() -> None:
+        engine.runner.cancel(sequence)
+        forget()
+
+    engine.runner.forget = left_meanwhile  # type: ignore[method-assign]
+    await engine.swap(tiny.other, options())
+    assert await ids(engine, prompt, 8) == expected
+
+
+async def test_an_adapters_pages_are_never_the_bare_models(start: Start, tiny: Tiny) -> None:
+    """Also where its client leaves in the middle of a step."""
+    engine = start(tiny.llama)
+    await engine.add_adapter("a@1", 1, tiny.adapters[0])
+    prompt = list(range(3 * PAGE_TOKENS))
+    expected = plain(tiny.llama, [[*prompt, 7]], 8)[0]
+    for length in range(1, PAGE_TOKENS + 2):
+        news: asyncio.Queue[Any] = asyncio.Queue()
+        sequence = engine.submit(prompt, Wishes(400, temperature=0), news.put_nowait, adapter="a@1")
+        for _ in range(length):
+            await news.get()
+        with engine.runner.exclusive():
+            engine.runner.cancel(sequence)
+    assert await ids(engine, [*prompt, 7], 8) == expected
+
+
+async def test_a_sequence_whose_adapter_has_gone_fails_alone(start: Start, tiny: Tiny) -> None:
+    engine = start(tiny.llama)
+    await engine.add_adapter("a@1", 1, tiny.adapters[0])
+    news: asyncio.Queue[Any] = asyncio.Queue()
+    engine.submit(PROMPTS[0], Wishes(400, temperature=0), news.put_nowait, adapter="a@1")
+    await news.get()
+    beside = asyncio.ensure_future(ids(engine, PROMPTS[1], 30))
+    await engine.remove_adapter("a@1")
+    while not isinstance(failure := await asyncio.wait_for(news.get(), 5), Failure):
+        pass
+    assert "a@1" in failure.reason
+    assert await beside == plain(tiny.llama, PROMPTS[1:2], 30)[0]
+
+
+async def test_an_adapter_without_its_weights_is_refused(start: Start, tiny: Tiny, tmp_path: Path) -> None:
+    engine = start(tiny.llama)
+    cut = tmp_path / "cut"
+    shutil.copytree(tiny.adapters[0], cut)
+    tensors = load_file(cut / "adapter_model.safetensors")
+    del tensors[next(name for name in tensors if "layers.1.self_attn.v_proj" in name)]
+    save_file(tensors, cut / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 of its weights"):
+        await engine.add_adapter("a@1", 1, cut)
+    assert await ids(engine, PROMPTS[0], 8) == plain(tiny.llama, PROMPTS[:1], 8)[0]

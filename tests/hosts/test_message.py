@@ -5,7 +5,11 @@ from typing import Any
 
 import pytest
 
-from inference_service.hosts.openai.message import Forced, Gain, writer_for
+from tests.fixtures.tiny import VOCABULARY, Tiny  # isort: skip  (before transformers: it is to stay offline)
+from transformers import AutoTokenizer
+
+from inference_service.hosts.generation.grammar import Grammars
+from inference_service.hosts.openai.message import Forced, Gain, schema_of_calls, writer_for
 
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
@@ -107,3 +111,46 @@ def test_a_tokenizers_own_response_template(size: int) -> None:
         gain += writer.add(text[start : start + size])
     gain += writer.finish()
     assert (gain.reasoning, gain.content, called(gain)) == ("hm", "Look:", [ROME])
+
+
+@pytest.mark.parametrize("size", [1, 3, 11, 1000])
+def test_nothing_of_a_call_that_is_no_json_is_lost(size: int) -> None:
+    text = f"Sure.\n<tool_call>{{bad</tool_call> and {CALL}"
+    gain = written(text, size)
+    assert gain.content == text
+    whole = written(f"{CALL}{TIME} <tool_call>[1,</tool_call>", size)
+    assert called(whole) == [ROME, ("time", {})]
+    assert whole.content.strip() == "<tool_call>[1,</tool_call>"
+
+
+def test_brackets_without_an_end_are_text() -> None:
+    assert written("[" * 100_000, 50_000).content == "[" * 100_000
+
+
+def test_required_calls_follow_schemas_that_refer_to_themselves(tiny: Tiny) -> None:
+    """As pydantic writes the schemas of nested models, each with definitions of its own."""
+    node = {"type": "object", "properties": {"next": {"$ref": "#/$defs/Node"}}, "additionalProperties": False}
+    schemas = {
+        "walk": {"$defs": {"Node": node}, "type": "object", "properties": {"to": {"$ref": "#/$defs/Node"}}},
+        "look": {
+            "$defs": {"Node": {"enum": ["up", "down"]}},
+            "type": "object",
+            "properties": {"to": {"$ref": "#/$defs/Node"}, "then": {"$ref": "#"}},
+            "additionalProperties": False,
+        },
+    }
+    tools = [{"function": {"name": name, "parameters": schema}} for name, schema in schemas.items()]
+    grammars = Grammars(AutoTokenizer.from_pretrained(tiny.llama), VOCABULARY, frozenset({2}))
+    grammar = grammars.schema(schema_of_calls(tools, parallel=True), compact=True)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.llama)
+
+    def follows(calls: list[dict[str, Any]]) -> bool:
+        matcher = grammar.matcher(frozenset({2}))
+        ids = tokenizer.encode(json.dumps(calls))
+        return all(matcher.accept(token) for token in [*ids, 2])
+
+    walk = {"name": "walk", "parameters": {"to": {"next": {"next": {}}}}}
+    look = {"name": "look", "parameters": {"to": "up", "then": {"to": "down"}}}
+    assert follows([walk, look])
+    assert not follows([{"name": "walk", "parameters": {"to": "up"}}])
+    assert not follows([{"name": "look", "parameters": {"to": "up", "then": {"to": {"next": {}}}}}])

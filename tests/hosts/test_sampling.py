@@ -99,3 +99,14 @@ def test_the_logits_are_left_as_they_are() -> None:
     rows = LOGITS.unsqueeze(0).clone()
     choose(rows, [sequence(temperature=0.5, top_p=0.5, logit_bias={1: 3.0}, frequency_penalty=1.0)])
     assert torch.equal(rows, LOGITS.unsqueeze(0))
+
+
+@pytest.mark.parametrize("other", [{"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.01}, {"temperature": 0.0}])
+def test_a_seed_draws_the_same_whoever_runs_beside_it(other: dict[str, Any]) -> None:
+    logits = torch.tensor([-1.0, 0.5, 2.0, -3.0, 1.0])
+    alone, accompanied = sequence(seed=5), sequence(seed=5)
+    beside = sequence(seed=1, **other)
+    for _ in range(200):
+        (expected,) = choose(logits.unsqueeze(0), [alone])
+        _, found = choose(logits.expand(2, -1), [beside, accompanied])
+        assert found.id == expected.id

@@ -90,3 +90,11 @@ def test_the_mark_that_ends_an_answer_is_not_its_text(tokenizer: Any) -> None:
     assert piece is not None
     assert (piece.text, piece.finish, len(piece.tokens)) == ("", "stop", 1)
     assert taking.tokens == 1
+
+
+def test_a_stop_string_counts_only_once_it_may() -> None:
+    stops = StopFinder(["END"])
+    shown = stops.add("an END ", may_end=False) + stops.add("of EN", may_end=False)
+    assert shown == "an END of "
+    assert stops.add("D there") == ""
+    assert stops.found

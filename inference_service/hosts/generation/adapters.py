@@ -20,13 +20,17 @@ class Adapters:
         return name in self._names
 
     def add(self, name: str, number: int, directory: Path) -> None:
-        """Read an adapter; raises what PEFT raises, and leaves the model as it was then."""
+        """Read an adapter; raises what PEFT raises, and lets the model answer as before then."""
         inner = f"adapter{number}"
         try:
             with warnings.catch_warnings():
                 # PEFT asks at the second adapter whether several are meant.
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                self._model.load_adapter(str(directory), adapter_name=inner, hotswap=False)
+                loading = self._model.load_adapter(str(directory), adapter_name=inner, hotswap=False)
+            missing = sorted(key for key in loading.missing_keys if f".{inner}." in key)
+            if missing:
+                # PEFT would go on as if it were no adapter at all.
+                raise ValueError(f"the adapter lacks {len(missing)} of its weights, among them {missing[0]}")
         except BaseException:
             self._withdraw(inner)
             raise

@@ -6,7 +6,7 @@ on beyond transformers' documented interface is pinned with its release and test
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
+from inference_service.hosts.generation.adapters import Adapters
 from inference_service.hosts.generation.runner import RunnerDead
 from inference_service.hosts.generation.sampling import choose
 from inference_service.hosts.generation.sequence import Failure, Sequence, Token
@@ -56,21 +57,17 @@ class CacheSize:
 
 
 class ContinuousBatching:
-    """A Runner (see runner.py). `enter` makes an adapter (None: none) the one that the next step uses."""
+    """A Runner (see runner.py)."""
 
-    def __init__(
-        self,
-        model: Any,
-        size: CacheSize,
-        enter: Callable[[str | None], None],
-        *,
-        shares_prefixes: bool,
-    ) -> None:
+    def __init__(self, model: Any, size: CacheSize, adapters: Adapters, *, shares_prefixes: bool) -> None:
         """Raises whatever transformers raises where it cannot run this architecture so."""
         self._sequences: dict[str, Sequence] = {}
+        self._adapters = adapters
         self._lock = threading.Lock()
+        # transformers lets several threads into one pause.
+        self._model_lock = threading.Lock()
         self._chooser = _Chooser(self._sequences, self._end_early)
-        SCHEDULER_MAPPING[_TURNS] = partial(Turns, adapter_of=self._adapter_of, enter=enter)
+        SCHEDULER_MAPPING[_TURNS] = partial(Turns, find=self._wanted, enter=adapters.enter)
         self._manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
             continuous_batching_config=ContinuousBatchingConfig(
@@ -98,7 +95,8 @@ class ContinuousBatching:
         return self._chooser.steps
 
     @property
-    def free_tokens(self) -> int | None:
+    def free_tokens(self) -> int:
+        """Tokens that the cache has room for beside the sequences in it."""
         cache = self._manager.batch_processor.cache
         tables = [allocator.block_table for allocator in cache.cache_allocators.values()]
         used = max(sum(map(len, list(table.values()))) for table in tables)
@@ -127,17 +125,20 @@ class ContinuousBatching:
 
     @contextmanager
     def exclusive(self) -> Iterator[Any]:
-        try:
-            pause = self._manager.pause()
-            pause.__enter__()
-        except RuntimeError as error:
-            raise RunnerDead(str(error)) from error
-        try:
-            yield self._manager.model
-        finally:
-            pause.__exit__(None, None, None)
+        with self._model_lock:
+            try:
+                pause = self._manager.pause()
+                pause.__enter__()
+            except RuntimeError as error:
+                raise RunnerDead(str(error)) from error
+            try:
+                yield self._manager.model
+            finally:
+                pause.__exit__(None, None, None)
 
     def forget(self) -> None:
+        # Who was cancelled a moment ago holds pages until the next step, which then would keep them.
+        self._manager.batch_processor.fail_all_requests(EvictedError("the model's weights were replaced"))
         self._manager.batch_processor.cache.evict_cached_blocks()
 
     def close(self) -> None:
@@ -147,9 +148,13 @@ class ContinuousBatching:
         """It has ended for a reason that transformers does not know of."""
         self._manager.cancel_request(sequence.name)
 
-    def _adapter_of(self, name: str) -> str | None:
+    def _wanted(self, name: str) -> Sequence | None:
+        """A sequence that can go on; None where its client has left, or its adapter has gone."""
         sequence = self._sequences.get(name)
-        return None if sequence is None else sequence.adapter
+        if sequence is None or sequence.adapter is None or sequence.adapter in self._adapters:
+            return sequence
+        self._fail(name, f"its adapter '{sequence.adapter}' has been removed")
+        return None
 
     def _fail(self, name: str, reason: str) -> None:
         sequence = self._drop(name)
@@ -161,6 +166,10 @@ class ContinuousBatching:
             return self._sequences.pop(name, None)
 
 
+class EvictedError(Exception):
+    """A sequence has lost its pages."""
+
+
 class Turns(FIFOScheduler):  # type: ignore[misc]
     """One adapter a step, in turn: its weights are in the model's layers, for every row of a batch alike.
 
@@ -170,21 +179,24 @@ class Turns(FIFOScheduler):  # type: ignore[misc]
     def __init__(
         self,
         *sizes: Any,
-        adapter_of: Callable[[str], str | None],
+        find: Callable[[str], Sequence | None],
         enter: Callable[[str | None], None],
         **named: Any,
     ) -> None:
+        """`find`: the sequence of a name, None where nobody waits for it any more."""
         super().__init__(*sizes, **named)
-        self._adapter_of = adapter_of
+        self._find = find
         self._enter = enter
         self._shares = self.cache.use_prefix_sharing
         self._turn: str | None = None
+        self._adapters: dict[str, str | None] = {}
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
         """A turn for which the cache has no room is left out; where it has room for none, one that holds some
         of it is told of, so that transformers can put its sequences off."""
+        self._look_who_is_there()
         turns = self._turns()
-        holding = [turn for turn in turns if turn in map(self._adapter_of, self.active_requests)]
+        holding = [turn for turn in turns if turn in self._adapters_of(self.active_requests)]
         for turn in (*turns, *holding[:1]):
             self._turn = turn
             self.cache.use_prefix_sharing = self._shares and turn is None
@@ -195,13 +207,32 @@ class Turns(FIFOScheduler):  # type: ignore[misc]
         return scheduled
 
     def _process_candidates(self, candidates: list[Any], *budgets: Any) -> Any:
-        mine = [state for state in candidates if self._adapter_of(state.request_id) == self._turn]
+        mine = [state for state in candidates if self._adapters[state.request_id] == self._turn]
         return super()._process_candidates(mine, *budgets)
+
+    def clear_cancelled_requests(self) -> Any:
+        """Their pages let in again who was put off; transformers does that at orderly ends only."""
+        cleared = super().clear_cancelled_requests()
+        if cleared:
+            self.block_new_requests = False
+        return cleared
+
+    def _look_who_is_there(self) -> None:
+        """Who has left since the step's orders were read is in no turn, and gives its pages back now."""
+        found = {name: self._find(name) for name in (*self.active_requests, *self.waiting_requests)}
+        for name, sequence in found.items():
+            if sequence is None:
+                self.set_request_cancellation(name)
+        self.clear_cancelled_requests()
+        self._adapters = {name: sequence.adapter for name, sequence in found.items() if sequence is not None}
+
+    def _adapters_of(self, names: Iterable[str]) -> list[str | None]:
+        return list(dict.fromkeys(self._adapters[name] for name in names))
 
     def _turns(self) -> list[str | None]:
         """Adapters that are wanted, the next in turn first; never empty."""
         waiting = () if self.block_new_requests else self.waiting_requests
-        adapters = list(dict.fromkeys(map(self._adapter_of, (*self.active_requests, *waiting))))
+        adapters = self._adapters_of((*self.active_requests, *waiting))
         if self._turn in adapters:
             after = adapters.index(self._turn) + 1
             adapters = adapters[after:] + adapters[:after]

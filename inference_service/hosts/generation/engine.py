@@ -134,9 +134,9 @@ class Engine:
         return sequence
 
     async def score(
-        self, prompt: list[int], adapter: str | None, top: int, wishes: Wishes | None
+        self, prompt: list[int], adapter: str | None, top: int, wishes: list[Wishes]
     ) -> tuple[list[Token], list[Token]]:
-        """The prompt's own log probabilities, and where `wishes` is given the one token that follows."""
+        """The prompt's own log probabilities, and for each of `wishes` the one token that follows."""
         unwanted = threading.Event()
         try:
             return await apart_from_loop(lambda: self._score(prompt, adapter, top, wishes, unwanted))
@@ -148,7 +148,7 @@ class Engine:
         prompt: list[int],
         adapter: str | None,
         top: int,
-        wishes: Wishes | None,
+        wishes: list[Wishes],
         unwanted: threading.Event,
     ) -> tuple[list[Token], list[Token]]:
         told, logits = score(
@@ -157,13 +157,12 @@ class Engine:
             prompt,
             adapter,
             top,
-            in_pieces=self.limitation is None,
+            in_pieces=self.limitation is None or self.options.place.spread,
             vocabulary=self.vocabulary,
             unwanted=unwanted,
         )
-        if wishes is None:
-            return told, []
-        return told, choose(logits, [Sequence("scored", prompt, wishes, lambda news: None)])
+        following = [Sequence("scored", prompt, each, lambda news: None) for each in wishes]
+        return told, choose(logits.expand(len(following), -1), following) if following else []
 
     async def canary(self) -> list[tuple[int, float]]:
         """The likeliest tokens after a fixed prompt with their log probabilities, highest first.
@@ -211,11 +210,15 @@ class Engine:
 
     def __str__(self) -> str:
         place = self.options.place
-        kind = "one at a time" if self.limitation else "continuous batching"
+        kind = "one at a time"
+        if isinstance(self.runner, ContinuousBatching):
+            kind = (
+                f"continuous batching of {self.options.sequences}, cache_tokens={self._cache_size.tokens}, "
+            )
+            kind += f"enable_prefix_caching={self.options.shares_prefixes}"
         return (
             f"{kind}, device={place.device}, dtype=torch.{place.dtype}, int8={place.int8}, "
-            f"max_seq_len={self.max_model_len}, cache_tokens={self._cache_size.tokens}, "
-            f"sequences={self.options.sequences}, enable_prefix_caching={self.options.shares_prefixes}"
+            f"max_seq_len={self.max_model_len}"
         )
 
     def close(self) -> None:
@@ -246,7 +249,7 @@ class Engine:
             self._continuous = ContinuousBatching(
                 self.model,
                 self._cache_size,
-                self.adapters.enter,
+                self.adapters,
                 shares_prefixes=self.options.shares_prefixes,
             )
             reason = self._differs_from_plain(self._continuous)

@@ -63,10 +63,16 @@ class Grammars:
     """Compiles for one tokenizer. Compiling takes up to seconds: not on an event loop."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, stop_tokens: frozenset[int]) -> None:
-        """`vocabulary`: the number of logits, which may be more than the tokenizer has tokens."""
-        info = xgrammar.TokenizerInfo.from_huggingface(
-            tokenizer, vocab_size=vocabulary, stop_token_ids=sorted(stop_tokens) or None
-        )
+        """`vocabulary`: the number of logits, which may be more than the tokenizer has tokens.
+
+        Raises BadGrammar where xgrammar cannot read the tokenizer.
+        """
+        try:
+            info = xgrammar.TokenizerInfo.from_huggingface(
+                tokenizer, vocab_size=vocabulary, stop_token_ids=sorted(stop_tokens) or None
+            )
+        except Exception as error:  # whatever it meets in a kind of tokenizer that it does not know
+            raise BadGrammar(f"this model's tokenizer is unknown to xgrammar: {error}") from error
         self._vocabulary = vocabulary
         self._compiler = xgrammar.GrammarCompiler(
             info, max_threads=COMPILER_THREADS, cache_limit_bytes=CACHE_BYTES

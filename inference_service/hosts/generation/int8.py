@@ -44,6 +44,6 @@ class Int8Linear(nn.Linear):  # type: ignore[misc]
 
 def quantize(model: Any) -> None:
     """Every linear layer of `model` and its output layer; embeddings stay as they are."""
-    for path, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear:
-            model.set_submodule(path, Int8Linear(layer))
+    # By name, so that each layer's old weights go before the next one's new ones come.
+    for path in [path for path, layer in model.named_modules() if type(layer) is nn.Linear]:
+        model.set_submodule(path, Int8Linear(model.get_submodule(path)))

@@ -30,9 +30,16 @@ def pack(model: Any) -> None:
     """Every linear layer of `model` and its output layer; embeddings stay as they are."""
     if not can_pack(model.dtype):
         return
-    for path, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear:
-            model.set_submodule(path, PackedLinear(layer))
+    # By name, so that each layer's old weights go before the next one's new ones come.
+    for path in [path for path, layer in model.named_modules() if type(layer) is nn.Linear]:
+        model.set_submodule(path, PackedLinear(model.get_submodule(path)))
+
+
+def drop_packed(model: Any) -> None:
+    """Until `take_packed` the model cannot be used."""
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear):
+            layer.packed = None
 
 
 def take_packed(model: Any, fresh: Any) -> None:

@@ -23,11 +23,6 @@ class Runner(Protocol):
         """A number that changes with every step of the model."""
         ...
 
-    @property
-    def free_tokens(self) -> int | None:
-        """Tokens that the paged cache has room for; None where there is no such cache."""
-        ...
-
     def is_alive(self) -> bool: ...
 
     def submit(self, sequence: Sequence) -> None:
@@ -43,7 +38,7 @@ class Runner(Protocol):
         ...
 
     def forget(self) -> None:
-        """Drop what the cache holds of finished sequences; only inside `exclusive`."""
+        """Drop what the cache holds; sequences that run fail. Only inside `exclusive`."""
         ...
 
     def close(self) -> None:

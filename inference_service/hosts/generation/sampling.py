@@ -102,19 +102,26 @@ def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
 def _draw(scores: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     chosen: list[int] = scores.argmax(dim=-1).tolist()
     drawn = [row for row, sequence in enumerate(sequences) if sequence.wishes.temperature >= GREEDY_BELOW]
-    if drawn:
-        rows = scores if len(drawn) == len(sequences) else scores[torch.tensor(drawn, device=scores.device)]
-        for row, token in zip(drawn, _drawn(rows, [sequences[row] for row in drawn]), strict=True):
+    # Apart: a draw means another token where the vocabulary is in another order, whoever runs beside it.
+    ranked = [row for row in drawn if sequences[row].wishes.ranks]
+    for rows in (ranked, [row for row in drawn if row not in ranked]):
+        if not rows:
+            continue
+        own = scores if len(rows) == len(sequences) else scores[torch.tensor(rows, device=scores.device)]
+        for row, token in zip(rows, _drawn(own, [sequences[row] for row in rows]), strict=True):
             chosen[row] = token
     return chosen
 
 
 def _drawn(scores: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    """By the inverse of the distribution's sum: one number a sequence, whatever the device."""
+    """By the inverse of the distribution's sum: one number a sequence, whatever the device.
+
+    All of the sequences look at ranks, or none.
+    """
     wishes = [sequence.wishes for sequence in sequences]
     scores = scores / _column([each.temperature for each in wishes], scores)
     order = None
-    if any(each.top_k or each.top_p < 1 for each in wishes):
+    if wishes[0].ranks:
         scores, order = torch.sort(scores, dim=-1, descending=True, stable=True)
     probabilities = torch.softmax(scores, dim=-1)
     if any(each.min_p for each in wishes):

@@ -44,6 +44,11 @@ class Wishes:
     logprobs: int | None = None
 
     @property
+    def ranks(self) -> bool:
+        """Whether tokens are left out by their rank."""
+        return bool(self.top_k or self.top_p < 1)
+
+    @property
     def penalises(self) -> bool:
         """Whether a token's chance depends on the tokens before it."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)

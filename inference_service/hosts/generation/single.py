@@ -25,7 +25,6 @@ class OneAtATime:
 
     def __init__(self, model: Any, enter: Callable[[str | None], None]) -> None:
         self.steps = 0
-        self.free_tokens = None
         self._model = model
         self._enter = enter
         self._waiting: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from inference_service.hosts.generation.int8 import quantize
-from inference_service.hosts.generation.packed import pack, take_packed
+from inference_service.hosts.generation.packed import drop_packed, pack, take_packed
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def replace(model: Any, directory: Path, place: Placement) -> None:
 
     Where it raises the model may be a mixture: it is of no use any more.
     """
+    if place.device == "cpu":
+        _let_go(model)
     fresh = load(directory, place if place.device == "cpu" else Placement("host", place.dtype))
     # On the CPU the new tensors themselves take the old ones' place: nothing is copied.
     model.load_state_dict(fresh.state_dict(), strict=True, assign=place.device == "cpu")
@@ -67,6 +70,14 @@ def replace(model: Any, directory: Path, place: Placement) -> None:
     model.requires_grad_(requires_grad=False)
     del fresh
     _give_back()
+
+
+def _let_go(model: Any) -> None:
+    """Leave the shapes of the weights only: the old and the new together would be more than was reserved."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(weight.to("meta"), requires_grad=False))
+    drop_packed(model)
 
 
 def _give_back() -> None:

@@ -33,10 +33,10 @@ async def pieces(
         left = len(begins)
         while left:
             choice, told = await news.get()
-            if isinstance(told, Failure):
-                raise _refusal(told)
             if choice.finished:
                 continue
+            if isinstance(told, Failure):
+                raise _refusal(told)
             piece = choice.take(told)
             if choice.finished:
                 left -= 1

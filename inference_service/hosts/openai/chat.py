@@ -32,6 +32,7 @@ from inference_service.hosts.openai.serving import (
     compiled,
     event,
     head,
+    running_usage,
     usage,
 )
 from inference_service.hosts.openai.wishes import grammar_of, wishes_of
@@ -58,23 +59,20 @@ async def chat(request: Request, served: Served) -> Response:
 
 async def _answer(request: Request, served: Served) -> Response:
     body = parse_chat(await body_of(request))
-    grammar = await compiled(lambda: _grammar(served, body)) if _wants_grammar(body) else None
+    forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
+    wanted = forced or body.wants_grammar
+    grammar = await compiled(lambda: _grammar(served, body)) if wanted else None
     prepared = await asyncio.to_thread(_prepare, served, body, grammar)
     if body.stream:
         return EventStream(_events(prepared))
     return Response(to_json(await _whole(prepared)), media_type="application/json")
 
 
-def _wants_grammar(body: ChatRequest) -> bool:
-    forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
-    return forced or body.response_format is not None or body.structured_outputs is not None
-
-
 def _prepare(served: Served, body: ChatRequest, grammar: Grammar | None) -> _Chat:
     """Everything that may take a while or be refused, before anything runs."""
     engine = served.engine
     tools = _tools(body)
-    prompt = chat_prompt(engine.tokenizer, body, with_tools=bool(tools))
+    prompt = chat_prompt(engine.tokenizer, body, engine.vocabulary, with_tools=bool(tools))
     limit = room_for_answer(prompt, body.limit, served.default_max_tokens, engine.max_model_len)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     wishes = wishes_of(body, engine.defaults, limit, logprobs, engine.stop_tokens, engine.vocabulary)
@@ -96,7 +94,7 @@ def _grammar(served: Served, body: ChatRequest) -> Grammar | None:
             return served.engine.grammars.schema(forced, compact=True)
     except BadGrammar as error:
         raise Refused(f"A tool's parameters cannot be followed: {error}", "tools") from error
-    return grammar_of(body, served.engine.grammars)
+    return grammar_of(body, lambda: served.engine.grammars)
 
 
 def _forced_schema(body: ChatRequest, tools: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -148,7 +146,9 @@ async def _events(chat: _Chat) -> AsyncIterator[bytes]:
 
     def chunk(index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> bytes:
         part = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
-        return event(start | {"choices": [part]})
+        return event(
+            start | {"choices": [part]} | running_usage(chat.request, chat.prompt, chat.choices[index])
+        )
 
     begun: set[int] = set()
     waiting: list[list[Token]] = [[] for _ in chat.begins]

@@ -16,14 +16,16 @@ class Piece:
 
 
 class Choice:
-    """Takes tokens in order; `index` among the answers of its request."""
+    """Takes tokens in order; `index` among the answers of its request. No stop string ends it before it has
+    `min_tokens`."""
 
-    def __init__(self, index: int, detokenizer: Detokenizer, stops: StopFinder) -> None:
+    def __init__(self, index: int, detokenizer: Detokenizer, stops: StopFinder, min_tokens: int = 0) -> None:
         self.index = index
         self.tokens = 0
         self.finished = False
         self._detokenizer = detokenizer
         self._stops = stops
+        self._min_tokens = min_tokens
         self._waiting: list[Token] = []
 
     def take(self, token: Token) -> Piece | None:
@@ -33,7 +35,8 @@ class Choice:
         # The mark that ends an answer has a log probability, which lm-eval counts on, but no text.
         self._waiting.append(token)
         if token.finish is not Finish.STOP:
-            text = self._stops.add(self._detokenizer.add(token.id))
+            may_end = self.tokens > self._min_tokens
+            text = self._stops.add(self._detokenizer.add(token.id), may_end=may_end)
         if token.finish is not None and not self._stops.found:
             text += self._stops.add(self._detokenizer.finish())
             text += self._stops.finish()

@@ -22,7 +22,9 @@ from inference_service.hosts.openai.serving import (
     body_of,
     compiled,
     event,
+    for_answer,
     head,
+    running_usage,
     usage,
 )
 from inference_service.hosts.openai.wishes import grammar_of, wishes_of
@@ -68,8 +70,8 @@ async def complete(request: Request, served: Served) -> Response:
 async def _answer(request: Request, served: Served) -> Response:
     body = parse_completion(await body_of(request))
     grammar = None
-    if body.response_format is not None or body.structured_outputs is not None:
-        grammar = await compiled(lambda: grammar_of(body, served.engine.grammars))
+    if body.wants_grammar:
+        grammar = await compiled(lambda: grammar_of(body, lambda: served.engine.grammars))
     prepared = await asyncio.to_thread(_prepare, served, body, grammar)
     if body.stream:
         return EventStream(_events(prepared))
@@ -93,7 +95,10 @@ def _answers(
     limit = room_for_answer(prompt, body.max_tokens, served.default_max_tokens, engine.max_model_len)
     wishes = wishes_of(body, engine.defaults, limit, body.logprobs, engine.stop_tokens, engine.vocabulary)
     begins = begin_choices(served, body, prompt, wishes, grammar, first)
-    return [_Text(choice, begin, prompt, wishes) for choice, begin in begins]
+    return [
+        _Text(choice, begin, prompt, for_answer(wishes, number))
+        for number, (choice, begin) in enumerate(begins)
+    ]
 
 
 async def _whole(completion: _Completion) -> dict[str, Any]:
@@ -125,7 +130,8 @@ async def _events(completion: _Completion) -> AsyncIterator[bytes]:
             "logprobs": _logprobs(completion, piece.tokens, len(answer.text)),
         }
         answer.text += piece.text
-        return event(start | {"choices": [part]})
+        running = running_usage(completion.request, answer.prompt, answer.choice)
+        return event(start | {"choices": [part]} | running)
 
     echoed = await _echo(completion)
     for answer, prompt in zip(completion.answers, echoed, strict=True):
@@ -145,35 +151,32 @@ async def _echo(completion: _Completion) -> list[Piece]:
     """For each answer its prompt, scored where that is asked for, or nothing."""
     if not completion.request.echo:
         return [Piece("") for _ in completion.answers]
-    read: dict[int, Piece] = {}
+    each = completion.request.n or 1
     echoed = []
-    for answer in completion.answers:
-        # One token can be chosen from what the prompt's own reading brings.
-        follows = (
-            completion.free and completion.request.logprobs is not None and answer.wishes.max_tokens == 1
-        )
-        if follows or id(answer.prompt) not in read:
-            read[id(answer.prompt)] = await _read_prompt(completion, answer, follows=follows)
-        if answer.wishes.max_tokens == 0:
-            answer.finish, answer.choice.finished = "length", True
-        echoed.append(read[id(answer.prompt)])
+    for first in range(0, len(completion.answers), each):
+        answers = completion.answers[first : first + each]
+        echoed += [await _read_prompt(completion, answers)] * each
+        for answer in answers:
+            if answer.wishes.max_tokens == 0:
+                answer.finish, answer.choice.finished = "length", True
     return echoed
 
 
-async def _read_prompt(completion: _Completion, answer: _Text, *, follows: bool) -> Piece:
-    """The prompt with its log probabilities; `follows`: the answer's only token is taken from it too."""
-    request, engine = completion.request, completion.served.engine
-    text = engine.tokenizer.decode(answer.prompt, clean_up_tokenization_spaces=False)
+async def _read_prompt(completion: _Completion, answers: list[_Text]) -> Piece:
+    """The prompt of these answers with its log probabilities, and where each has one token only, that too."""
+    request, engine, prompt = completion.request, completion.served.engine, answers[0].prompt
+    text = engine.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
     if request.logprobs is None:
         return Piece(text)
     adapter = completion.served.adapter(request.model)
-    wishes = answer.wishes if follows else None
-    scored, following = await engine.score(answer.prompt, adapter, request.logprobs, wishes)
-    for token in following:
+    following = answers if completion.free and answers[0].wishes.max_tokens == 1 else []
+    wishes = [answer.wishes for answer in following]
+    scored, chosen = await engine.score(prompt, adapter, request.logprobs, wishes)
+    for answer, token in zip(following, chosen, strict=True):
         piece = answer.choice.take(token)
         if piece is not None:
             answer.take(piece)
-    return Piece(text, [Token(answer.prompt[0]), *scored])
+    return Piece(text, [Token(prompt[0]), *scored])
 
 
 def _logprobs(completion: _Completion, tokens: list[Token], offset: int) -> dict[str, Any] | None:

@@ -117,10 +117,14 @@ class Parsed:
         self._broken = False
 
     def add(self, text: str) -> Gain:
+        # One by one: only so it is known where in the text a part has ended.
+        return sum(map(self._add, text), Gain())
+
+    def _add(self, character: str) -> Gain:
         if self._broken:
-            return Gain(text)
-        self._raw += text
-        return self._gained(lambda: self._parser.feed(text))
+            return Gain(character)
+        self._raw += character
+        return self._gained(lambda: self._parser.feed(character))
 
     def finish(self) -> Gain:
         return Gain() if self._broken else self._gained(lambda: self._parser.finalize()[1])
@@ -133,7 +137,7 @@ class Parsed:
             self._broken = True
             return Gain(self._raw)
         gain = sum((self._of(event) for event in events), Gain())
-        if any(event["type"] == "region_close" for event in events):
+        if any(event["type"] == "region_close" and event["field"] != "content" for event in events):
             self._raw = ""
         return gain
 
@@ -141,7 +145,7 @@ class Parsed:
         kind, name = event["type"], event["field"]
         if kind == "region_chunk" and not event["dirty"]:
             if name == "content":
-                self._raw = ""
+                self._raw = self._raw.partition(event["text"])[2]
                 return Gain(content=event["text"])
             return Gain(reasoning=event["text"]) if name == "thinking" else Gain()
         if kind == "region_close" and name == "tool_calls":
@@ -169,20 +173,39 @@ def writer_for(template: Any, prompt: str, tools: list[dict[str, Any]], *, reaso
 
 def schema_of_calls(tools: list[dict[str, Any]], *, parallel: bool) -> dict[str, Any]:
     """JSON schema of a list with at least one call of one of the tools."""
+    # Each tool's schema lies in one place, so that what it refers to within itself is found.
+    places = [f"#/$defs/tool-{number}" for number in range(len(tools))]
     schemas = [
         {
             "type": "object",
             "properties": {
                 "name": {"type": "string", "enum": [tool["function"]["name"]]},
-                "parameters": schema_of_arguments(tool),
+                "parameters": {"$ref": place},
             },
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for tool in tools
+        for tool, place in zip(tools, places, strict=True)
     ]
-    calls: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": schemas}}
+    moved = {
+        place.rpartition("/")[2]: _moved(schema_of_arguments(tool), place)
+        for tool, place in zip(tools, places, strict=True)
+    }
+    calls: dict[str, Any] = {"$defs": moved, "type": "array", "minItems": 1, "items": {"anyOf": schemas}}
     return calls if parallel else {**calls, "maxItems": 1}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """The schema with its references to itself as they are once it lies in another."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    target = moved.get("$ref")
+    if isinstance(target, str) and target.startswith("#"):
+        moved["$ref"] = place + target.removeprefix("#")
+    return moved
 
 
 def schema_of_arguments(tool: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +217,7 @@ def _calls_or_content(text: str, names: frozenset[str] | None = None) -> Gain:
     mark = _CALL_MARKS.match(text)
     try:
         found = json.loads(text[mark.end() :] if mark else text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Gain(text)
     calls = list(_readable(found if isinstance(found, list) else [found]))
     if not calls or (names is not None and any(call["function"]["name"] not in names for call in calls)):

@@ -11,7 +11,7 @@ MAX_ANSWERS = 2_048
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-def chat_prompt(tokenizer: Any, request: ChatRequest, *, with_tools: bool) -> list[int]:
+def chat_prompt(tokenizer: Any, request: ChatRequest, vocabulary: int, *, with_tools: bool) -> list[int]:
     """The model's own template over the messages; raises Refused."""
     if not getattr(tokenizer, "chat_template", None):
         raise Refused(
@@ -39,7 +39,9 @@ def chat_prompt(tokenizer: Any, request: ChatRequest, *, with_tools: bool) -> li
         )
     except Exception as error:  # a template is the model's: it may raise anything
         raise Refused(f"The chat template cannot render these messages: {error}", "messages") from error
-    return _encode(tokenizer, text, special=bool(request.add_special_tokens))
+    tokens = _encode(tokenizer, text, special=bool(request.add_special_tokens))
+    _check(tokens, vocabulary, "messages")
+    return tokens
 
 
 def completion_prompts(tokenizer: Any, request: CompletionRequest, vocabulary: int) -> list[list[int]]:
@@ -56,10 +58,7 @@ def completion_prompts(tokenizer: Any, request: CompletionRequest, vocabulary: i
     if len(found) * (request.n or 1) > MAX_ANSWERS:
         raise Refused(f"{len(found)} prompts times 'n' are more than {MAX_ANSWERS} answers.", "n")
     for tokens in found:
-        if not tokens:
-            raise Refused("A prompt without a token cannot be continued.", "prompt")
-        if not all(0 <= token < vocabulary for token in tokens):
-            raise Refused(f"A prompt's token is outside the vocabulary of {vocabulary}.", "prompt")
+        _check(tokens, vocabulary, "prompt")
     if not found:
         raise Refused("There is no prompt.", "prompt")
     return found
@@ -78,6 +77,17 @@ def room_for_answer(prompt: list[int], wanted: int | None, default: int, longest
             "messages" if wanted is None else "max_tokens",
         )
     return min(default, left) if wanted is None else wanted
+
+
+def _check(tokens: list[int], vocabulary: int, field: str) -> None:
+    """Also of what the tokenizer brings: a fine-tune may know tokens that its model has no embedding for."""
+    if not tokens:
+        raise Refused("A prompt without a token cannot be continued.", field)
+    outside = next((token for token in tokens if not 0 <= token < vocabulary), None)
+    if outside is not None:
+        raise Refused(
+            f"The prompt's token {outside} is outside the model's vocabulary of {vocabulary}.", field
+        )
 
 
 def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:

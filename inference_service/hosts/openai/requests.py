@@ -150,8 +150,18 @@ class GenerationRequest(BaseModel):
         return [text for text in given if text]
 
     @property
+    def wants_grammar(self) -> bool:
+        """Whether an answer is to follow one; `text` is none."""
+        wanted = self.response_format is not None and self.response_format.type != "text"
+        return wanted or self.structured_outputs is not None
+
+    @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def wants_running_usage(self) -> bool:
+        return bool(self.wants_usage and self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class ChatRequest(GenerationRequest):
@@ -215,7 +225,7 @@ def _parsed(body: Any, kind: type[Kind]) -> Kind:
     if not isinstance(body, dict):
         raise Refused("The request's body must be a JSON object.")
     for name in LACKING.intersection(body):
-        if body[name] not in (None, False, [], {}):
+        if body[name] is not None and body[name] is not False and body[name] not in ([], {}):
             raise Refused(f"'{name}' is not supported by the transformers backend.", name)
     try:
         request = kind.model_validate(body)

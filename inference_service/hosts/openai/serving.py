@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from inference_service.hosts.generation.engine import Engine
 from inference_service.hosts.generation.grammar import Grammar
-from inference_service.hosts.generation.sequence import Sequence, Wishes
+from inference_service.hosts.generation.sequence import Wishes
 from inference_service.hosts.openai.answer import Begin
 from inference_service.hosts.openai.choice import Choice
 from inference_service.hosts.openai.refusal import Refused
@@ -80,33 +80,22 @@ def begin_choices(
     """The choices of one prompt, and how each is begun. `raw`: special tokens are part of the text."""
     adapter = served.adapter(request.model)
     skip_special = request.skip_special_tokens is not False and not raw
-    begins = []
+    begins: list[tuple[Choice, Begin]] = []
     for number in range(request.n or 1):
         choice = Choice(
             first_index + number,
             Detokenizer(served.engine.tokenizer, prompt, skip_special=skip_special),
             StopFinder(request.stops, keep=bool(request.include_stop_str_in_output)),
+            wishes.min_tokens,
         )
-        own = wishes if wishes.seed is None else replace(wishes, seed=wishes.seed + number)
-        begins.append((choice, _begin(served.engine, prompt, own, adapter, grammar)))
+        own = for_answer(wishes, number)
+        begins.append((choice, partial(served.engine.submit, prompt, own, adapter=adapter, grammar=grammar)))
     return begins
 
 
-def _begin(
-    engine: Engine, prompt: list[int], wishes: Wishes, adapter: str | None, grammar: Grammar | None
-) -> Begin:
-    return partial(_submit, engine, prompt, wishes, adapter, grammar)
-
-
-def _submit(
-    engine: Engine,
-    prompt: list[int],
-    wishes: Wishes,
-    adapter: str | None,
-    grammar: Grammar | None,
-    sink: Callable[[Any], None],
-) -> Sequence:
-    return engine.submit(prompt, wishes, sink, adapter=adapter, grammar=grammar)
+def for_answer(wishes: Wishes, number: int) -> Wishes:
+    """The wishes of one of a request's answers: each draws numbers of its own."""
+    return wishes if wishes.seed is None else replace(wishes, seed=wishes.seed + number)
 
 
 def head(prefix: str, kind: str, served: Served, request: GenerationRequest) -> dict[str, Any]:
@@ -126,6 +115,11 @@ def usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, int]:
         "completion_tokens": generated,
         "total_tokens": prompt_tokens + generated,
     }
+
+
+def running_usage(request: GenerationRequest, prompt: list[int], choice: Choice) -> dict[str, Any]:
+    """The usage that a part of an answer carries where the client wishes it in each."""
+    return {"usage": usage(len(prompt), [choice])} if request.wants_running_usage else {}
 
 
 def event(chunk: dict[str, Any]) -> bytes:

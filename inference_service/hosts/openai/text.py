@@ -52,12 +52,12 @@ class StopFinder:
         self._held = ""
         self.found = False
 
-    def add(self, text: str) -> str:
-        """What may be shown now; nothing after a stop string was found."""
+    def add(self, text: str, *, may_end: bool = True) -> str:
+        """What may be shown now; nothing after a stop string was found. `may_end`: whether one counts yet."""
         if self.found:
             return ""
         self._held += text
-        ends = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        ends = may_end and [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
             self.found = True
             at, stop = min(ends, key=lambda end: end[0])

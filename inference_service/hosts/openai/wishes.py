@@ -1,6 +1,7 @@
 """From a request to what is wished of its sequences, and the grammar that they follow."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from inference_service.hosts.generation.grammar import BadGrammar, Grammar, Grammars
@@ -54,19 +55,19 @@ def _biases(given: dict[str, Any], vocabulary: int) -> dict[int, float]:
     return biases
 
 
-def grammar_of(request: GenerationRequest, grammars: Grammars) -> Grammar | None:
+def grammar_of(request: GenerationRequest, grammars: Callable[[], Grammars]) -> Grammar | None:
     """The grammar that the request asks for; raises Refused. Blocks for as long as it takes to compile."""
     wanted = request.response_format
     try:
         if request.structured_outputs is not None:
-            return _structured(request.structured_outputs, grammars)
+            return _structured(request.structured_outputs, grammars())
         if wanted is None or wanted.type == "text":
             return None
         if wanted.type == "json_object":
-            return grammars.json()
+            return grammars().json()
         if wanted.json_schema is None or wanted.json_schema.content is None:
             raise Refused("'json_schema' needs a 'schema'.", "response_format")
-        return grammars.schema(wanted.json_schema.content)
+        return grammars().schema(wanted.json_schema.content)
     except BadGrammar as error:
         field = "response_format" if request.structured_outputs is None else "structured_outputs"
         raise Refused(f"The grammar cannot be followed: {error}", field) from error
