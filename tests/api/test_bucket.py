@@ -63,7 +63,7 @@ def test_the_listing_knows_kind_size_revision_and_aliases(bucket: Bucket, tmp_pa
 
 
 def test_a_fetch_shows_its_progress(bucket: Bucket, proxy: FaultProxy, tmp_path: Path) -> None:
-    proxy.faults = [Fault(Kind.STALL, after=2 * MIB, seconds=8, match="safetensors")]
+    proxy.faults = [Fault(Kind.STALL, after=2 * MIB, seconds=4, match="safetensors")]
     with service_over(bucket, tmp_path, proxy.url) as service, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(service.http.post, "/v1/chat/completions", json=CHAT)
         service.wait_until(lambda: bool(service.stats()["syncs"]), 20)

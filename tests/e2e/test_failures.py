@@ -22,7 +22,7 @@ from tests.fixtures.service_process import ServiceProcess
 
 ENDLESS = {"ignore_eos": True}
 STALL_SECONDS = 4
-CYCLES = 12
+CYCLES = 10
 
 
 @pytest.fixture(scope="module")

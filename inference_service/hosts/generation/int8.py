@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from inference_service.hosts.generation.memory import layers_one_by_one
+
 # Up to so many rows PyTorch's kernel is faster than to widen the weights and multiply those.
 KERNEL_ROWS = 16
 _LARGEST = 127
@@ -44,6 +46,5 @@ class Int8Linear(nn.Linear):  # type: ignore[misc]
 
 def quantize(model: Any) -> None:
     """Every linear layer of `model` and its output layer; embeddings stay as they are."""
-    # By name, so that each layer's old weights go before the next one's new ones come.
-    for path in [path for path, layer in model.named_modules() if type(layer) is nn.Linear]:
-        model.set_submodule(path, Int8Linear(model.get_submodule(path)))
+    for path, layer in layers_one_by_one(model, nn.Linear):
+        model.set_submodule(path, Int8Linear(layer))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from inference_service.hosts.generation.memory import layers_one_by_one
+
 
 class PackedLinear(nn.Linear):  # type: ignore[misc]
     """For inference. A kind of nn.Linear, so that PEFT can put an adapter beside it."""
@@ -30,9 +32,8 @@ def pack(model: Any) -> None:
     """Every linear layer of `model` and its output layer; embeddings stay as they are."""
     if not can_pack(model.dtype):
         return
-    # By name, so that each layer's old weights go before the next one's new ones come.
-    for path in [path for path, layer in model.named_modules() if type(layer) is nn.Linear]:
-        model.set_submodule(path, PackedLinear(model.get_submodule(path)))
+    for path, layer in layers_one_by_one(model, nn.Linear):
+        model.set_submodule(path, PackedLinear(layer))
 
 
 def drop_packed(model: Any) -> None:

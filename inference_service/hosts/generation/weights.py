@@ -1,8 +1,6 @@
 """A checkpoint's weights: into a fresh model, and into the live one of another checkpoint of its shapes."""
 
-import ctypes
 import gc
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from inference_service.hosts.generation.int8 import quantize
+from inference_service.hosts.generation.memory import give_back
 from inference_service.hosts.generation.packed import drop_packed, pack, take_packed
 
 
@@ -69,7 +68,8 @@ def replace(model: Any, directory: Path, place: Placement) -> None:
     take_packed(model, fresh)
     model.requires_grad_(requires_grad=False)
     del fresh
-    _give_back()
+    gc.collect()
+    give_back()
 
 
 def _let_go(model: Any) -> None:
@@ -78,15 +78,7 @@ def _let_go(model: Any) -> None:
         for name, weight in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(weight.to("meta"), requires_grad=False))
     drop_packed(model)
-
-
-def _give_back() -> None:
-    """What the allocator keeps of freed weights, with glibc as much as a model."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    give_back()
 
 
 def _read(directory: Path, place: Placement, attention: str) -> Any:
