@@ -1,10 +1,13 @@
 """LoRA adapters on one model, through PEFT: several are in its layers, one at a time is in use."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.utils import logging
 
 
 class Adapters:
@@ -23,9 +26,7 @@ class Adapters:
         """Read an adapter; raises what PEFT raises, and lets the model answer as before then."""
         inner = f"adapter{number}"
         try:
-            with warnings.catch_warnings():
-                # PEFT asks at the second adapter whether several are meant.
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            with _without_warnings():
                 loading = self._model.load_adapter(str(directory), adapter_name=inner, hotswap=False)
             missing = sorted(key for key in loading.missing_keys if f".{inner}." in key)
             if missing:
@@ -63,7 +64,8 @@ class Adapters:
 
     def _withdraw(self, inner: str) -> None:
         if inner in getattr(self._model, "peft_config", {}):
-            self._model.delete_adapter(inner)
+            with _without_warnings():
+                self._model.delete_adapter(inner)
         self._look_again()
 
     def _look_again(self) -> None:
@@ -72,3 +74,18 @@ class Adapters:
         for layer in self._layers:
             layer.enable_adapters(False)
         self._in_use = None
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """PEFT asks at the second adapter whether several are meant, and tells which it makes the active one;
+    transformers misses the weights of those that are there already."""
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+            yield
+    finally:
+        logging.set_verbosity(told)
