@@ -24,6 +24,7 @@ from inference_service.engines.device import (
     Device,
     choose_backend,
     find_device,
+    why_not_int8,
 )
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def serve() -> None:
     try:
         settings = load_settings()
         device = find_device()
-        backend = choose_backend(settings.engine, device)
+        backend = choose_backend(settings.engine, device, int8=settings.quantizes)
         _make_cache(settings)
         listener = _listen(settings)
     except (BadSettings, BackendMissing, OSError) as error:
@@ -137,6 +138,9 @@ def _serve(settings: Settings, device: Device, backend: Backend, listener: socke
     from inference_service.logs import configure_logs
 
     configure_logs(settings.log_format, settings.log_level)
+    without_effect = why_not_int8(settings, device, backend)
+    if without_effect is not None:
+        logger.warning("CPU_INT8 has no effect: %s", without_effect)
     environment = launcher_environment(backend, device, settings.local_model_cache)
     launcher = Launcher(backend.value, device.kind.value, environment, warm=settings.warm_launcher)
     try:

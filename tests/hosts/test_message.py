@@ -9,7 +9,7 @@ from tests.fixtures.tiny import VOCABULARY, Tiny  # isort: skip  (before transfo
 from transformers import AutoTokenizer
 
 from inference_service.hosts.generation.grammar import Grammars
-from inference_service.hosts.openai.message import Forced, Gain, schema_of_calls, writer_for
+from inference_service.hosts.openai.message import Gain, Named, schema_of_calls, writer_for
 
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
@@ -78,10 +78,14 @@ def test_thoughts(size: int) -> None:
 
 
 def test_arguments_of_a_named_function() -> None:
-    writer = Forced("weather")
-    assert not writer.add('{"city": ')
-    writer.add('"Rome"}')
-    assert called(writer.finish()) == [ROME]
+    """They come as they are written, and in the end make one call."""
+    writer = Named("weather")
+    first, second, last = writer.add('{"city": '), writer.add('"Rome"}'), writer.finish()
+    assert [call["function"]["arguments"] for call in first.calls] == ['{"city": ']
+    assert (second.calls, second.arguments) == ([], '"Rome"}')
+    assert not last
+    assert called(first + second + last) == [ROME]
+    assert called(Named("time").finish() + Gain(arguments="{}")) == [("time", {})]
 
 
 # As a tokenizer's file has it: a channel for thoughts, calls with the name in their mark.

@@ -5,9 +5,12 @@ import pytest
 from tests.fixtures.tiny import VOCABULARY, Tiny  # isort: skip  (before transformers: it is to stay offline)
 from transformers import AutoTokenizer
 
-from inference_service.hosts.openai.prompts import chat_prompt, completion_prompts
+from inference_service.hosts.generation.checkpoint import Bounds
+from inference_service.hosts.openai.prompts import chat_prompt, completion_prompts, room_for_answer
 from inference_service.hosts.openai.refusal import Refused
 from inference_service.hosts.openai.requests import parse_chat, parse_completion
+
+BOUNDS = Bounds(VOCABULARY, tokens=100, characters=1000)
 
 
 def test_a_token_without_an_embedding_is_refused(tiny: Tiny) -> None:
@@ -16,11 +19,11 @@ def test_a_token_without_an_embedding_is_refused(tiny: Tiny) -> None:
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     chat = parse_chat({"messages": [{"role": "user", "content": "a [PAD] b"}]})
     with pytest.raises(Refused, match=f"token {VOCABULARY} is outside the model's vocabulary"):
-        chat_prompt(tokenizer, chat, VOCABULARY, with_tools=False)
+        chat_prompt(tokenizer, chat, BOUNDS, with_tools=False)
     with pytest.raises(Refused, match="outside the model's vocabulary"):
-        completion_prompts(tokenizer, parse_completion({"prompt": "a [PAD] b"}), VOCABULARY)
+        completion_prompts(tokenizer, parse_completion({"prompt": "a [PAD] b"}), BOUNDS)
     plain = parse_chat({"messages": [{"role": "user", "content": "a b"}]})
-    assert chat_prompt(tokenizer, plain, VOCABULARY, with_tools=False)
+    assert chat_prompt(tokenizer, plain, BOUNDS, with_tools=False)
 
 
 def test_messages_that_render_to_nothing_are_refused(tiny: Tiny) -> None:
@@ -28,4 +31,30 @@ def test_messages_that_render_to_nothing_are_refused(tiny: Tiny) -> None:
     tokenizer.chat_template = "{{ messages[0].content }}"
     chat = parse_chat({"messages": [{"role": "user", "content": ""}]})
     with pytest.raises(Refused, match="without a token"):
-        chat_prompt(tokenizer, chat, VOCABULARY, with_tools=False)
+        chat_prompt(tokenizer, chat, BOUNDS, with_tools=False)
+
+
+def test_a_text_that_cannot_fit_is_refused_unread(tiny: Tiny) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny.llama)
+    for count, fits in ((1000, True), (1001, False)):
+        prompt = parse_completion({"prompt": "x" * count})
+        if fits:
+            assert completion_prompts(tokenizer, prompt, BOUNDS)
+        else:
+            with pytest.raises(Refused, match="100 tokens, which are 1000 characters at most"):
+                completion_prompts(tokenizer, prompt, BOUNDS)
+
+
+def test_an_answer_gets_what_the_context_has_left() -> None:
+    prompt = [1] * 90
+    assert [room_for_answer(prompt, wanted, 5, 100) for wanted in (None, 0, 10, 11, 10**9)] == [
+        5,
+        0,
+        10,
+        10,
+        10,
+    ]
+    assert room_for_answer([1] * 100, 0, 5, 100) == 0
+    for wanted in (None, 1):
+        with pytest.raises(Refused, match="maximum context length"):
+            room_for_answer([1] * 100, wanted, 5, 100)

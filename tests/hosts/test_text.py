@@ -31,11 +31,10 @@ def test_pieces_are_whole_characters_and_make_up_the_text(tokenizer: Any, text: 
     assert not any("�" in piece for piece in pieces)
 
 
-def test_bytes_that_never_become_a_character_are_shown_at_the_end(tokenizer: Any) -> None:
-    half = tokenizer("🦊", add_special_tokens=False).input_ids[:-1]
+def test_bytes_that_never_become_a_character_are_not_shown(tokenizer: Any) -> None:
+    ids = tokenizer("so 🦊", add_special_tokens=False).input_ids
     detokenizer = Detokenizer(tokenizer, [1])
-    assert "".join(map(detokenizer.add, half)) == ""
-    assert "�" in detokenizer.finish()
+    assert "".join(map(detokenizer.add, ids[:-1])) + detokenizer.finish() in ("so", "so ")
 
 
 def test_tokens_as_bytes(tokenizer: Any) -> None:

@@ -1,10 +1,34 @@
 """What a checkpoint says of itself beside its weights: defaults, ends of answers, lengths, sizes."""
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
+
+# As far as a number makes sense; a request's own are bounded closer.
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, math.inf),
+    "top_p": (0, 1),
+    "top_k": (-1, math.inf),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, math.inf),
+}
+
+
+class BadCheckpointError(Exception):
+    """What a file of the checkpoint says cannot be; names the file and its field."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a prompt keeps to: `tokens` of them, each less than `vocabulary`; `characters` of text."""
+
+    vocabulary: int
+    tokens: int
+    characters: int
 
 
 def generation_config(directory: Path) -> GenerationConfig:
@@ -15,18 +39,37 @@ def generation_config(directory: Path) -> GenerationConfig:
 
 
 def sampling_defaults(generation: GenerationConfig) -> dict[str, Any]:
-    """What the checkpoint wishes where a request is silent."""
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    """What the checkpoint wishes where a request is silent; raises BadCheckpointError."""
     given = generation.to_diff_dict()
-    return {name: given[name] for name in names if given.get(name) is not None}
+    found = {name: given[name] for name in _RANGES if given.get(name) is not None}
+    for name, value in found.items():
+        least, most = _RANGES[name]
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise BadCheckpointError(
+                f"generation_config.json: {name} is {value!r}, which is no number from {least} to {most}"
+            )
+    return found
 
 
-def stop_tokens(tokenizer: Any, generation: GenerationConfig, config: Any) -> frozenset[int]:
-    """Tokens that end an answer, whichever file names them."""
+def stop_tokens(tokenizer: Any, generation: GenerationConfig, config: Any, vocabulary: int) -> frozenset[int]:
+    """Tokens that end an answer, whichever file names them; raises BadCheckpointError."""
+    named = {
+        "tokenizer_config.json": tokenizer.eos_token_id,
+        "generation_config.json": generation.eos_token_id,
+        "config.json": config.get_text_config().eos_token_id,
+    }
     found: set[int] = set()
-    for ids in (tokenizer.eos_token_id, generation.eos_token_id, config.get_text_config().eos_token_id):
-        found.update([ids] if isinstance(ids, int) else ids or ())
-    return frozenset(found)
+    for file, given in named.items():
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if any(type(token) is not int for token in ids):
+            raise BadCheckpointError(f"{file}: eos_token_id is {given!r}, which is no token's number")
+        found.update(ids)
+    return frozenset(token for token in found if 0 <= token < vocabulary)
+
+
+def longest_token(tokenizer: Any) -> int:
+    """Characters of text that one token stands for, at most."""
+    return max(map(len, tokenizer.get_vocab()), default=1)
 
 
 def context(config: Any) -> int:

@@ -19,8 +19,10 @@ from transformers import AutoTokenizer
 from inference_service.hosts.generation import weights
 from inference_service.hosts.generation.adapters import Adapters
 from inference_service.hosts.generation.checkpoint import (
+    Bounds,
     context,
     generation_config,
+    longest_token,
     sampling_defaults,
     stop_tokens,
     token_bytes,
@@ -86,13 +88,14 @@ class Engine:
             self._directory, local_files_only=True, trust_remote_code=False
         )
         self._grammars: Grammars | None = None
+        self._longest_token = longest_token(self.tokenizer)
 
     def _take_in(self, directory: Path) -> None:
         """What belongs to the checkpoint besides its weights and its tokenizer."""
         generation = generation_config(directory)
         self.defaults = sampling_defaults(generation) | self.options.sampling
         self.vocabulary = self._count_logits()
-        self.stop_tokens = stop_tokens(self.tokenizer, generation, self.model.config)
+        self.stop_tokens = stop_tokens(self.tokenizer, generation, self.model.config, self.vocabulary)
 
     def _count_logits(self) -> int:
         head = self.model.get_output_embeddings()
@@ -103,6 +106,11 @@ class Engine:
         """Tokens of a prompt and its continuation together."""
         longest = [self._cache_size.tokens] if isinstance(self.runner, ContinuousBatching) else []
         return min([*longest, self.options.max_model_len or context(self.model.config)])
+
+    @property
+    def bounds(self) -> Bounds:
+        """What prompts keep to."""
+        return Bounds(self.vocabulary, self.max_model_len, self.max_model_len * self._longest_token)
 
     @property
     def grammars(self) -> Grammars:
@@ -180,6 +188,7 @@ class Engine:
         Where it raises the engine is of no use any more.
         """
         started = time.monotonic()
+        sampling_defaults(generation_config(directory))
         await apart_from_loop(lambda: self._replace_weights(directory, options))
         replaced = time.monotonic()
         await apart_from_loop(lambda: self._follow(directory))

@@ -4,6 +4,7 @@ A grammar is compiled once and shared; each sequence has a matcher of its own.
 """
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ COMPILER_THREADS = 2
 MAX_WHITESPACE = 24
 # Characters of a grammar's source: one of a megabyte compiles for minutes.
 MAX_SOURCE = 64 << 10
+
+
+# The time and the line of its source, with which xgrammar's messages begin.
+_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 
 
 class BadGrammar(Exception):
@@ -110,4 +115,5 @@ class Grammars:
         try:
             return Grammar(compile_it(), self._vocabulary)
         except Exception as error:  # xgrammar raises RuntimeError, ValueError and its own
-            raise BadGrammar(str(error).strip().splitlines()[-1] if str(error) else repr(error)) from error
+            told = str(error).strip().splitlines()[-1] if str(error) else repr(error)
+            raise BadGrammar(_PLACE.sub("", told)) from error

@@ -52,7 +52,7 @@ async def pieces(
 
 def _refusal(failure: Failure) -> Refused:
     if failure.refused:
-        return Refused(f"The request cannot be followed: {failure.reason}", "structured_outputs")
+        return Refused(f"The request cannot be followed: {failure.reason}")
     return Refused(f"The engine failed: {failure.reason}", status=500)
 
 

@@ -1,6 +1,5 @@
 """/v1/chat/completions."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,9 @@ from inference_service.hosts.openai.answer import Begin, EventStream, pieces, un
 from inference_service.hosts.openai.choice import Choice
 from inference_service.hosts.openai.logprobs import of_chat
 from inference_service.hosts.openai.message import (
-    Forced,
+    Demanded,
     Gain,
+    Named,
     Writer,
     schema_of_arguments,
     schema_of_calls,
@@ -32,6 +32,7 @@ from inference_service.hosts.openai.serving import (
     compiled,
     event,
     head,
+    prepared,
     running_usage,
     usage,
 )
@@ -62,17 +63,17 @@ async def _answer(request: Request, served: Served) -> Response:
     forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
     wanted = forced or body.wants_grammar
     grammar = await compiled(lambda: _grammar(served, body)) if wanted else None
-    prepared = await asyncio.to_thread(_prepare, served, body, grammar)
+    request_under_way = await prepared(lambda: _prepare(served, body, grammar))
     if body.stream:
-        return EventStream(_events(prepared))
-    return Response(to_json(await _whole(prepared)), media_type="application/json")
+        return EventStream(_events(request_under_way))
+    return Response(to_json(await _whole(request_under_way)), media_type="application/json")
 
 
 def _prepare(served: Served, body: ChatRequest, grammar: Grammar | None) -> _Chat:
     """Everything that may take a while or be refused, before anything runs."""
     engine = served.engine
     tools = _tools(body)
-    prompt = chat_prompt(engine.tokenizer, body, engine.vocabulary, with_tools=bool(tools))
+    prompt = chat_prompt(engine.tokenizer, body, engine.bounds, with_tools=bool(tools))
     limit = room_for_answer(prompt, body.limit, served.default_max_tokens, engine.max_model_len)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     wishes = wishes_of(body, engine.defaults, limit, logprobs, engine.stop_tokens, engine.vocabulary)
@@ -110,9 +111,9 @@ def _writer(
     body: ChatRequest, tools: list[dict[str, Any]], template: Any, prompt: str, served: Served
 ) -> Writer:
     if isinstance(body.tool_choice, NamedTool):
-        return Forced(body.tool_choice.function.name)
+        return Named(body.tool_choice.function.name)
     if body.tool_choice == "required":
-        return Forced(None)
+        return Demanded()
     return writer_for(template, prompt, tools, reasons=served.reasons)
 
 
@@ -201,10 +202,12 @@ def _message(gain: Gain) -> dict[str, Any]:
 
 def _delta(gain: Gain, before: int) -> dict[str, Any]:
     delta: dict[str, Any] = {}
-    if gain.content or not (gain.reasoning or gain.calls):
+    if gain.content or not (gain.reasoning or gain.calls or gain.arguments):
         delta["content"] = gain.content
     if gain.reasoning:
         delta["reasoning"] = gain.reasoning
     if gain.calls:
         delta["tool_calls"] = [call | {"index": before + number} for number, call in enumerate(gain.calls)]
+    if gain.arguments:
+        delta["tool_calls"] = [{"index": before - 1, "function": {"arguments": gain.arguments}}]
     return delta

@@ -1,6 +1,5 @@
 """/v1/completions."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,7 @@ from inference_service.hosts.openai.serving import (
     event,
     for_answer,
     head,
+    prepared,
     running_usage,
     usage,
 )
@@ -32,13 +32,14 @@ from inference_service.hosts.openai.wishes import grammar_of, wishes_of
 
 @dataclass
 class _Text:
-    """One of the answers."""
+    """One of the answers. `offset`: characters of the tokens whose log probabilities were told."""
 
     choice: Choice
     begin: Begin
     prompt: list[int]
     wishes: Wishes
     text: str = ""
+    offset: int = 0
     tokens: list[Token] = field(default_factory=list)
     finish: str | None = None
 
@@ -72,16 +73,16 @@ async def _answer(request: Request, served: Served) -> Response:
     grammar = None
     if body.wants_grammar:
         grammar = await compiled(lambda: grammar_of(body, lambda: served.engine.grammars))
-    prepared = await asyncio.to_thread(_prepare, served, body, grammar)
+    request_under_way = await prepared(lambda: _prepare(served, body, grammar))
     if body.stream:
-        return EventStream(_events(prepared))
-    return Response(to_json(await _whole(prepared)), media_type="application/json")
+        return EventStream(_events(request_under_way))
+    return Response(to_json(await _whole(request_under_way)), media_type="application/json")
 
 
 def _prepare(served: Served, body: CompletionRequest, grammar: Grammar | None) -> _Completion:
     """Everything that may take a while or be refused, before anything runs."""
     engine = served.engine
-    prompts = completion_prompts(engine.tokenizer, body, engine.vocabulary)
+    prompts = completion_prompts(engine.tokenizer, body, engine.bounds)
     answers: list[_Text] = []
     for prompt in prompts:
         answers += _answers(served, body, prompt, grammar, len(answers))
@@ -127,19 +128,18 @@ async def _events(completion: _Completion) -> AsyncIterator[bytes]:
             "index": answer.choice.index,
             "text": piece.text,
             "finish_reason": piece.finish,
-            "logprobs": _logprobs(completion, piece.tokens, len(answer.text)),
+            "logprobs": (told := _logprobs(completion, piece.tokens, answer.offset)),
         }
-        answer.text += piece.text
+        answer.offset += sum(map(len, told["tokens"])) if told is not None else 0
         running = running_usage(completion.request, answer.prompt, answer.choice)
         return event(start | {"choices": [part]} | running)
 
     echoed = await _echo(completion)
     for answer, prompt in zip(completion.answers, echoed, strict=True):
         if completion.request.echo:
-            text, answer.text = answer.text, ""
             yield chunk(answer, prompt)
             if answer.finish is not None:
-                yield chunk(answer, Piece(text, answer.tokens, answer.finish))
+                yield chunk(answer, Piece(answer.text, answer.tokens, answer.finish))
     left = [(answer.choice, answer.begin) for answer in completion.answers if answer.finish is None]
     async for choice, piece in pieces(left, completion.served.engine.runner.cancel):
         yield chunk(completion.answers[choice.index], piece)

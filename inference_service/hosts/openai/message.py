@@ -30,17 +30,27 @@ _CALL_MARKS = re.compile(r"\s*(?:<\|python_tag\|>|\[TOOL_CALLS\])?\s*")
 
 @dataclass
 class Gain:
-    """What a message has gained."""
+    """What a message has gained. `arguments` continue those of the call before."""
 
     content: str = ""
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
+    arguments: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.content or self.reasoning or self.calls)
+        return bool(self.content or self.reasoning or self.calls or self.arguments)
 
     def __add__(self, other: "Gain") -> "Gain":
-        return Gain(self.content + other.content, self.reasoning + other.reasoning, self.calls + other.calls)
+        calls, arguments = self.calls, self.arguments + other.arguments
+        if calls and other.arguments:
+            *before, last = calls
+            calls, arguments = [*before, _continued(last, other.arguments)], self.arguments
+        return Gain(
+            self.content + other.content,
+            self.reasoning + other.reasoning,
+            calls + other.calls,
+            arguments,
+        )
 
 
 class Writer(Protocol):
@@ -63,11 +73,27 @@ class Plain:
         return Gain()
 
 
-class Forced:
-    """All text is the arguments of one function (`name`), or a list of calls: a grammar has seen to it."""
+class Named:
+    """All text is the arguments of one function: a grammar has seen to it."""
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
+        self._begun = False
+
+    def add(self, text: str) -> Gain:
+        if self._begun:
+            return Gain(arguments=text)
+        self._begun = True
+        return Gain(calls=[_call(self._name, text)])
+
+    def finish(self) -> Gain:
+        return Gain() if self._begun else self.add("")
+
+
+class Demanded:
+    """All text is a list of calls: a grammar has seen to it."""
+
+    def __init__(self) -> None:
         self._text = ""
 
     def add(self, text: str) -> Gain:
@@ -75,8 +101,6 @@ class Forced:
         return Gain()
 
     def finish(self) -> Gain:
-        if self._name is not None:
-            return Gain(calls=[_call(self._name, self._text)])
         return _calls_or_content(self._text)
 
 
@@ -235,6 +259,11 @@ def _readable(calls: Iterable[Any]) -> Iterable[dict[str, Any]]:
             function["name"],
             arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
         )
+
+
+def _continued(call: dict[str, Any], arguments: str) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": function["arguments"] + arguments}}
 
 
 def _call(name: str, arguments: str) -> dict[str, Any]:

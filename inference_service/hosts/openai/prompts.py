@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from inference_service.hosts.generation.checkpoint import Bounds
 from inference_service.hosts.openai.refusal import Refused
 from inference_service.hosts.openai.requests import ChatRequest, CompletionRequest
 
@@ -11,7 +12,7 @@ MAX_ANSWERS = 2_048
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-def chat_prompt(tokenizer: Any, request: ChatRequest, vocabulary: int, *, with_tools: bool) -> list[int]:
+def chat_prompt(tokenizer: Any, request: ChatRequest, bounds: Bounds, *, with_tools: bool) -> list[int]:
     """The model's own template over the messages; raises Refused."""
     if not getattr(tokenizer, "chat_template", None):
         raise Refused(
@@ -39,12 +40,10 @@ def chat_prompt(tokenizer: Any, request: ChatRequest, vocabulary: int, *, with_t
         )
     except Exception as error:  # a template is the model's: it may raise anything
         raise Refused(f"The chat template cannot render these messages: {error}", "messages") from error
-    tokens = _encode(tokenizer, text, special=bool(request.add_special_tokens))
-    _check(tokens, vocabulary, "messages")
-    return tokens
+    return _encode(tokenizer, text, bounds, "messages", special=bool(request.add_special_tokens))
 
 
-def completion_prompts(tokenizer: Any, request: CompletionRequest, vocabulary: int) -> list[list[int]]:
+def completion_prompts(tokenizer: Any, request: CompletionRequest, bounds: Bounds) -> list[list[int]]:
     """Each prompt's tokens; raises Refused."""
     prompt = request.prompt
     if isinstance(prompt, str):
@@ -54,45 +53,54 @@ def completion_prompts(tokenizer: Any, request: CompletionRequest, vocabulary: i
     else:
         prompts = list(prompt)
     special = request.add_special_tokens is not False
-    found = [_encode(tokenizer, each, special=special) if isinstance(each, str) else each for each in prompts]
-    if len(found) * (request.n or 1) > MAX_ANSWERS:
-        raise Refused(f"{len(found)} prompts times 'n' are more than {MAX_ANSWERS} answers.", "n")
-    for tokens in found:
-        _check(tokens, vocabulary, "prompt")
-    if not found:
+    if len(prompts) * (request.n or 1) > MAX_ANSWERS:
+        raise Refused(f"{len(prompts)} prompts times 'n' are more than {MAX_ANSWERS} answers.", "n")
+    if not prompts:
         raise Refused("There is no prompt.", "prompt")
-    return found
+    return [
+        _encode(tokenizer, each, bounds, "prompt", special=special)
+        if isinstance(each, str)
+        else _checked(each, bounds, "prompt")
+        for each in prompts
+    ]
 
 
 def room_for_answer(prompt: list[int], wanted: int | None, default: int, longest: int) -> int:
-    """Tokens that an answer may have; raises Refused where the context has not so many left.
+    """Tokens that an answer may have: as many as are wanted, or `default`, or what the context has left.
 
-    A silent request gets `default`, or what is left.
+    Raises Refused where it has none left.
     """
-    left = longest - len(prompt)
-    if left < (1 if wanted is None else wanted):
+    left, asked = longest - len(prompt), default if wanted is None else wanted
+    if left < min(1, asked):
         raise Refused(
-            f"This model's maximum context length is {longest} tokens. The request needs "
-            f"{len(prompt) + (wanted or 1)}: {len(prompt)} in the prompt and {wanted or 1} for the answer.",
+            f"This model's maximum context length is {longest} tokens. The prompt has {len(prompt)}, which "
+            "leaves none for the answer: shorten it.",
             "messages" if wanted is None else "max_tokens",
         )
-    return min(default, left) if wanted is None else wanted
+    return min(asked, left)
 
 
-def _check(tokens: list[int], vocabulary: int, field: str) -> None:
+def _checked(tokens: list[int], bounds: Bounds, field: str) -> list[int]:
     """Also of what the tokenizer brings: a fine-tune may know tokens that its model has no embedding for."""
     if not tokens:
         raise Refused("A prompt without a token cannot be continued.", field)
-    outside = next((token for token in tokens if not 0 <= token < vocabulary), None)
+    outside = next((token for token in tokens if not 0 <= token < bounds.vocabulary), None)
     if outside is not None:
         raise Refused(
-            f"The prompt's token {outside} is outside the model's vocabulary of {vocabulary}.", field
+            f"The prompt's token {outside} is outside the model's vocabulary of {bounds.vocabulary}.", field
         )
-
-
-def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    tokens: list[int] = tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"]
     return tokens
+
+
+def _encode(tokenizer: Any, text: str, bounds: Bounds, field: str, *, special: bool) -> list[int]:
+    if len(text) > bounds.characters:
+        raise Refused(
+            f"This model's maximum context length is {bounds.tokens} tokens, which are {bounds.characters} "
+            f"characters at most. The prompt has {len(text)}: shorten it.",
+            field,
+        )
+    tokens: list[int] = tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+    return _checked(tokens, bounds, field)
 
 
 def _template_text(tokenizer: Any) -> str:

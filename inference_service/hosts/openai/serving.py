@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic_core import from_json, to_json
 from starlette.requests import Request
@@ -17,6 +17,7 @@ from inference_service.hosts.generation.grammar import Grammar
 from inference_service.hosts.generation.sequence import Wishes
 from inference_service.hosts.openai.answer import Begin
 from inference_service.hosts.openai.choice import Choice
+from inference_service.hosts.openai.interruptible import interruptible
 from inference_service.hosts.openai.refusal import Refused
 from inference_service.hosts.openai.requests import GenerationRequest
 from inference_service.hosts.openai.text import Detokenizer, StopFinder, TokenTexts
@@ -41,10 +42,13 @@ class Served:
         raise Refused(f"The model `{name}` does not exist.", "model", status=404)
 
 
+Prepared = TypeVar("Prepared")
+
 # Neither shares threads with templates and tokenizers: what takes long holds up its own kind only.
 _PARSERS = ThreadPoolExecutor(2, thread_name_prefix="parse")
 _COMPILERS = ThreadPoolExecutor(2, thread_name_prefix="compile")
 COMPILE_SECONDS = 20.0
+PREPARE_SECONDS = 20.0
 
 
 async def compiled(work: Callable[[], Grammar | None]) -> Grammar | None:
@@ -56,6 +60,17 @@ async def compiled(work: Callable[[], Grammar | None]) -> Grammar | None:
         raise Refused(
             f"The grammar was not compiled within {COMPILE_SECONDS:.0f} s: make it smaller, or try again.",
             "response_format",
+        ) from error
+
+
+async def prepared(work: Callable[[], Prepared]) -> Prepared:
+    """What `work` makes of a request before anything runs; raises Refused where it takes too long."""
+    try:
+        return await interruptible(work, PREPARE_SECONDS)
+    except TimeoutError as error:
+        raise Refused(
+            f"The prompt was not made within {PREPARE_SECONDS:.0f} s: make it shorter, or mend the model's "
+            "chat template.",
         ) from error
 
 

@@ -24,8 +24,8 @@ class Detokenizer:
         return self._advance(final=False)
 
     def finish(self) -> str:
-        """What is left: bytes that never became a character, shown as they are by the tokenizer."""
-        return self._advance(final=True)
+        """What is left, without the bytes that never became a character."""
+        return self._advance(final=True).rstrip(_UNFINISHED)
 
     def _advance(self, *, final: bool) -> str:
         shown = self._decode(self._ids[self._prefix : self._read])

@@ -1,0 +1,61 @@
+"""Work in a thread that can be broken off: a chat template is the model's own program, and may never end."""
+
+import asyncio
+import ctypes
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+Result = TypeVar("Result")
+
+# Of one model; what its template takes, it takes from everybody.
+AT_ONCE = asyncio.Semaphore(6)
+
+
+class _BrokenOff(BaseException):
+    """Raised in the thread, between two steps of Python's."""
+
+
+async def interruptible(work: Callable[[], Result], seconds: float) -> Result:
+    """What `work` returns; raises TimeoutError after so many seconds. Who leaves ends it as well."""
+    async with AT_ONCE:
+        breakable = _Breakable(work)
+        # A thread of its own: one that is told to break off a moment too late harms nobody.
+        threading.Thread(target=breakable.run, name="interruptible", daemon=True).start()
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.wrap_future(breakable.outcome)
+        finally:
+            breakable.break_off()
+
+
+class _Breakable(Generic[Result]):
+    def __init__(self, work: Callable[[], Result]) -> None:
+        self.outcome: Future[Result] = Future()
+        self._work = work
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+
+    def run(self) -> None:
+        if not self.outcome.set_running_or_notify_cancel():
+            return
+        try:
+            with self._lock:
+                self._thread = threading.get_ident()
+            try:
+                result = self._work()
+            finally:
+                with self._lock:
+                    self._thread = None
+            self.outcome.set_result(result)
+        except _BrokenOff:
+            pass
+        except BaseException as error:
+            self.outcome.set_exception(error)
+
+    def break_off(self) -> None:
+        with self._lock:
+            if self._thread is not None:
+                thread = ctypes.c_ulong(self._thread)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_BrokenOff))
