@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from inference_service.engines.base import HostSpec
 from inference_service.hosts.generation import attention
 from inference_service.hosts.generation.engine import Engine
+from inference_service.hosts.generation.memory import give_back
 from inference_service.hosts.openai.chat import chat
 from inference_service.hosts.openai.completions import complete
 from inference_service.hosts.openai.serving import Served
@@ -27,6 +28,7 @@ from inference_service.hosts.transformers_control import control
 from inference_service.hosts.transformers_options import parse_options, serve
 
 LOOK_SECONDS = 0.2
+QUIET_SECONDS = 5.0
 # Longer than the service keeps an idle connection.
 KEEP_ALIVE_SECONDS = 5
 
@@ -76,11 +78,12 @@ async def _serve(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
     loop.add_signal_handler(signal.SIGTERM, terminated.set)
     serving = loop.create_task(server.serve(sockets=[listener]))
     ends = [loop.create_task(terminated.wait()), loop.create_task(_death(engine))]
+    tidying = loop.create_task(_tidy(engine))
     await asyncio.wait([serving, *ends], return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await serving
-    for end in ends:
-        end.cancel()
+    for task in (*ends, tidying):
+        task.cancel()
     if not terminated.is_set() and not engine.runner.is_alive():
         raise RuntimeError("the engine's thread has died")
 
@@ -88,6 +91,18 @@ async def _serve(app: FastAPI, engine: Engine, listener: socket.socket) -> None:
 async def _death(engine: Engine) -> None:
     while engine.runner.is_alive():  # noqa: ASYNC110  (transformers has no event for it)
         await asyncio.sleep(LOOK_SECONDS)
+
+
+async def _tidy(engine: Engine) -> None:
+    """What a burst of requests took beside the weights goes back to the system in the first quiet moment."""
+    tidied = last = engine.runner.steps
+    while True:
+        await asyncio.sleep(QUIET_SECONDS)
+        quiet = engine.runner.running == 0 and engine.runner.steps == last
+        if quiet and last != tidied:
+            await asyncio.to_thread(give_back)
+            tidied = last
+        last = engine.runner.steps
 
 
 class _Unsignalled(uvicorn.Server):

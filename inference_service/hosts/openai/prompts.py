@@ -112,7 +112,9 @@ def _message(message: dict[str, Any], number: int) -> dict[str, Any]:
     """As templates expect it: text for content, `system` for `developer`, arguments as objects."""
     role = message.get("role")
     if role not in _ROLES:
-        raise Refused(f"Message {number} has the role {role!r}; known are {', '.join(_ROLES)}.", "messages")
+        raise Refused(
+            f"Message {number} has the role '{str(role)[:40]}'; known are {', '.join(_ROLES)}.", "messages"
+        )
     told = {**message, "role": "system" if role == "developer" else role}
     told["content"] = _content(message.get("content"), number)
     calls = message.get("tool_calls") or []
