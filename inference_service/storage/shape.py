@@ -77,9 +77,12 @@ def _packed_head_bytes(
 ) -> int:
     """The embeddings once more, where they are the output layer too, which is packed for the processor."""
     packs = backend is Backend.TRANSFORMERS and device.kind is DeviceKind.CPU
-    if not packs or config.get("tie_word_embeddings") is False or "lm_head.weight" in weights.tensors:
+    has_head = any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in weights.tensors)
+    if not packs or has_head or config.get("tie_word_embeddings") is False:
         return 0
-    return _number(config, "vocab_size") * _number(config, "hidden_size") * _DTYPE_BYTES[dtype]
+    vocabulary = _number(config, "vocab_size")
+    embeddings = (tensor for tensor in weights.tensors.values() if tensor.shape[:1] == (vocabulary,))
+    return max((tensor.elements for tensor in embeddings), default=0) * _DTYPE_BYTES[dtype]
 
 
 def _sides(tensor: Tensor) -> int:

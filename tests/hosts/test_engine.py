@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from inference_service.hosts.generation.checkpoint import BadCheckpointError
 from inference_service.hosts.generation.continuous import PAGE_TOKENS, ContinuousBatching
 from inference_service.hosts.generation.engine import Engine, EngineFailed
-from inference_service.hosts.generation.sequence import Failure, Token, Wishes
+from inference_service.hosts.generation.sequence import Failure, Sequence, Token, Wishes
 from inference_service.hosts.generation.single import OneAtATime
 from inference_service.hosts.generation.weights import MissingWeightsError
 from tests.fixtures.tiny import CONTEXT, Tiny
@@ -308,21 +308,46 @@ async def test_adapters_that_come_at_once_can_all_go_again(start: Start, tiny: T
         assert not getattr(engine.model, "peft_config", {})
 
 
-async def test_who_was_put_off_goes_on_when_the_others_leave(start: Start, tiny: Tiny) -> None:
-    """Two that fill the cache between them: the one that is put off outlives the other's client."""
-    engine = start(tiny.llama, cache_bytes=256 * 512, max_model_len=256)
-    news: dict[int, asyncio.Queue[Any]] = {number: asyncio.Queue() for number in range(4)}
-    prompts = [[(row * 31 + number) % 4000 for number in range(60)] for row in news]
+CROWD = [[(row * 31 + number) % 4000 for number in range(60)] for row in range(4)]
+
+
+async def crowd(engine: Engine, news: list[asyncio.Queue[Any]]) -> list[Sequence]:
+    """Sequences that fill a cache of 256 tokens, at the moment when some are put off."""
     sequences = [
-        engine.submit(prompt, Wishes(190, temperature=0), news[number].put_nowait)
-        for number, prompt in enumerate(prompts)
+        engine.submit(prompt, Wishes(190, temperature=0), each.put_nowait)
+        for prompt, each in zip(CROWD, news, strict=True)
     ]
     scheduler = engine.runner._manager.batch_processor.scheduler  # type: ignore[attr-defined]
     for _ in range(2000):
         if scheduler.block_new_requests:
-            break
+            return sequences
         await asyncio.sleep(0.002)
-    assert scheduler.block_new_requests, "none was put off"
+    raise AssertionError("none was put off")
+
+
+async def test_a_swap_lets_in_again_who_comes(start: Start, tiny: Tiny) -> None:
+    """Some had been put off when all of them left."""
+    engine = start(tiny.llama, cache_bytes=256 * 512, max_model_len=256)
+    sequences = await crowd(engine, [asyncio.Queue() for _ in CROWD])
+    forget = engine.runner.forget
+
+    def left_meanwhile() -> None:
+        for sequence in sequences:
+            engine.runner.cancel(sequence)
+        forget()
+
+    engine.runner.forget = left_meanwhile  # type: ignore[method-assign]
+    await engine.swap(tiny.other, options(cache_bytes=256 * 512, max_model_len=256))
+    found = await asyncio.wait_for(ids(engine, PROMPTS[0], 4), 10)
+    assert found == plain(tiny.other, PROMPTS[:1], 4)[0]
+
+
+async def test_who_was_put_off_goes_on_when_the_others_leave(start: Start, tiny: Tiny) -> None:
+    """Several that fill the cache between them: the one that is put off outlives the others' clients."""
+    engine = start(tiny.llama, cache_bytes=256 * 512, max_model_len=256)
+    news: list[asyncio.Queue[Any]] = [asyncio.Queue() for _ in CROWD]
+    sequences = await crowd(engine, news)
+    scheduler = engine.runner._manager.batch_processor.scheduler  # type: ignore[attr-defined]
     put_off = [number for number, each in enumerate(sequences) if each.name in scheduler.waiting_requests]
     for number, sequence in enumerate(sequences):
         if number not in put_off:
@@ -332,7 +357,7 @@ async def test_who_was_put_off_goes_on_when_the_others_leave(start: Start, tiny:
         tokens: list[Token] = []
         while not tokens or tokens[-1].finish is None:
             tokens.append(await asyncio.wait_for(news[number].get(), 10))
-        assert [token.id for token in tokens] == plain(tiny.llama, [prompts[number]], 190)[0]
+        assert [token.id for token in tokens] == plain(tiny.llama, [CROWD[number]], 190)[0]
 
 
 async def test_nothing_of_a_sequence_cancelled_in_a_swap_is_left(start: Start, tiny: Tiny) -> None:
@@ -406,7 +431,13 @@ def with_generation(model: Path, room: Path, **fields: Any) -> Path:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("eos_token_id", "a"), ("eos_token_id", [2, "b"]), ("top_p", 5), ("repetition_penalty", 0)],
+    [
+        ("eos_token_id", "a"),
+        ("eos_token_id", [2, "b"]),
+        ("top_p", 5),
+        ("repetition_penalty", 0),
+        ("top_k", 10**400),
+    ],
 )
 def test_defaults_that_cannot_be_are_named(tiny: Tiny, tmp_path: Path, field: str, value: Any) -> None:
     with pytest.raises(BadCheckpointError, match=f"generation_config.json: {field}"):

@@ -10,7 +10,7 @@ from inference_service.models.serving import Serving
 from inference_service.storage.safetensors import Tensor
 from inference_service.storage.shape import Weights, shape_of
 
-CONFIG = {"vocab_size": 1000, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONFIG = {"vocab_size": 1000, "num_hidden_layers": 2, "num_attention_heads": 2}
 EMBEDDINGS = {"model.embed_tokens.weight": Tensor("BF16", (1000, 8), 0, 16_000)}
 HEAD = {"lm_head.weight": Tensor("BF16", (1000, 8), 0, 16_000)}
 

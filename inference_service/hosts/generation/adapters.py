@@ -28,7 +28,7 @@ class Adapters:
         try:
             with _without_warnings():
                 loading = self._model.load_adapter(str(directory), adapter_name=inner, hotswap=False)
-            missing = sorted(key for key in loading.missing_keys if f".{inner}." in key)
+            missing = sorted(key for key in loading.missing_keys if f".{inner}." in f"{key}.")
             if missing:
                 # PEFT would go on as if it were no adapter at all.
                 raise ValueError(f"the adapter lacks {len(missing)} of its weights, among them {missing[0]}")

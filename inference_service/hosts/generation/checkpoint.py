@@ -1,6 +1,5 @@
 """What a checkpoint says of itself beside its weights: defaults, ends of answers, lengths, sizes."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from transformers import GenerationConfig
 
 # As far as a number makes sense; a request's own are bounded closer.
 _RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (0, math.inf),
+    "temperature": (0, 1000),
     "top_p": (0, 1),
-    "top_k": (-1, math.inf),
+    "top_k": (-1, 2**31 - 1),
     "min_p": (0, 1),
-    "repetition_penalty": (0.01, math.inf),
+    "repetition_penalty": (0.01, 1000),
 }
 
 

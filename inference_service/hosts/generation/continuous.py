@@ -138,8 +138,10 @@ class ContinuousBatching:
 
     def forget(self) -> None:
         # Who was cancelled a moment ago holds pages until the next step, which then would keep them.
-        self._manager.batch_processor.fail_all_requests(EvictedError("the model's weights were replaced"))
-        self._manager.batch_processor.cache.evict_cached_blocks()
+        batch = self._manager.batch_processor
+        batch.fail_all_requests(EvictedError("the model's weights were replaced"))
+        batch.scheduler.block_new_requests = False
+        batch.cache.evict_cached_blocks()
 
     def close(self) -> None:
         self._manager.stop(block=True, timeout=STOP_SECONDS, hard_stop=True)

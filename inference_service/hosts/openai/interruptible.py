@@ -36,12 +36,15 @@ class _Breakable(Generic[Result]):
         self._work = work
         self._lock = threading.Lock()
         self._thread: int | None = None
+        self._unwanted = False
 
     def run(self) -> None:
         if not self.outcome.set_running_or_notify_cancel():
             return
         try:
             with self._lock:
+                if self._unwanted:
+                    return
                 self._thread = threading.get_ident()
             try:
                 result = self._work()
@@ -56,6 +59,7 @@ class _Breakable(Generic[Result]):
 
     def break_off(self) -> None:
         with self._lock:
+            self._unwanted = True
             if self._thread is not None:
                 thread = ctypes.c_ulong(self._thread)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_BrokenOff))
