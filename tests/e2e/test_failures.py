@@ -170,6 +170,11 @@ def test_memory_and_processes_stay_flat_over_many_loads(frail: ServiceProcess) -
     assert max(map(max, descriptors[-3:])) <= max(map(max, descriptors[3:6])), descriptors
 
 
+def has_process(service: ServiceProcess, model: str) -> bool:
+    """An engine that is loaded for nobody in particular may not be there at once."""
+    return any(each["model"] == model and each["process_id"] for each in service.stats()["engines"])
+
+
 def test_sigterm_twice_during_a_load_with_twenty_streams(
     bucket: Bucket, tmp_path: Path, engine: Engine
 ) -> None:
@@ -178,7 +183,7 @@ def test_sigterm_twice_during_a_load_with_twenty_streams(
         service.wait_ready(BASE)
         clients = [connections.enter_context(start_stream(service, tokens=1900)[0]) for _ in range(20)]
         httpx2.post(f"{service.url}/admin/load/{TUNED}?wait=false", timeout=60).raise_for_status()
-        service.wait_until(lambda: service.engine(TUNED)["process_id"] is not None, 20)
+        service.wait_until(lambda: has_process(service, TUNED), 20)
         family = service.descendants()
         started = time.monotonic()
         service.signal(signal.SIGTERM)
