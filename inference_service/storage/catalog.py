@@ -7,8 +7,9 @@ model.py's; fetching is sync.py's.
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -28,9 +29,9 @@ from inference_service.storage.store import Store
 logger = logging.getLogger(__name__)
 
 LISTING_SECONDS = 30.0
-# A name that the cached listing lacks may have been uploaded just now; look again, but not for
-# every wrong name.
-MISS_LISTING_SECONDS = 2.0
+# What the cached listing lacks may have been uploaded just now. It is looked for in a listing that begins
+# after the request came, as the bucket itself would answer, but wrong names list no more often than this.
+MISS_LISTING_SECONDS = 1.0
 READS_AT_ONCE = 4
 
 
@@ -67,7 +68,9 @@ class Catalog:
         # By base; None: not known of this listing yet.
         self._adapters: dict[str, list[Model]] | None = None
         self._folded: dict[str, str] = {}
+        # When the newest listing began, when one ended last, and when one was last known to be old.
         self._listed_at: float | None = None
+        self._ended_at = self._forgotten_at = -math.inf
         self._refreshing: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
         # Their own: a listing that hangs holds nothing else, and no document a listing.
@@ -86,7 +89,9 @@ class Catalog:
 
     async def models(self) -> list[Model]:
         """All models by name; raises StoreError."""
-        await self._refresh_after(self._ttl)
+        wanted = time.monotonic() - self._ttl
+        while not self._listed_since(wanted):
+            await self._listing()
         return self.listed
 
     async def described(self) -> list[Model]:
@@ -108,21 +113,14 @@ class Catalog:
 
     def forget(self) -> None:
         """The listing is known to be old: the next request lists again and waits for it."""
-        self._listed_at = None
+        self._forgotten_at = time.monotonic()
 
     async def find(self, name: str) -> Model:
         """As `resolve`, also for a model that cannot be served."""
         asked, at, revision = canonical_name(name).partition("@")
-        wanted = self._known(asked)
-        if wanted is not None and self._listed_at is not None and self._models[wanted].unservable is None:
-            # A known model never waits for the bucket: a stale listing is renewed behind it.
-            self._refresh_if_older(self._ttl)
-        else:
-            await self._refresh_after(min(MISS_LISTING_SECONDS, self._ttl))
-            wanted = self._known(asked)
-        if wanted is None and self._reading is not None:
-            await asyncio.shield(self._reading)  # it may be an alias that is being read
-            wanted = self._known(asked)
+        wanted = await self._look_for(lambda: self._servable(asked)) or self._known(asked)
+        if not self._listed_since(time.monotonic() - self._ttl):
+            self._refresh()  # A known model never waits for the bucket: a stale listing is renewed behind it.
         if wanted is None:
             claimants = self._conflicts.get(asked)
             hint = f"It is an alias that {' and '.join(claimants)} claim." if claimants else None
@@ -136,10 +134,8 @@ class Catalog:
         """The checkpoint that an adapter is for, servable or not; raises ModelNotServable and StoreError."""
         if adapter.base is None:
             raise ModelNotServable(adapter.name, adapter.unservable or NO_BASE)
-        name = self._base_name(adapter.base)
-        if name is None:
-            await self._refresh_after(min(MISS_LISTING_SECONDS, self._ttl))
-            name = self._base_name(adapter.base)
+        base = adapter.base
+        name = await self._look_for(lambda: self._base_name(base))
         if name is None and self._known(canonical_name(adapter.base)) is not None:
             raise ModelNotServable(
                 adapter.name,
@@ -189,21 +185,43 @@ class Catalog:
     def _known(self, name: str) -> str | None:
         return name if name in self._models else self._aliases.get(name)
 
-    async def _refresh_after(self, seconds: float) -> None:
-        refreshing = self._refresh_if_older(seconds)
-        if refreshing is not None:
-            # Shielded: one client that leaves must not end the listing that others wait for.
-            await asyncio.shield(refreshing)
+    def _servable(self, name: str) -> str | None:
+        known = self._known(name)
+        return None if known is None or self._models[known].unservable is not None else known
 
-    def _refresh_if_older(self, seconds: float) -> asyncio.Task[None] | None:
-        if self._listed_at is not None and time.monotonic() - self._listed_at < seconds:
-            return None
+    async def _look_for(self, known: Callable[[], str | None]) -> str | None:
+        """What `known` finds, where it finds nothing also in a listing that begins after this call."""
+        called = time.monotonic()
+        while True:
+            if known() is None and self._reading is not None:
+                await asyncio.shield(self._reading)  # it may be an alias that is being read
+            name = known()
+            if self._listed_since(called if name is None else -math.inf):
+                return name
+            if self._refreshing is None and self._listed_since(-math.inf):
+                pause = self._ended_at + MISS_LISTING_SECONDS - time.monotonic()
+                if pause > 0:
+                    await asyncio.sleep(pause)
+                    continue  # another request may have listed meanwhile
+            await self._listing()
+
+    def _listed_since(self, moment: float) -> bool:
+        """Whether the listing began then or later, and is not known to be old."""
+        return self._listed_at is not None and self._listed_at >= max(moment, self._forgotten_at)
+
+    async def _listing(self) -> None:
+        # Shielded: one client that leaves must not end the listing that others wait for.
+        await asyncio.shield(self._refresh())
+
+    def _refresh(self) -> asyncio.Task[None]:
+        """The listing that is under way, or else a new one."""
         if self._refreshing is None:
-            self._refreshing = asyncio.create_task(self._refresh())
+            self._refreshing = asyncio.create_task(self._list_anew())
         return self._refreshing
 
-    async def _refresh(self) -> None:
+    async def _list_anew(self) -> None:
         loop = asyncio.get_running_loop()
+        began = time.monotonic()
         try:
             self._models = await loop.run_in_executor(self._lister, self._list)
             self._adapters = None
@@ -216,7 +234,8 @@ class Catalog:
             logger.warning("the old listing is kept: %s", error)
         finally:
             self._refreshing = None
-        self._listed_at = time.monotonic()
+            self._ended_at = time.monotonic()
+        self._listed_at = began
         if self._reading is None and any(not model.described for model in self._models.values()):
             self._reading = asyncio.create_task(self._read_all())
 

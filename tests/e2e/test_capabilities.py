@@ -64,6 +64,8 @@ PERSON = {
 
 
 def complete(service: ServiceProcess, prompt: Any, max_tokens: int = 12, **options: Any) -> Any:
+    """Greedily unless asked otherwise: a sampled answer may end before `max_tokens`."""
+    options.setdefault("temperature", 0)
     own = {name: options.pop(name) for name in list(options) if name in OWN}
     return service.openai.completions.create(
         model=options.pop("model", BASE), prompt=prompt, max_tokens=max_tokens, extra_body=own, **options
@@ -141,6 +143,7 @@ def test_a_stream_is_the_whole_answer_in_parts(service: ServiceProcess) -> None:
             model=BASE,
             messages=[{"role": "user", "content": CAPITAL}],
             stream=True,
+            temperature=0,
             max_tokens=6,
         )
     )

@@ -35,14 +35,18 @@ class ListedStore:
         self.listings = self.documents_read = 0
         self.error: StoreError | None = None
         self.gate: threading.Event | None = None
+        self.waiting = threading.Event()
+        # Of the next listings; then `objects` as they are at their end.
+        self.answers: list[list[StoredObject]] = []
 
     def list(self, prefix: str) -> list[StoredObject]:
         self.listings += 1
         if self.gate is not None:
+            self.waiting.set()
             self.gate.wait(10)
         if self.error:
             raise self.error
-        return self.objects
+        return self.answers.pop(0) if self.answers else self.objects
 
     def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
         self.documents_read += 1
@@ -186,18 +190,78 @@ async def test_one_listing_however_many_ask() -> None:
     assert store.listings == 1
 
 
-async def test_a_new_model_is_found_soon_and_wrong_names_do_not_list_each_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_wrong_names_do_not_list_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_service.storage.catalog.MISS_LISTING_SECONDS", 0.3)
     store = ListedStore(*checkpoint("m"))
     catalog = Catalog(store, "models/")
-    for _ in range(10):
-        with pytest.raises(ModelNotFound):
-            await catalog.resolve("org/new")
+    with pytest.raises(ModelNotFound):
+        await catalog.resolve("wrong")
     assert store.listings == 1
+    began = time.monotonic()
+    wrong = [catalog.resolve(f"wrong-{number}") for number in range(50)]
+    assert {type(each) for each in await asyncio.gather(*wrong, return_exceptions=True)} == {ModelNotFound}
+    assert store.listings == 2
+    assert time.monotonic() - began > 0.2
+
+
+async def test_what_was_uploaded_before_the_request_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short a time ago another name was looked for."""
+    monkeypatch.setattr("inference_service.storage.catalog.MISS_LISTING_SECONDS", 0.3)
+    store = ListedStore(*checkpoint("m"))
+    catalog = Catalog(store, "models/")
+    with pytest.raises(ModelNotFound):
+        await catalog.resolve("org/new")
     store.objects += checkpoint("org/new")
-    monkeypatch.setattr("inference_service.storage.catalog.MISS_LISTING_SECONDS", 0)
-    assert (await catalog.resolve("org/new")).name == "org-new"
+    put(store, "m/serving.json", b'{"aliases": ["gpt-4o"]}')
+    found = await asyncio.gather(catalog.resolve("org/new"), catalog.resolve("gpt-4o"))
+    assert [each.name for each in found] == ["org-new", "m"]
+    assert store.listings == 2
+
+
+async def test_a_listing_that_began_before_the_upload_does_not_count() -> None:
+    store = ListedStore(*checkpoint("m"))
+    catalog = Catalog(store, "models/", ttl=0)
+    await catalog.models()
+    old, store.gate = store.objects, threading.Event()
+    await catalog.resolve("m")  # lists behind
+    await asyncio.to_thread(store.waiting.wait, 10)
+    store.answers = [old]
+    store.objects = old + checkpoint("new")
+    asked = asyncio.create_task(catalog.resolve("new"))
+    await asyncio.sleep(0.1)
+    store.gate.set()
+    assert (await asked).name == "new"
+    assert store.listings == 3
+
+
+async def test_a_listing_under_way_is_old_too_once_that_is_known() -> None:
+    store = ListedStore(*checkpoint("m"))
+    catalog = Catalog(store, "models/", ttl=0)
+    old = await catalog.resolve("m")
+    store.gate, store.answers = threading.Event(), [store.objects]
+    catalog._refresh()
+    await asyncio.to_thread(store.waiting.wait, 10)
+    put(store, "m/config.json", b'{"new": 1}')
+    catalog.forget()
+    asked = asyncio.create_task(catalog.resolve("m"))
+    await asyncio.sleep(0.1)
+    store.gate.set()
+    assert (await asked).revision != old.revision
+
+
+async def test_an_alias_is_found_in_the_listing_that_is_under_way() -> None:
+    """A request just after the first one waits for no second listing."""
+    store = ListedStore(*checkpoint("m"))
+    put(store, "m/serving.json", b'{"aliases": ["gpt-4o"]}')
+    catalog = Catalog(store, "models/")
+    store.gate = threading.Event()
+    first = asyncio.create_task(catalog.resolve("m"))
+    await asyncio.sleep(0.05)
+    second = asyncio.create_task(catalog.resolve("gpt-4o"))
+    await asyncio.sleep(0.05)
+    store.gate.set()
+    assert {(await first).name, (await second).name} == {"m"}
+    assert store.listings == 1
 
 
 async def test_a_listing_that_fails_is_tried_again_by_the_next() -> None:
@@ -246,7 +310,8 @@ def put(store: ListedStore, name: str, content: bytes) -> None:
     store.objects.append(replace(stored(name), size=len(content), generation=str(hash(content))))
 
 
-async def test_an_alias_is_a_name() -> None:
+async def test_an_alias_is_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_service.storage.catalog.MISS_LISTING_SECONDS", 0)
     store = ListedStore(*checkpoint("org/m"))
     put(store, "org/m/serving.json", b'{"aliases": ["gpt-4o", "team/best"]}')
     catalog = Catalog(store, "models/")
@@ -256,7 +321,10 @@ async def test_an_alias_is_a_name() -> None:
         await catalog.resolve("gpt-5")
 
 
-async def test_an_alias_that_two_claim_is_nobodys_and_a_name_wins_over_an_alias() -> None:
+async def test_an_alias_that_two_claim_is_nobodys_and_a_name_wins_over_an_alias(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("inference_service.storage.catalog.MISS_LISTING_SECONDS", 0)
     store = ListedStore(*checkpoint("a"), *checkpoint("b"), *checkpoint("c"))
     put(store, "a/serving.json", b'{"aliases": ["best", "c"]}')
     put(store, "b/serving.json", b'{"aliases": ["best"]}')
