@@ -180,7 +180,8 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=100_000_000,
-        description="Context length in tokens; unset: the longest that the model and memory allow",
+        description="Longest context in tokens, for models that have as many positions; unset: the longest "
+        "that the model and memory allow",
     )
     engine_eager: bool | None = Field(
         None,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from inference_service.config import EngineChoice, Settings
 from inference_service.engines.base import Footprint, HostSpec, Snapshot
+from inference_service.engines.context import longest_request
 from inference_service.engines.device import (
     Backend,
     Device,
@@ -165,7 +166,7 @@ def transformers_arguments(
         *("--max-num-seqs", str(serving.max_num_seqs or TRANSFORMERS_SEQUENCES)),
         *("--sampling-defaults", json.dumps(sampling)),
     ]
-    length = serving.max_model_len or settings.max_model_len
+    length = longest_request(_text_config(snapshot.path), serving, settings)
     if length is not None:
         arguments += ["--max-model-len", str(length)]
     if _needs_several(settings, device, footprint, serving):
@@ -197,7 +198,7 @@ def vllm_arguments(
 ) -> tuple[str, ...]:
     """vLLM's command line for one snapshot; what its serving.json says wins over the settings."""
     serving = snapshot.serving
-    length = serving.max_model_len or settings.max_model_len
+    length = longest_request(_text_config(snapshot.path), serving, settings)
     gpus = serving.tensor_parallel_size or tensor_parallel_size(settings, device)
     sampling = {"temperature": settings.default_temperature} | serving.sampling_defaults.generation_config()
     arguments = [

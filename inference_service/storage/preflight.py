@@ -15,6 +15,7 @@ import google_crc32c
 
 from inference_service.config import Settings
 from inference_service.engines import vllm_names
+from inference_service.engines.context import is_stretched, positions
 from inference_service.engines.device import Backend, Device
 from inference_service.errors import CacheError, DiskFull, ModelNotServable, readable_bytes
 from inference_service.models.serving import Serving
@@ -307,16 +308,14 @@ def _only_vllm(serving: Serving) -> str | None:
 
 def _too_long(config: dict[str, Any], serving: Serving) -> str | None:
     """A longer context than the model has positions; where they are stretched the engine knows better."""
-    merged = config | (config.get("text_config") or {})
-    positions, stretched = merged.get("max_position_embeddings"), merged.get("rope_scaling")
-    rope = merged.get("rope_parameters")
-    if stretched or (isinstance(rope, dict) and rope.get("rope_type", "default") != "default"):
+    known = positions(config)
+    if serving.max_model_len is None or known is None or is_stretched(config):
         return None
-    if serving.max_model_len is None or type(positions) is not int or serving.max_model_len <= positions:
+    if serving.max_model_len <= known:
         return None
     return (
-        f"serving.json: max_model_len: {serving.max_model_len} is more than the {positions} positions of the "
-        "model (config.json: max_position_embeddings)."
+        f"serving.json: max_model_len: {serving.max_model_len} is more than the {known} positions of the "
+        "model (config.json)."
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inference_service.config import Settings
+from inference_service.engines.context import longest_request, positions
 from inference_service.engines.device import Backend, Device, DeviceKind, resolve_dtype, tensor_parallel_size
 from inference_service.models.serving import Serving
 from inference_service.storage.safetensors import Tensor
@@ -65,7 +66,7 @@ def shape_of(
         dtype=dtype,
         weights_bytes=weights.bytes_as(dtype) + _packed_head_bytes(merged, weights, dtype, device, backend),
         token_bytes=_token_bytes(merged, dtype),
-        context=serving.max_model_len or settings.max_model_len or _number(merged, "max_position_embeddings"),
+        context=longest_request(merged, serving, settings) or positions(merged) or 0,
         gpus=serving.tensor_parallel_size or tensor_parallel_size(settings, device),
         kv_cache_bytes=None if wish is None else int(wish * _GIB),
         adapter_bytes=_DTYPE_BYTES[dtype] * sum(map(_sides, weights.tensors.values())),

@@ -243,6 +243,8 @@ async def test_a_context_longer_than_the_model_has_positions(source: Path) -> No
     put(source / "models" / "m", config=stretched, serving={"max_model_len": 10_000})
     store = DirectoryStore(source)
     await preflight(store).examine(model_in(store))
+    put(source / "models" / "m", config=CONFIG | {"n_positions": 1024}, serving={"max_model_len": 2048})
+    assert "max_model_len: 2048 is more than the 1024 positions" in await refusal(source)
 
 
 async def test_a_kv_cache_that_does_not_fit_beside_the_weights(source: Path) -> None:
