@@ -3,6 +3,8 @@
 Pure arithmetic; what is really free is measured by engines/memory.py.
 """
 
+from typing import NamedTuple
+
 from inference_service.engines.base import Footprint
 from inference_service.engines.device import Backend, Device, DeviceKind
 from inference_service.storage.shape import Shape
@@ -13,19 +15,32 @@ UNKNOWN_KV_CACHE_BYTES = 1024 * _MIB
 FULL_LENGTH_REQUESTS = 4
 # A context that nobody has bounded is not given room in full where room is short.
 ENOUGH_TOKENS = 4096
-# Backend and device -> bytes of every engine, and per byte of its weights (packed copies, activations).
+
+
+class _Cost(NamedTuple):
+    """Bytes beside weights and KV cache: of every engine, per byte of its weights (packed copies,
+    activations), per byte of its cache (what a step copies of it), and prompts whose keys and values lie
+    elsewhere."""
+
+    fixed: int
+    per_weight: float = 0.0
+    per_cache: float = 0.0
+    prompts: int = 0
+
+
 # vLLM on the CPU: measured with SmolLM2-135M in float32, 604 MiB at 513 MiB of weights, the pages that it
 # shares with the launcher left out. transformers on the CPU: 107 MiB as it starts, 280 after the
-# log probabilities of a long prompt, 400 after hundreds of grammars and prompts of full length. On CUDA and
-# MPS: not measured yet.
-_OVERHEAD = {
-    (Backend.VLLM, DeviceKind.CPU): (544 * _MIB, 0.125),
-    (Backend.VLLM, DeviceKind.CUDA): (1536 * _MIB, 0.05),
-    (Backend.TRANSFORMERS, DeviceKind.CPU): (416 * _MIB, 0.0),
-    (Backend.TRANSFORMERS, DeviceKind.MPS): (768 * _MIB, 0.0),
-    (Backend.TRANSFORMERS, DeviceKind.CUDA): (1536 * _MIB, 0.05),
+# log probabilities of a prompt of 2,048 tokens, 400 after hundreds of grammars and prompts of full length. On
+# CUDA and MPS: not measured yet. A layer of transformers repeats the keys and values that it reads for every
+# head, which is 0.11 to 0.14 of the cache in common architectures.
+_COSTS = {
+    (Backend.VLLM, DeviceKind.CPU): _Cost(544 * _MIB, 0.125),
+    (Backend.VLLM, DeviceKind.CUDA): _Cost(1536 * _MIB, 0.05),
+    (Backend.TRANSFORMERS, DeviceKind.CPU): _Cost(352 * _MIB, 0.0, 0.15, 1),
+    (Backend.TRANSFORMERS, DeviceKind.MPS): _Cost(768 * _MIB, 0.0, 0.15, 1),
+    (Backend.TRANSFORMERS, DeviceKind.CUDA): _Cost(1536 * _MIB, 0.05, 0.15, 1),
 }
-_OTHER_OVERHEAD = (32 * _MIB, 0.0)
+_OTHER_COST = _Cost(32 * _MIB)
 
 
 class Budget:
@@ -36,7 +51,7 @@ class Budget:
     ) -> None:
         self.total = max(1, int(device.memory_bytes * utilization)) if device.memory_bytes else None
         self._touched_at_start = device.kind is not DeviceKind.CUDA
-        self._fixed, self._per_byte = _OVERHEAD.get((backend, device.kind), _OTHER_OVERHEAD)
+        self._cost = _COSTS.get((backend, device.kind), _OTHER_COST)
         self._slots = slots
         self._adapters = adapters
 
@@ -47,9 +62,11 @@ class Budget:
         Never more than `total`: alone, every engine may be tried.
         """
         weights = shape.weights_bytes // shape.gpus
-        overhead = self._fixed + int(weights * self._per_byte)
+        overhead = self._cost.fixed + int(weights * self._cost.per_weight)
+        overhead += self._cost.prompts * min(shape.context, ENOUGH_TOKENS) * shape.token_bytes // shape.gpus
         overhead += self._adapters * adapter_rank * shape.adapter_bytes // shape.gpus
         kv_cache = self._kv_cache(shape, weights + overhead)
+        overhead += int(kv_cache * self._cost.per_cache)
         if self.total is not None:
             overhead = max(0, min(overhead, self.total - weights - kv_cache))
         return Footprint(weights, kv_cache, overhead)
@@ -61,7 +78,8 @@ class Budget:
         wanted = token_bytes * shape.context * FULL_LENGTH_REQUESTS or UNKNOWN_KV_CACHE_BYTES
         if self.total is None:
             return max(MIN_KV_CACHE_BYTES, wanted)
-        share, whole = self.total // self._slots - others, self.total - others
+        rooms = (self.total // self._slots - others, self.total - others)
+        share, whole = (int(room / (1 + self._cost.per_cache)) for room in rooms)
         if share < max(MIN_KV_CACHE_BYTES, token_bytes * min(shape.context, ENOUGH_TOKENS)):
             return max(MIN_KV_CACHE_BYTES, min(wanted, whole))
         # On the CPU vLLM touches all of its cache at the start: no more than a few requests can use.

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler
 
 from inference_service.hosts.generation.checkpoint import BadCheckpointError
 from inference_service.hosts.generation.continuous import PAGE_TOKENS, ContinuousBatching
@@ -72,6 +73,40 @@ async def test_a_cache_too_small_for_all_holds_none_up_and_loses_nothing(start: 
     assert engine.max_model_len == 256
     together = await asyncio.gather(*(ids(engine, prompt, 80) for prompt in PROMPTS))
     assert list(together) == plain(tiny.llama, PROMPTS, 80)
+
+
+async def test_a_cache_that_does_not_fit_is_made_smaller(
+    start: Start, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers counts, with what a step needs beside it; many still run together."""
+    monkeypatch.setattr(PagedAttentionMemoryHandler, "get_available_memory", lambda memory: 16 << 20)
+    engine = start(tiny.llama, cache_bytes=4 << 20)
+    assert isinstance(engine.runner, ContinuousBatching)
+    assert 1024 < engine.runner.size.tokens < 8192
+    assert f"cache_tokens={engine.runner.size.tokens}," in str(engine)
+    together = await asyncio.gather(*(ids(engine, prompt, 20) for prompt in PROMPTS))
+    assert list(together) == plain(tiny.llama, PROMPTS, 20)
+
+
+async def test_prompts_that_are_scored_together_take_the_room_of_one(
+    start: Start, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(tiny.llama)
+    at_once = most = 0
+    score = engine._score
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        try:
+            return score(*arguments)
+        finally:
+            at_once -= 1
+
+    monkeypatch.setattr(engine, "_score", counted)
+    await asyncio.gather(*(engine.score(PROMPTS[row], None, 1, []) for row in range(8)))
+    assert most == 1
 
 
 async def test_a_prompt_longer_than_a_step(start: Start, tiny: Tiny) -> None:
@@ -192,6 +227,16 @@ async def test_an_architecture_that_cannot_share_a_batch_is_served_alone(start: 
     told, _ = await engine.score(PROMPTS[3], None, 1, [])
     assert len(told) == len(PROMPTS[3]) - 1
     await engine.canary()
+
+
+async def test_each_layer_is_progress_where_one_runs_at_a_time(start: Start, tiny: Tiny) -> None:
+    """A prompt is one forward there, also one that is only scored while others wait."""
+    engine = start(tiny.neo)
+    before = engine.runner.steps
+    await engine.score(PROMPTS[3], None, 1, [])
+    assert engine.runner.steps == before + 2, "its layers"
+    await ids(engine, PROMPTS[3], 3)
+    assert engine.runner.steps == before + 2 + 3 * 2
 
 
 async def test_what_is_cancelled_alone_ends_and_lets_the_next_run(start: Start, tiny: Tiny) -> None:

@@ -14,8 +14,8 @@ LAPTOP = Device(DeviceKind.CPU, "cpu", 1, 16 * GIB)
 TOKEN = 96 << 10
 
 
-def budget(device: Device = L4, slots: int = 2) -> Budget:
-    return Budget(device, Backend.VLLM, 0.9, slots)
+def budget(device: Device = L4, slots: int = 2, backend: Backend = Backend.VLLM) -> Budget:
+    return Budget(device, backend, 0.9, slots)
 
 
 def shape(weights: float, context: int = 8192, **more: object) -> Shape:
@@ -24,8 +24,9 @@ def shape(weights: float, context: int = 8192, **more: object) -> Shape:
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 4])
 @pytest.mark.parametrize("device", [L4, LAPTOP], ids=["L4", "laptop"])
-def test_models_that_fit_into_a_share_fit_together(device: Device, slots: int) -> None:
-    found = budget(device, slots).footprint(shape(0.6))
+@pytest.mark.parametrize("backend", [Backend.VLLM, Backend.TRANSFORMERS])
+def test_models_that_fit_into_a_share_fit_together(device: Device, slots: int, backend: Backend) -> None:
+    found = budget(device, slots, backend).footprint(shape(0.6))
     assert found.weights == int(0.6 * GIB)
     assert found.kv_cache >= MIN_KV_CACHE_BYTES
     total = budget(device, slots).total
@@ -33,14 +34,25 @@ def test_models_that_fit_into_a_share_fit_together(device: Device, slots: int) -
     assert slots * found.total <= total
 
 
-def test_on_cuda_the_kv_cache_takes_the_rest_of_the_share() -> None:
-    found = budget().footprint(shape(3))
-    assert found.total == pytest.approx(24 * GIB * 0.9 / 2, abs=2)
+@pytest.mark.parametrize("backend", [Backend.VLLM, Backend.TRANSFORMERS])
+def test_on_cuda_the_kv_cache_takes_the_rest_of_the_share(backend: Backend) -> None:
+    found = budget(backend=backend).footprint(shape(3))
+    assert found.total == pytest.approx(24 * GIB * 0.9 / 2, abs=9)
 
 
 def test_on_the_cpu_it_is_no_larger_than_a_few_requests_can_use() -> None:
     found = budget(LAPTOP).footprint(shape(0.5, context=2048))
     assert found.kv_cache == 4 * 2048 * TOKEN
+
+
+def test_transformers_needs_more_beside_the_cache() -> None:
+    """A scored prompt's keys and values, and what a layer repeats of those that it reads."""
+    vllm, transformers = (
+        budget(backend=backend).footprint(shape(3, kv_cache_bytes=GIB))
+        for backend in (Backend.VLLM, Backend.TRANSFORMERS)
+    )
+    prompt = 4096 * TOKEN
+    assert transformers.overhead - vllm.overhead == pytest.approx(prompt + 0.15 * GIB, abs=2)
 
 
 def test_a_model_larger_than_its_share_gets_what_it_needs() -> None:

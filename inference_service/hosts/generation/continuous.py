@@ -5,10 +5,11 @@ its logits processors, because its own know nothing of log probabilities, seeds 
 on beyond transformers' documented interface is pinned with its release and tested (tests/hosts).
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,8 @@ from inference_service.hosts.generation.runner import RunnerDead
 from inference_service.hosts.generation.sampling import choose
 from inference_service.hosts.generation.sequence import Failure, Sequence, Token
 
+logger = logging.getLogger(__name__)
+
 PAGE_TOKENS = 32
 # Of one step: a long prompt is read in pieces, so that running sequences go on meanwhile.
 BATCH_TOKENS = 512
@@ -30,6 +33,8 @@ MIN_BATCH_TOKENS = 64
 # The attention mask of a step has this many rows, each as long as the cache.
 MASK_BYTES = 128 << 20
 STOP_SECONDS = 5.0
+SHRINKING = 0.9
+MIN_CACHE_BYTES = 1 << 20
 _TURNS = "turns"
 
 
@@ -68,23 +73,27 @@ class ContinuousBatching:
         self._model_lock = threading.Lock()
         self._chooser = _Chooser(self._sequences, self._end_early)
         SCHEDULER_MAPPING[_TURNS] = partial(Turns, find=self._wanted, enter=adapters.enter)
-        self._manager = model.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
-            continuous_batching_config=ContinuousBatchingConfig(
-                page_size=PAGE_TOKENS,
-                num_blocks=size.blocks,
-                max_batch_tokens=size.batch_tokens,
-                max_requests_per_batch=size.sequences,
-                allow_block_sharing=shares_prefixes,
-                auto_switch_to_flash=False,
-                use_async_batching=False,
-                use_cuda_graph=False,
-                scheduler_type=_TURNS,
-            ),
-        )
-        _put_in(self._manager, self._chooser)
-        self._manager.output_router = _Router(self._fail)
+        self.size, self._manager = self._fitted(model, size, shares_prefixes=shares_prefixes)
         self._manager.start()
+
+    def _fitted(self, model: Any, size: CacheSize, *, shares_prefixes: bool) -> tuple[CacheSize, Any]:
+        """The manager with its pages, fewer than planned where transformers sees no memory for them all."""
+        while True:
+            manager = model.init_continuous_batching(
+                generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+                continuous_batching_config=_config(size, shares_prefixes=shares_prefixes),
+            )
+            _put_in(manager, self._chooser)
+            manager.output_router = _Router(self._fail)
+            try:
+                manager.batch_processor = manager._create_batch_processor()
+            except MemoryError as error:
+                if size.bytes < MIN_CACHE_BYTES:
+                    raise
+                size = replace(size, bytes=int(size.bytes * SHRINKING))
+                logger.warning("the cache is made smaller, %d tokens: %s", size.tokens, error)
+            else:
+                return size, manager
 
     @property
     def running(self) -> int:
@@ -299,6 +308,22 @@ class _Router(OutputRouter):  # type: ignore[misc]
     def deliver_batch(self, outputs: list[Any]) -> None:
         for output in outputs:
             self.deliver(output)
+
+
+def _config(size: CacheSize, *, shares_prefixes: bool) -> ContinuousBatchingConfig:
+    return ContinuousBatchingConfig(
+        page_size=PAGE_TOKENS,
+        num_blocks=size.blocks,
+        max_batch_tokens=size.batch_tokens,
+        max_requests_per_batch=size.sequences,
+        # The size leaves what others need: transformers is to keep none of it free once more.
+        max_memory_percent=1.0,
+        allow_block_sharing=shares_prefixes,
+        auto_switch_to_flash=False,
+        use_async_batching=False,
+        use_cuda_graph=False,
+        scheduler_type=_TURNS,
+    )
 
 
 def _put_in(manager: Any, chooser: _Chooser) -> None:

@@ -77,6 +77,7 @@ class Engine:
         self.model = weights.load(directory, self.options.place)
         self.adapters = Adapters(self.model)
         self._names = itertools.count(1)
+        self._scoring = asyncio.Lock()
         self._directory = directory
         self._read_tokenizer()
         self._take_in(directory)
@@ -104,7 +105,7 @@ class Engine:
     @property
     def max_model_len(self) -> int:
         """Tokens of a prompt and its continuation together."""
-        longest = [self._cache_size.tokens] if isinstance(self.runner, ContinuousBatching) else []
+        longest = [self.runner.size.tokens] if isinstance(self.runner, ContinuousBatching) else []
         return min([*longest, self.options.max_model_len or context(self.model.config)])
 
     @property
@@ -146,10 +147,12 @@ class Engine:
     ) -> tuple[list[Token], list[Token]]:
         """The prompt's own log probabilities, and for each of `wishes` the one token that follows."""
         unwanted = threading.Event()
-        try:
-            return await apart_from_loop(lambda: self._score(prompt, adapter, top, wishes, unwanted))
-        finally:
-            unwanted.set()
+        # One after the other: each keeps keys and values of its own, for which there is room once.
+        async with self._scoring:
+            try:
+                return await apart_from_loop(lambda: self._score(prompt, adapter, top, wishes, unwanted))
+            finally:
+                unwanted.set()
 
     def _score(
         self,
@@ -222,7 +225,7 @@ class Engine:
         kind = "one at a time"
         if isinstance(self.runner, ContinuousBatching):
             kind = (
-                f"continuous batching of {self.options.sequences}, cache_tokens={self._cache_size.tokens}, "
+                f"continuous batching of {self.options.sequences}, cache_tokens={self.runner.size.tokens}, "
             )
             kind += f"enable_prefix_caching={self.options.shares_prefixes}"
         return (

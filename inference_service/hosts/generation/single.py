@@ -26,6 +26,8 @@ class OneAtATime:
     def __init__(self, model: Any, enter: Callable[[str | None], None]) -> None:
         self.steps = 0
         self._model = model
+        for layer in layers_of(model):
+            layer.register_forward_hook(self._count)
         self._enter = enter
         self._waiting: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._running: dict[str, Sequence] = {}
@@ -79,7 +81,7 @@ class OneAtATime:
     def _generate(self, sequence: Sequence) -> None:
         self._enter(sequence.adapter)
         prompt = torch.tensor([sequence.prompt], device=self._model.device)
-        follower = _Follower(sequence, self._count, lambda: self._running.pop(sequence.name, None))
+        follower = _Follower(sequence, lambda: self._running.pop(sequence.name, None))
         self._model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -90,18 +92,24 @@ class OneAtATime:
             stopping_criteria=StoppingCriteriaList([_Ended(follower)]),
         )
 
-    def _count(self) -> None:
+    def _count(self, *_: Any) -> None:
+        # A layer, not a token: a long prompt is one forward, in which a slow machine is for minutes.
         self.steps += 1
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The modules that a forward goes through one after the other; the model itself where it has none."""
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    return [layer for each in lists for layer in each] or [model]
 
 
 class _Follower(LogitsProcessor):  # type: ignore[misc]
     """Chooses the token, and leaves to the argmax that follows one finite logit."""
 
-    def __init__(self, sequence: Sequence, count: Callable[[], None], end: Callable[[], Any]) -> None:
+    def __init__(self, sequence: Sequence, end: Callable[[], Any]) -> None:
         self.ended = False
         self._end = end
         self._sequence = sequence
-        self._count = count
 
     @property
     def is_over(self) -> bool:
@@ -110,7 +118,6 @@ class _Follower(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         (token,) = choose(scores.float(), [self._sequence])
-        self._count()
         self.ended = token.finish is not None
         self.ended = self.ended or self._sequence.failure is not None
         if self.ended:
