@@ -127,6 +127,38 @@ def test_nothing_of_a_call_that_is_no_json_is_lost(size: int) -> None:
     assert whole.content.strip() == "<tool_call>[1,</tool_call>"
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_calls_in_a_list_are_calls(size: int) -> None:
+    listed = '<tool_call>[{"name": "time", "arguments": {}}, {"function": {"name": "time"}}]</tool_call>'
+    assert called(written(f"Well. {listed}{CALL}", size)) == [("time", {}), ("time", {}), ROME]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>{"tool": "weather"}</tool_call>',
+        '<tool_call>[{"name": "time"}, 5]</tool_call>',
+        '<tool_call>{"name": 5}</tool_call>',
+        '<tool_call>"weather"</tool_call>',
+        "<tool_call>[]</tool_call>",
+        '[{"name": "time"}, {"some": "json"}]',
+    ],
+)
+def test_json_that_is_no_call_is_shown(text: str, size: int) -> None:
+    gain = written(text, size)
+    assert (gain.calls, gain.content) == ([], text)
+    assert written(f"Well. {text}", size).content == f"Well. {text}"
+
+
+def test_half_a_pair_stays_an_escape() -> None:
+    """JSON that a model writes may hold it; what the client gets is UTF-8."""
+    (call,) = written('{"name": "time", "arguments": {"x": "\\ud83d"}}', 1000).calls
+    assert call["function"]["arguments"].encode() == b'{"x": "\\ud83d"}'
+    (call,) = written('<tool_call>{"name": "t\\ud83d", "arguments": "\\ud83d"}</tool_call>', 1000).calls
+    assert (call["function"]["name"], call["function"]["arguments"]) == ("t?", "?")
+
+
 def test_brackets_without_an_end_are_text() -> None:
     assert written("[" * 100_000, 50_000).content == "[" * 100_000
 

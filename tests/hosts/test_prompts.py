@@ -45,6 +45,39 @@ def test_a_text_that_cannot_fit_is_refused_unread(tiny: Tiny) -> None:
                 completion_prompts(tokenizer, prompt, BOUNDS)
 
 
+def test_half_a_pair_in_a_call_is_refused(tiny: Tiny) -> None:
+    """No text of it can be made; a conversation may hold what a model once wrote."""
+    call = {"function": {"name": "time", "arguments": '{"x": "\\ud83d"}'}}
+    chat = parse_chat({"messages": [{"role": "assistant", "tool_calls": [call]}]})
+    with pytest.raises(Refused, match="tool call in message 0 is malformed") as caught:
+        chat_prompt(AutoTokenizer.from_pretrained(tiny.llama), chat, BOUNDS, with_tools=False)
+    assert caught.value.param == "messages"
+
+
+def test_more_log_probabilities_than_anybody_reads_are_refused(tiny: Tiny) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny.llama)
+    wide = Bounds(VOCABULARY, tokens=10_000, characters=100_000)
+    wish = {"prompt": [5] * 8000, "echo": True, "max_tokens": 0}
+    for more, fits in (({"logprobs": 20}, True), ({"n": 128}, True), ({"logprobs": 20, "n": 7}, False)):
+        prompt = parse_completion(wish | more)
+        if fits:
+            assert completion_prompts(tokenizer, prompt, wide)
+        else:
+            with pytest.raises(Refused, match=r"would be 1176000, more than 1048576.*lower 'n'"):
+                completion_prompts(tokenizer, prompt, wide)
+
+
+def test_a_prompts_text_is_kept_as_it_came(tiny: Tiny) -> None:
+    """A tokenizer may add a mark, or write the text otherwise."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.llama)
+    texts = [
+        each.text for each in completion_prompts(tokenizer, parse_completion({"prompt": ["a", "b"]}), BOUNDS)
+    ]
+    assert texts == ["a", "b"]
+    (tokens,) = completion_prompts(tokenizer, parse_completion({"prompt": [1, 2]}), BOUNDS)
+    assert (tokens.tokens, tokens.text) == ([1, 2], None)
+
+
 def test_an_answer_gets_what_the_context_has_left() -> None:
     prompt = [1] * 90
     assert [room_for_answer(prompt, wanted, 5, 100) for wanted in (None, 0, 10, 11, 10**9)] == [

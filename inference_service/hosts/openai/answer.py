@@ -1,6 +1,7 @@
 """A request's answers from the engine, and their way to a client that may leave at any time."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -13,6 +14,8 @@ from inference_service.hosts.generation.runner import RunnerDead
 from inference_service.hosts.generation.sequence import Failure, Sequence, Token
 from inference_service.hosts.openai.choice import Choice, Piece
 from inference_service.hosts.openai.refusal import Refused
+
+logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 Begin = Callable[[Callable[[Token | Failure], None]], Sequence]
@@ -56,6 +59,12 @@ def _refusal(failure: Failure) -> Refused:
     return Refused(f"The engine failed: {failure.reason}", status=500)
 
 
+def _unforeseen(error: Exception) -> Refused:
+    """A fault of ours: this request's alone, and told in full in the log."""
+    logger.exception("a request failed", exc_info=error)
+    return Refused(f"The engine failed at this request: {type(error).__name__}: {error}", status=500)
+
+
 def _into(
     news: "asyncio.Queue[tuple[Choice, Token | Failure]]", choice: Choice
 ) -> Callable[[Token | Failure], None]:
@@ -73,10 +82,12 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> 
         return await working
     except Refused as refused:
         return refused.response()
+    except Exception as error:
+        return _unforeseen(error).response()
     finally:
         leaving.cancel()
         working.cancel()
-        with suppress(asyncio.CancelledError, Refused):
+        with suppress(asyncio.CancelledError, Exception):
             await working
 
 
@@ -119,6 +130,8 @@ class EventStream(Response):
             yield DONE
         except Refused as refused:
             yield refused.event()
+        except Exception as error:
+            yield _unforeseen(error).event()
         finally:
             await self._events.aclose()  # type: ignore[attr-defined]
 

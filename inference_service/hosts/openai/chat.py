@@ -33,6 +33,7 @@ from inference_service.hosts.openai.serving import (
     event,
     head,
     prepared,
+    rendered,
     running_usage,
     usage,
 )
@@ -66,7 +67,7 @@ async def _answer(request: Request, served: Served) -> Response:
     request_under_way = await prepared(lambda: _prepare(served, body, grammar))
     if body.stream:
         return EventStream(_events(request_under_way))
-    return Response(to_json(await _whole(request_under_way)), media_type="application/json")
+    return Response(await _whole(request_under_way), media_type="application/json")
 
 
 def _prepare(served: Served, body: ChatRequest, grammar: Grammar | None) -> _Chat:
@@ -117,7 +118,7 @@ def _writer(
     return writer_for(template, prompt, tools, reasons=served.reasons)
 
 
-async def _whole(chat: _Chat) -> dict[str, Any]:
+async def _whole(chat: _Chat) -> bytes:
     gains = [Gain() for _ in chat.begins]
     tokens: list[list[Token]] = [[] for _ in chat.begins]
     finishes: list[str | None] = [None] * len(chat.begins)
@@ -125,6 +126,12 @@ async def _whole(chat: _Chat) -> dict[str, Any]:
         gains[choice.index] += chat.writers[choice.index].add(piece.text)
         tokens[choice.index] += piece.tokens
         finishes[choice.index] = piece.finish
+    return await rendered(lambda: to_json(_told(chat, gains, tokens, finishes)))
+
+
+def _told(
+    chat: _Chat, gains: list[Gain], tokens: list[list[Token]], finishes: list[str | None]
+) -> dict[str, Any]:
     choices = []
     for index, writer in enumerate(chat.writers):
         gain = _bounded(chat.request, gains[index] + writer.finish(), 0)

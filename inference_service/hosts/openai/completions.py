@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pydantic_core import to_json
@@ -13,7 +14,7 @@ from inference_service.hosts.generation.sequence import Token, Wishes
 from inference_service.hosts.openai.answer import Begin, EventStream, pieces, unless_gone
 from inference_service.hosts.openai.choice import Choice, Piece
 from inference_service.hosts.openai.logprobs import of_completion
-from inference_service.hosts.openai.prompts import completion_prompts, room_for_answer
+from inference_service.hosts.openai.prompts import Prompt, completion_prompts, room_for_answer
 from inference_service.hosts.openai.requests import CompletionRequest, parse_completion
 from inference_service.hosts.openai.serving import (
     Served,
@@ -24,6 +25,7 @@ from inference_service.hosts.openai.serving import (
     for_answer,
     head,
     prepared,
+    rendered,
     running_usage,
     usage,
 )
@@ -36,7 +38,7 @@ class _Text:
 
     choice: Choice
     begin: Begin
-    prompt: list[int]
+    prompt: Prompt
     wishes: Wishes
     text: str = ""
     offset: int = 0
@@ -55,13 +57,14 @@ class _Completion:
 
     served: Served
     request: CompletionRequest
-    prompts: list[list[int]]
+    prompts: list[Prompt]
     answers: list[_Text]
     free: bool
 
     @property
     def usage(self) -> dict[str, int]:
-        return usage(sum(map(len, self.prompts)), [answer.choice for answer in self.answers])
+        tokens = sum(len(prompt.tokens) for prompt in self.prompts)
+        return usage(tokens, [answer.choice for answer in self.answers])
 
 
 async def complete(request: Request, served: Served) -> Response:
@@ -76,7 +79,7 @@ async def _answer(request: Request, served: Served) -> Response:
     request_under_way = await prepared(lambda: _prepare(served, body, grammar))
     if body.stream:
         return EventStream(_events(request_under_way))
-    return Response(to_json(await _whole(request_under_way)), media_type="application/json")
+    return Response(await _whole(request_under_way), media_type="application/json")
 
 
 def _prepare(served: Served, body: CompletionRequest, grammar: Grammar | None) -> _Completion:
@@ -90,23 +93,27 @@ def _prepare(served: Served, body: CompletionRequest, grammar: Grammar | None) -
 
 
 def _answers(
-    served: Served, body: CompletionRequest, prompt: list[int], grammar: Grammar | None, first: int
+    served: Served, body: CompletionRequest, prompt: Prompt, grammar: Grammar | None, first: int
 ) -> list[_Text]:
     engine = served.engine
-    limit = room_for_answer(prompt, body.max_tokens, served.default_max_tokens, engine.max_model_len)
+    limit = room_for_answer(prompt.tokens, body.max_tokens, served.default_max_tokens, engine.max_model_len)
     wishes = wishes_of(body, engine.defaults, limit, body.logprobs, engine.stop_tokens, engine.vocabulary)
-    begins = begin_choices(served, body, prompt, wishes, grammar, first)
+    begins = begin_choices(served, body, prompt.tokens, wishes, grammar, first)
     return [
         _Text(choice, begin, prompt, for_answer(wishes, number))
         for number, (choice, begin) in enumerate(begins)
     ]
 
 
-async def _whole(completion: _Completion) -> dict[str, Any]:
+async def _whole(completion: _Completion) -> bytes:
     echoed = await _echo(completion)
     left = [(answer.choice, answer.begin) for answer in completion.answers if answer.finish is None]
     async for choice, piece in pieces(left, completion.served.engine.runner.cancel):
         completion.answers[choice.index].take(piece)
+    return await rendered(lambda: to_json(_told(completion, echoed)))
+
+
+def _told(completion: _Completion, echoed: list[Piece]) -> dict[str, Any]:
     choices = [
         {
             "index": answer.choice.index,
@@ -131,13 +138,13 @@ async def _events(completion: _Completion) -> AsyncIterator[bytes]:
             "logprobs": (told := _logprobs(completion, piece.tokens, answer.offset)),
         }
         answer.offset += sum(map(len, told["tokens"])) if told is not None else 0
-        running = running_usage(completion.request, answer.prompt, answer.choice)
+        running = running_usage(completion.request, answer.prompt.tokens, answer.choice)
         return event(start | {"choices": [part]} | running)
 
     echoed = await _echo(completion)
     for answer, prompt in zip(completion.answers, echoed, strict=True):
         if completion.request.echo:
-            yield chunk(answer, prompt)
+            yield await rendered(partial(chunk, answer, prompt))
             if answer.finish is not None:
                 yield chunk(answer, Piece(answer.text, answer.tokens, answer.finish))
     left = [(answer.choice, answer.begin) for answer in completion.answers if answer.finish is None]
@@ -164,8 +171,10 @@ async def _echo(completion: _Completion) -> list[Piece]:
 
 async def _read_prompt(completion: _Completion, answers: list[_Text]) -> Piece:
     """The prompt of these answers with its log probabilities, and where each has one token only, that too."""
-    request, engine, prompt = completion.request, completion.served.engine, answers[0].prompt
-    text = engine.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
+    request, engine, prompt = completion.request, completion.served.engine, answers[0].prompt.tokens
+    text = answers[0].prompt.text
+    if text is None:
+        text = engine.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
     if request.logprobs is None:
         return Piece(text)
     adapter = completion.served.adapter(request.model)

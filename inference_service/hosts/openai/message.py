@@ -173,8 +173,9 @@ class Parsed:
                 return Gain(content=event["text"])
             return Gain(reasoning=event["text"]) if name == "thinking" else Gain()
         if kind == "region_close" and name == "tool_calls":
-            calls = event["value"] if isinstance(event["value"], list) else [event["value"]]
-            return Gain(calls=list(_readable(calls)))
+            calls = _calls_in(event["value"])
+            # JSON that is no call: shown as it was written, too.
+            return Gain(self._raw) if calls is None else Gain(calls=calls)
         return Gain()
 
 
@@ -243,22 +244,48 @@ def _calls_or_content(text: str, names: frozenset[str] | None = None) -> Gain:
         found = json.loads(text[mark.end() :] if mark else text)
     except (ValueError, RecursionError):
         return Gain(text)
-    calls = list(_readable(found if isinstance(found, list) else [found]))
+    calls = _calls_in(found)
     if not calls or (names is not None and any(call["function"]["name"] not in names for call in calls)):
         return Gain(text)
     return Gain(calls=calls)
 
 
-def _readable(calls: Iterable[Any]) -> Iterable[dict[str, Any]]:
-    for each in calls:
-        function = each.get("function", each) if isinstance(each, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            continue
-        arguments = function.get("arguments", function.get("parameters", {}))
-        yield _call(
-            function["name"],
-            arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
-        )
+def _calls_in(found: Any) -> list[dict[str, Any]] | None:
+    """A call, or a list of them; None where there is none, or something else among them."""
+    functions = list(_functions(found))
+    if not functions or any(
+        not isinstance(each, dict) or not isinstance(each.get("name"), str) for each in functions
+    ):
+        return None
+    return [
+        _call(_writable(each["name"]), _as_text(each.get("arguments", each.get("parameters", {}))))
+        for each in functions
+    ]
+
+
+def _functions(found: Any) -> Iterable[Any]:
+    """What lists hold, and what is the `function` of something, however deep."""
+    pending = [found]
+    while pending:
+        each = pending.pop()
+        if isinstance(each, list):
+            pending += reversed(each)
+        elif isinstance(each, dict) and "function" in each:
+            pending.append(each["function"])
+        else:
+            yield each
+
+
+def _as_text(arguments: Any) -> str:
+    if isinstance(arguments, str):
+        return _writable(arguments)
+    text = json.dumps(arguments, ensure_ascii=False)
+    # Half of a pair, which a model may write as an escape, can only be written so.
+    return text if _writable(text) == text else json.dumps(arguments)
+
+
+def _writable(text: str) -> str:
+    return text.encode(errors="replace").decode()
 
 
 def _continued(call: dict[str, Any], arguments: str) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """From messages or text to the tokens of a prompt, within the model's context. Blocks for milliseconds."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
+
+from pydantic_core import from_json
 
 from inference_service.hosts.generation.checkpoint import Bounds
 from inference_service.hosts.openai.refusal import Refused
@@ -9,7 +12,17 @@ from inference_service.hosts.openai.requests import ChatRequest, CompletionReque
 
 # Of one request: prompts times n.
 MAX_ANSWERS = 2_048
+# Of one answer with `echo`: tokens of the prompts times n times those that are told for each.
+MAX_LOGPROBS = 1 << 20
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a completion goes on from. `text` as the client wrote it; None where it sent tokens."""
+
+    tokens: list[int]
+    text: str | None = None
 
 
 def chat_prompt(tokenizer: Any, request: ChatRequest, bounds: Bounds, *, with_tools: bool) -> list[int]:
@@ -43,8 +56,8 @@ def chat_prompt(tokenizer: Any, request: ChatRequest, bounds: Bounds, *, with_to
     return _encode(tokenizer, text, bounds, "messages", special=bool(request.add_special_tokens))
 
 
-def completion_prompts(tokenizer: Any, request: CompletionRequest, bounds: Bounds) -> list[list[int]]:
-    """Each prompt's tokens; raises Refused."""
+def completion_prompts(tokenizer: Any, request: CompletionRequest, bounds: Bounds) -> list[Prompt]:
+    """Raises Refused."""
     prompt = request.prompt
     if isinstance(prompt, str):
         prompts: list[Any] = [prompt]
@@ -57,12 +70,26 @@ def completion_prompts(tokenizer: Any, request: CompletionRequest, bounds: Bound
         raise Refused(f"{len(prompts)} prompts times 'n' are more than {MAX_ANSWERS} answers.", "n")
     if not prompts:
         raise Refused("There is no prompt.", "prompt")
-    return [
-        _encode(tokenizer, each, bounds, "prompt", special=special)
+    found = [
+        Prompt(_encode(tokenizer, each, bounds, "prompt", special=special), each)
         if isinstance(each, str)
-        else _checked(each, bounds, "prompt")
+        else Prompt(_checked(each, bounds, "prompt"))
         for each in prompts
     ]
+    _check_size(request, sum(len(each.tokens) for each in found))
+    return found
+
+
+def _check_size(request: CompletionRequest, tokens: int) -> None:
+    if not request.echo or request.logprobs is None:
+        return
+    count = tokens * (request.n or 1) * (1 + request.logprobs)
+    if count > MAX_LOGPROBS:
+        raise Refused(
+            f"The prompts' log probabilities would be {count}, more than {MAX_LOGPROBS}: send fewer tokens "
+            "in one request, or lower 'n' or 'logprobs'.",
+            "logprobs",
+        )
 
 
 def room_for_answer(prompt: list[int], wanted: int | None, default: int, longest: int) -> int:
@@ -147,7 +174,7 @@ def _tool_call(call: Any, number: int) -> dict[str, Any]:
     try:
         function = dict(call["function"])
         arguments = function.get("arguments") or {}
-        function["arguments"] = json.loads(arguments) if isinstance(arguments, str) else arguments
+        function["arguments"] = from_json(arguments) if isinstance(arguments, str) else arguments
     except (TypeError, KeyError, ValueError, RecursionError) as error:
         raise Refused(f"A tool call in message {number} is malformed: {error}", "messages") from error
     return {**call, "function": function}

@@ -47,6 +47,7 @@ Prepared = TypeVar("Prepared")
 # Neither shares threads with templates and tokenizers: what takes long holds up its own kind only.
 _PARSERS = ThreadPoolExecutor(2, thread_name_prefix="parse")
 _COMPILERS = ThreadPoolExecutor(2, thread_name_prefix="compile")
+_RENDERERS = ThreadPoolExecutor(2, thread_name_prefix="render")
 COMPILE_SECONDS = 20.0
 PREPARE_SECONDS = 20.0
 
@@ -72,6 +73,11 @@ async def prepared(work: Callable[[], Prepared]) -> Prepared:
             f"The prompt was not made within {PREPARE_SECONDS:.0f} s: make it shorter, or mend the model's "
             "chat template.",
         ) from error
+
+
+async def rendered(work: Callable[[], bytes]) -> bytes:
+    """An answer's bytes, made beside the event loop: a long prompt's log probabilities are megabytes."""
+    return await asyncio.get_running_loop().run_in_executor(_RENDERERS, work)
 
 
 async def body_of(request: Request) -> Any:

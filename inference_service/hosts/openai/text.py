@@ -1,11 +1,13 @@
 """From tokens to text as they come, right for characters of several tokens; strings that end it. Pure."""
 
+from functools import lru_cache
 from typing import Any
 
 # What a decoder puts in the place of bytes that are no character yet.
 _UNFINISHED = "�"
 # Tokens of the prompt before the first new one: some tokenizers write a space between two tokens only.
 CONTEXT_TOKENS = 6
+KEPT_TEXTS = 1 << 16
 
 
 class Detokenizer:
@@ -87,8 +89,10 @@ class TokenTexts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._byte_of = _bytes_by_character() if _is_byte_level(tokenizer) else None
+        # The same few thousand come again and again.
+        self.text = lru_cache(KEPT_TEXTS)(self._text)
 
-    def text(self, token: int) -> str:
+    def _text(self, token: int) -> str:
         decoded: str = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
         return decoded
 
