@@ -124,6 +124,11 @@ class Service:
         # What is loaded is served, also while the bucket is away.
         if self.pool.is_live(model):
             return model
+        if model.unservable is not None or (
+            model.carrier is not None and model.carrier.unservable is not None
+        ):
+            await self.catalog.look_again()  # its upload may have ended since it was listed
+            model = self.rollover.meant(await self.registry.find(name))
         if model.carrier is not None and await self._has_older(model.carrier):
             model = self.rollover.meant(await self.registry.find(name))
         try:

@@ -11,6 +11,7 @@ _POSITIONS = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length"),
     *("max_target_positions", "max_sequence_length", "max_seq_length", "seq_len"),
 )
+_MOST = 1 << 40
 # What these say is the stretched length already; of the others `factor` has to be counted.
 _STRETCHED_ALREADY = frozenset(
     {"default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
@@ -30,11 +31,14 @@ def longest_request(config: dict[str, Any], serving: Serving, settings: Settings
 def positions(config: dict[str, Any]) -> int | None:
     """Tokens that the model has positions for, stretched ones too; None where config.json does not tell."""
     merged = config | (config.get("text_config") or {})
-    found = [value for name in _POSITIONS if type(value := merged.get(name)) is int and value > 0]
+    counts = {name: merged.get(name) for name in _POSITIONS}
+    found = {name: count for name, count in counts.items() if type(count) is int and 0 < count <= _MOST}
     if not found:
         return None
+    # Command-R's wins over the others, which are those of its training; among the rest the least.
+    trained = found.get("model_max_length") or min(found.values())
     stretched = [] if "gemma3" in str(merged.get("model_type")) else list(_factors(merged))
-    return int(min(found) * max([1.0, *stretched]))
+    return int(trained * max([1.0, *stretched]))
 
 
 def is_stretched(config: dict[str, Any]) -> bool:
@@ -55,4 +59,4 @@ def _ropes(merged: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         if isinstance(given, dict):
             nested = [each for each in given.values() if isinstance(each, dict)]
             for each in nested or [given]:
-                yield str(each.get("rope_type", each.get("type", "default"))), each.get("factor")
+                yield str(each.get("rope_type") or each.get("type") or "default"), each.get("factor")

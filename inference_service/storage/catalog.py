@@ -32,6 +32,8 @@ LISTING_SECONDS = 30.0
 # What the cached listing lacks may have been uploaded just now. It is looked for in a listing that begins
 # after the request came, as the bucket itself would answer, but wrong names list no more often than this.
 MISS_LISTING_SECONDS = 1.0
+# What cannot be served may be served in an older revision, whose clients are not to wait for listings.
+UNSERVABLE_LISTING_SECONDS = 2.0
 READS_AT_ONCE = 4
 
 
@@ -89,8 +91,7 @@ class Catalog:
 
     async def models(self) -> list[Model]:
         """All models by name; raises StoreError."""
-        wanted = time.monotonic() - self._ttl
-        while not self._listed_since(wanted):
+        if not self._is_fresh(self._ttl):
             await self._listing()
         return self.listed
 
@@ -118,8 +119,12 @@ class Catalog:
     async def find(self, name: str) -> Model:
         """As `resolve`, also for a model that cannot be served."""
         asked, at, revision = canonical_name(name).partition("@")
-        wanted = await self._look_for(lambda: self._servable(asked)) or self._known(asked)
-        if not self._listed_since(time.monotonic() - self._ttl):
+        wanted = await self._look_for(lambda: self._known(asked))
+        if wanted is not None and self._models[wanted].unservable is not None:
+            if not self._is_fresh(min(UNSERVABLE_LISTING_SECONDS, self._ttl)):
+                await self._listing()
+            wanted = self._known(asked)
+        elif not self._is_fresh(self._ttl):
             self._refresh()  # A known model never waits for the bucket: a stale listing is renewed behind it.
         if wanted is None:
             claimants = self._conflicts.get(asked)
@@ -129,6 +134,12 @@ class Catalog:
         if at and model.revision != revision:
             raise RevisionNotFound(name, model, revision)
         return replace(model, exact=bool(at))
+
+    async def look_again(self) -> None:
+        """List anew after this call, soon; raises StoreError where nothing has ever been listed."""
+        called = time.monotonic()
+        while not self._listed_since(called):
+            await self._next_listing()
 
     async def base_of(self, adapter: Model) -> Model:
         """The checkpoint that an adapter is for, servable or not; raises ModelNotServable and StoreError."""
@@ -185,10 +196,6 @@ class Catalog:
     def _known(self, name: str) -> str | None:
         return name if name in self._models else self._aliases.get(name)
 
-    def _servable(self, name: str) -> str | None:
-        known = self._known(name)
-        return None if known is None or self._models[known].unservable is not None else known
-
     async def _look_for(self, known: Callable[[], str | None]) -> str | None:
         """What `known` finds, where it finds nothing also in a listing that begins after this call."""
         called = time.monotonic()
@@ -198,12 +205,19 @@ class Catalog:
             name = known()
             if self._listed_since(called if name is None else -math.inf):
                 return name
-            if self._refreshing is None and self._listed_since(-math.inf):
-                pause = self._ended_at + MISS_LISTING_SECONDS - time.monotonic()
-                if pause > 0:
-                    await asyncio.sleep(pause)
-                    continue  # another request may have listed meanwhile
+            await self._next_listing()
+
+    async def _next_listing(self) -> None:
+        """The listing that is under way or due; else returns when one is due, or has been made by another."""
+        pause = self._ended_at + MISS_LISTING_SECONDS - time.monotonic()
+        if pause > 0 and self._refreshing is None and self._listed_since(-math.inf):
+            await asyncio.sleep(pause)
+        else:
             await self._listing()
+
+    def _is_fresh(self, seconds: float) -> bool:
+        """Whether that long has not passed since the last listing, one that failed included."""
+        return self._listed_since(-math.inf) and time.monotonic() - self._ended_at < seconds
 
     def _listed_since(self, moment: float) -> bool:
         """Whether the listing began then or later, and is not known to be old."""

@@ -10,6 +10,7 @@ from inference_service.models.serving import Serving
 from inference_service.storage.safetensors import Tensor
 
 _GIB = 1 << 30
+_MOST = 1 << 40
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -105,6 +106,6 @@ def _token_bytes(config: dict[str, Any], dtype: str) -> int:
 
 
 def _number(config: dict[str, Any], key: str) -> int:
-    """A count in config.json; 0 where it is missing or none."""
+    """A count in config.json; 0 where it is missing or none that could be."""
     value = config.get(key)
-    return value if type(value) is int and value > 0 else 0
+    return value if type(value) is int and 0 < value <= _MOST else 0

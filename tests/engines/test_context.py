@@ -29,6 +29,9 @@ from inference_service.models.serving import Serving
         ({"max_position_embeddings": 64, "model_type": "gemma3", "rope_scaling": {"type": "linear"}}, 64),
         ({"max_position_embeddings": "many", "rope_scaling": ["none"]}, None),
         ({"max_position_embeddings": 64, "rope_scaling": {"type": "linear", "factor": float("nan")}}, 64),
+        ({"max_position_embeddings": 8192, "model_max_length": 131072}, 131072),
+        ({"max_position_embeddings": 10**400}, None),
+        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": None, "factor": 4}}, 64),
         ({}, None),
     ],
 )

@@ -96,6 +96,19 @@ async def test_a_fault_of_ours_is_one_requests_and_told(
     assert (await client.post(path, json=body)).status_code == 200
 
 
+async def test_a_prompt_too_long_for_the_memory_that_is_free_is_not_scored(
+    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to some length the memory is reserved; beyond it is looked at."""
+    monkeypatch.setattr("inference_service.hosts.generation.engine.free_bytes", lambda device: 300 << 20)
+    monkeypatch.setattr("inference_service.hosts.generation.engine.ENOUGH_TOKENS", 100)
+    fields: dict[str, Any] = {"echo": True, "logprobs": 0, "max_tokens": 0}
+    assert (await complete(client, prompt=[5] * 100, **fields)).status_code == 200
+    refused = await complete(client, prompt=[5] * 101, **fields)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+    assert "300 MiB are free. Send a shorter prompt." in refused.json()["error"]["message"]
+
+
 async def test_a_conversation_with_half_a_pair_is_refused(client: httpx2.AsyncClient) -> None:
     call = {"type": "function", "function": {"name": "time", "arguments": '{"x": "\\ud83d"}'}}
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]

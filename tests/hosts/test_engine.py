@@ -88,6 +88,17 @@ async def test_a_cache_that_does_not_fit_is_made_smaller(
     assert list(together) == plain(tiny.llama, PROMPTS, 20)
 
 
+async def test_a_cache_too_small_for_a_context_is_none(
+    start: Start, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at a time the model has all of its context."""
+    monkeypatch.setattr(PagedAttentionMemoryHandler, "get_available_memory", lambda memory: 1 << 20)
+    engine = start(tiny.llama)
+    assert isinstance(engine.runner, OneAtATime)
+    assert engine.max_model_len == CONTEXT
+    assert await ids(engine, PROMPTS[0], 5) == plain(tiny.llama, PROMPTS[:1], 5)[0]
+
+
 async def test_prompts_that_are_scored_together_take_the_room_of_one(
     start: Start, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,8 @@ def test_calls_in_a_list_are_calls(size: int) -> None:
         '<tool_call>{"name": 5}</tool_call>',
         '<tool_call>"weather"</tool_call>',
         "<tool_call>[]</tool_call>",
+        "<tool_call>" + "[" * 2000 + "]" * 2000 + "</tool_call>",
+        '<tool_call>{"name": "time", "arguments": ' + "[" * 990 + "]" * 990 + "}</tool_call>",
         '[{"name": "time"}, {"some": "json"}]',
     ],
 )

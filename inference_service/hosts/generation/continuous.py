@@ -34,17 +34,20 @@ MIN_BATCH_TOKENS = 64
 MASK_BYTES = 128 << 20
 STOP_SECONDS = 5.0
 SHRINKING = 0.9
-MIN_CACHE_BYTES = 1 << 20
 _TURNS = "turns"
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """The paged cache in bytes and in tokens, and how many sequences share one step."""
+    """The paged cache in bytes and in tokens, and how many sequences share one step.
+
+    With fewer than `least` tokens the model is better off without one.
+    """
 
     bytes: int
     token_bytes: int
     sequences: int
+    least: int = 1
 
     @property
     def blocks(self) -> int:
@@ -88,9 +91,10 @@ class ContinuousBatching:
             try:
                 manager.batch_processor = manager._create_batch_processor()
             except MemoryError as error:
-                if size.bytes < MIN_CACHE_BYTES:
+                smaller = replace(size, bytes=int(size.bytes * SHRINKING))
+                if smaller.tokens < size.least:
                     raise
-                size = replace(size, bytes=int(size.bytes * SHRINKING))
+                size = smaller
                 logger.warning("the cache is made smaller, %d tokens: %s", size.tokens, error)
             else:
                 return size, manager

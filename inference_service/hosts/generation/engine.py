@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from inference_service.engines.device import Device, DeviceKind
+from inference_service.engines.memory import free_bytes
 from inference_service.hosts.generation import weights
 from inference_service.hosts.generation.adapters import Adapters
 from inference_service.hosts.generation.checkpoint import (
@@ -41,6 +43,9 @@ from inference_service.hosts.tokenizer_files import tokenize_alike
 
 logger = logging.getLogger(__name__)
 
+# Of a context, for most requests; the memory of scoring as many is reserved.
+ENOUGH_TOKENS = 4096
+SPARE_BYTES = 512 << 20
 CANARY_TOKENS = 12
 CANARY_TOP = 20
 CANARY_STEPS = 3
@@ -59,6 +64,10 @@ class EngineOptions:
     sequences: int
     sampling: dict[str, Any] = field(default_factory=dict)
     shares_prefixes: bool = True
+
+
+class NoRoom(Exception):
+    """There is no memory for a request; says how much it takes."""
 
 
 class EngineFailed(Exception):
@@ -145,14 +154,30 @@ class Engine:
     async def score(
         self, prompt: list[int], adapter: str | None, top: int, wishes: list[Wishes]
     ) -> tuple[list[Token], list[Token]]:
-        """The prompt's own log probabilities, and for each of `wishes` the one token that follows."""
+        """The prompt's own log probabilities, and for each of `wishes` the one token that follows.
+
+        Raises NoRoom and RunnerDead.
+        """
         unwanted = threading.Event()
         # One after the other: each keeps keys and values of its own, for which there is room once.
         async with self._scoring:
+            self._check_room(len(prompt))
             try:
                 return await apart_from_loop(lambda: self._score(prompt, adapter, top, wishes, unwanted))
             finally:
                 unwanted.set()
+
+    def _check_room(self, tokens: int) -> None:
+        """For the keys and values of a prompt that is longer than what is reserved for."""
+        needed = tokens * self._cache_size.token_bytes + SPARE_BYTES
+        free = (
+            free_bytes(Device(DeviceKind(self.options.place.device), "")) if tokens > ENOUGH_TOKENS else None
+        )
+        if free is not None and needed > free:
+            raise NoRoom(
+                f"The log probabilities of {tokens} tokens take {needed >> 20} MiB of memory, and "
+                f"{free >> 20} MiB are free."
+            )
 
     def _score(
         self,
@@ -240,7 +265,10 @@ class Engine:
     def _cache_size(self) -> CacheSize:
         config = self.model.config.get_text_config()
         return CacheSize(
-            self.options.cache_bytes, token_bytes(config, self.model.dtype), self.options.sequences
+            self.options.cache_bytes,
+            token_bytes(config, self.model.dtype),
+            self.options.sequences,
+            least=min(ENOUGH_TOKENS, self.options.max_model_len or context(self.model.config)),
         )
 
     def _choose_runner(self) -> tuple[Runner, str | None]:

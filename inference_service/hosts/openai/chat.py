@@ -126,7 +126,7 @@ async def _whole(chat: _Chat) -> bytes:
         gains[choice.index] += chat.writers[choice.index].add(piece.text)
         tokens[choice.index] += piece.tokens
         finishes[choice.index] = piece.finish
-    return await rendered(lambda: to_json(_told(chat, gains, tokens, finishes)))
+    return await rendered(chat.request, lambda: to_json(_told(chat, gains, tokens, finishes)))
 
 
 def _told(

@@ -9,12 +9,14 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
+from inference_service.hosts.generation.engine import NoRoom
 from inference_service.hosts.generation.grammar import Grammar
 from inference_service.hosts.generation.sequence import Token, Wishes
 from inference_service.hosts.openai.answer import Begin, EventStream, pieces, unless_gone
 from inference_service.hosts.openai.choice import Choice, Piece
 from inference_service.hosts.openai.logprobs import of_completion
 from inference_service.hosts.openai.prompts import Prompt, completion_prompts, room_for_answer
+from inference_service.hosts.openai.refusal import Refused
 from inference_service.hosts.openai.requests import CompletionRequest, parse_completion
 from inference_service.hosts.openai.serving import (
     Served,
@@ -110,7 +112,7 @@ async def _whole(completion: _Completion) -> bytes:
     left = [(answer.choice, answer.begin) for answer in completion.answers if answer.finish is None]
     async for choice, piece in pieces(left, completion.served.engine.runner.cancel):
         completion.answers[choice.index].take(piece)
-    return await rendered(lambda: to_json(_told(completion, echoed)))
+    return await rendered(completion.request, lambda: to_json(_told(completion, echoed)))
 
 
 def _told(completion: _Completion, echoed: list[Piece]) -> dict[str, Any]:
@@ -144,7 +146,7 @@ async def _events(completion: _Completion) -> AsyncIterator[bytes]:
     echoed = await _echo(completion)
     for answer, prompt in zip(completion.answers, echoed, strict=True):
         if completion.request.echo:
-            yield await rendered(partial(chunk, answer, prompt))
+            yield await rendered(completion.request, partial(chunk, answer, prompt))
             if answer.finish is not None:
                 yield chunk(answer, Piece(answer.text, answer.tokens, answer.finish))
     left = [(answer.choice, answer.begin) for answer in completion.answers if answer.finish is None]
@@ -180,7 +182,10 @@ async def _read_prompt(completion: _Completion, answers: list[_Text]) -> Piece:
     adapter = completion.served.adapter(request.model)
     following = answers if completion.free and answers[0].wishes.max_tokens == 1 else []
     wishes = [answer.wishes for answer in following]
-    scored, chosen = await engine.score(prompt, adapter, request.logprobs, wishes)
+    try:
+        scored, chosen = await engine.score(prompt, adapter, request.logprobs, wishes)
+    except NoRoom as error:
+        raise Refused(f"{error} Send a shorter prompt.", "prompt") from error
     for answer, token in zip(following, chosen, strict=True):
         piece = answer.choice.take(token)
         if piece is not None:

@@ -156,11 +156,11 @@ class Parsed:
     def _gained(self, step: Any) -> Gain:
         try:
             events = step()
-        except ValueError:
-            # A call that is no JSON: shown as it was written.
+            gain = sum((self._of(event) for event in events), Gain())
+        except (ValueError, RecursionError):
+            # A call that is no JSON, or no sane one: shown as it was written.
             self._broken = True
             return Gain(self._raw)
-        gain = sum((self._of(event) for event in events), Gain())
         if any(event["type"] == "region_close" and event["field"] != "content" for event in events):
             self._raw = ""
         return gain
@@ -241,10 +241,9 @@ def _calls_or_content(text: str, names: frozenset[str] | None = None) -> Gain:
     """The calls that a text of JSON holds, of these functions only; the text itself where it holds none."""
     mark = _CALL_MARKS.match(text)
     try:
-        found = json.loads(text[mark.end() :] if mark else text)
+        calls = _calls_in(json.loads(text[mark.end() :] if mark else text))
     except (ValueError, RecursionError):
         return Gain(text)
-    calls = _calls_in(found)
     if not calls or (names is not None and any(call["function"]["name"] not in names for call in calls)):
         return Gain(text)
     return Gain(calls=calls)

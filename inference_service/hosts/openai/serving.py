@@ -19,7 +19,7 @@ from inference_service.hosts.openai.answer import Begin
 from inference_service.hosts.openai.choice import Choice
 from inference_service.hosts.openai.interruptible import interruptible
 from inference_service.hosts.openai.refusal import Refused
-from inference_service.hosts.openai.requests import GenerationRequest
+from inference_service.hosts.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from inference_service.hosts.openai.text import Detokenizer, StopFinder, TokenTexts
 
 
@@ -75,8 +75,10 @@ async def prepared(work: Callable[[], Prepared]) -> Prepared:
         ) from error
 
 
-async def rendered(work: Callable[[], bytes]) -> bytes:
-    """An answer's bytes, made beside the event loop: a long prompt's log probabilities are megabytes."""
+async def rendered(request: ChatRequest | CompletionRequest, work: Callable[[], bytes]) -> bytes:
+    """An answer's bytes; log probabilities, which may be megabytes, are written beside the event loop."""
+    if request.logprobs is None:
+        return work()
     return await asyncio.get_running_loop().run_in_executor(_RENDERERS, work)
 
 
