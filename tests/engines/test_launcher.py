@@ -170,7 +170,7 @@ async def test_a_dead_launcher_ends_replies_under_way(launcher: Launcher, tmp_pa
     await asyncio.wait_for(host.wait_dead(), 5)
     await host.close()
     with pytest.raises(EngineDied):
-        await asyncio.wait_for(reading, 2)
+        await asyncio.wait_for(reading, 10)
     reply.close()
 
 
@@ -268,7 +268,7 @@ def test_sigkill_of_the_service_ends_launcher_and_hosts(tmp_path: Path) -> None:
         assert len(family) == 2
         service.kill()
         service.wait()
-    _, left = psutil.wait_procs(family, timeout=5)
+    _, left = psutil.wait_procs(family, timeout=15)
     assert left == []
 
 

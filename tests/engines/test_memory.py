@@ -16,14 +16,20 @@ def test_what_this_machine_has_free() -> None:
 
 
 def test_taken_memory_is_not_free() -> None:
+    # Others on this machine take and free memory too.
+    assert any(missing_while_held(512 << 20) > (512 << 20) / 4 for _ in range(3))
+
+
+def missing_while_held(count: int) -> int:
+    """By how much the free memory is less while so many bytes are held."""
     device = find_device()
     before = free_bytes(device)
-    held = bytearray(b"x" * (512 << 20))
+    held = bytearray(b"x" * count)
     after = free_bytes(device)
+    assert len(held) == count
     assert before is not None
     assert after is not None
-    # Others on this machine take and free memory too.
-    assert before - after > len(held) / 4
+    return before - after
 
 
 def test_a_containers_limit_counts_and_its_files_do_not(tmp_path: Path) -> None:

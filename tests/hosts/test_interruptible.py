@@ -19,7 +19,7 @@ def threads() -> int:
 
 
 async def none_left() -> None:
-    for _ in range(200):
+    for _ in range(1000):
         if threads() == 0:
             return
         await asyncio.sleep(0.02)
@@ -40,7 +40,7 @@ async def test_what_does_not_end_is_broken_off_in_time() -> None:
     )
     assert [type(result) for result in results] == [TimeoutError] * 3
     await none_left()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 async def test_who_leaves_ends_it() -> None:

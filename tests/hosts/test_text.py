@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -44,6 +44,7 @@ def test_tokens_as_bytes(tokenizer: Any) -> None:
         assert b"".join(map(texts.content, ids)) == text.encode()
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=5), max_size=3), st.data())
 def test_nothing_of_a_stop_string_ever_shows(text: str, stops: list[str], data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))

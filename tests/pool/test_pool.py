@@ -123,6 +123,15 @@ class Bench:
         return await asked
 
 
+class HandClock:
+    """It stands still until a test moves it."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
 async def one() -> AsyncIterator[Bench]:
     async for bench in _bench(1):
@@ -170,7 +179,7 @@ async def test_one_load_however_many_ask(two: Bench) -> None:
 
 async def test_a_warm_lease_is_granted_without_waiting(two: Bench) -> None:
     (await two.started("a")).release()
-    (await asyncio.wait_for(two.pool.lease(model("a")), 0.01)).release()
+    (await asyncio.wait_for(two.pool.lease(model("a")), 1)).release()
 
 
 async def test_the_least_recently_used_gives_way_and_frees_its_slot_only_when_gone(
@@ -463,7 +472,7 @@ async def test_an_idle_engine_is_torn_down_after_a_while() -> None:
 
 
 async def test_who_waits_too_long_is_told_when_to_come_again_and_the_load_goes_on() -> None:
-    async for bench in _bench(1, queue_timeout=0.05):
+    async for bench in _bench(1, queue_timeout=0.5):
         with pytest.raises(QueueTimedOut, match="is being loaded, for longer than QUEUE_TIMEOUT") as caught:
             await bench.ask("a")
         assert caught.value.retry_after is not None
@@ -580,16 +589,23 @@ async def test_an_engine_that_hangs_is_replaced(pulse: Pulse | None) -> None:
 
 
 async def test_an_engine_that_makes_steps_or_has_no_work_does_not_hang() -> None:
-    async for bench in _bench(1, clock=time.monotonic, stall_timeout=0.08):
+    """The clock moves only with a step, or where there is no work: no stall is this machine's."""
+    clock = HandClock()
+    async for bench in _bench(1, clock=clock, stall_timeout=0.08):
         lease = await bench.started("a")
         for step in range(30):
             bench.engine("a").pulses = Pulse(1, step)
+            clock.now += 0.05
             await asyncio.sleep(0.01)
         bench.engine("a").pulses = Pulse(0, 30)
-        await asyncio.sleep(0.2)
+        for _ in range(20):
+            clock.now += 0.05
+            await asyncio.sleep(0.01)
         lease.release()
         bench.engine("a").pulses = None
-        await asyncio.sleep(0.2)
+        for _ in range(20):
+            clock.now += 0.05
+            await asyncio.sleep(0.01)
         assert repr(bench.pool) == "<Pool a:ready(0) | waiting: nobody>"
 
 
@@ -715,7 +731,7 @@ async def test_a_load_that_the_operator_asked_for_outlives_the_queue_timeout() -
 
 
 async def test_who_waited_too_long_for_a_ready_engine_is_told_so() -> None:
-    async for bench in _bench(1, Policy(1, 1, min_residency=0), time.monotonic, queue_timeout=0.05):
+    async for bench in _bench(1, Policy(1, 1, min_residency=0), time.monotonic, queue_timeout=0.5):
         asked = bench.ask("a")
         await bench.settle()
         bench.engine("a").started.set_result(None)
@@ -737,7 +753,7 @@ async def test_stats_at_every_turn_of_a_teardown(one: Bench) -> None:
 
 
 async def test_the_wait_for_another_engines_start_is_no_part_of_the_load_timeout() -> None:
-    async for bench in _bench(2, clock=time.monotonic, load_timeout=0.2):
+    async for bench in _bench(2, clock=time.monotonic, load_timeout=2):
         hung, good = bench.ask("hung"), bench.ask("good")
         await bench.settle()
         bench.engine("hung").may_close.set_result(None)
@@ -947,7 +963,7 @@ async def test_who_leaves_takes_no_adapters_files_from_the_others(one: Bench) ->
 
 
 async def test_files_that_come_to_nothing_are_known_also_when_nobody_waits_any_more() -> None:
-    async for bench in _bench(1, queue_timeout=0.05):
+    async for bench in _bench(1, queue_timeout=0.5):
         (await bench.started("base")).release()
         bench.gates["t"] = asyncio.Event()
         bench.broken_later["t"] = SnapshotCorrupt("it is not what the bucket holds")
@@ -960,7 +976,7 @@ async def test_files_that_come_to_nothing_are_known_also_when_nobody_waits_any_m
 
 
 async def test_a_load_that_goes_on_for_one_is_not_ended_by_another_who_leaves() -> None:
-    async for bench in _bench(1, queue_timeout=0.05):
+    async for bench in _bench(1, queue_timeout=0.5):
         (await bench.started("base")).release()
         bench.gates["t"] = asyncio.Event()
         with pytest.raises(QueueTimedOut):
