@@ -23,7 +23,9 @@ def test_a_stream_on_an_engine_that_fails_ends_with_an_error_event(fakes: Fakes,
         with pytest.raises(openai.APIError, match=r"went away|made no progress"):
             next(stream)
         assert "".join(words) == "the quick brown fox"
-        assert time.monotonic() - started < 4, "two seconds after its death, or after ENGINE_STALL_TIMEOUT"
+        assert time.monotonic() - started < 15, (
+            "at its death or after ENGINE_STALL_TIMEOUT, not REQUEST_TIMEOUT"
+        )
         service.wait_until(lambda: [e["model"] for e in service.stats()["engines"]] == ["good"], 5)
         answer = service.http.post("/v1/completions", json=ask("bad"))
         assert answer.json()["choices"][0]["text"] == "the quick brown", "a fresh engine"
@@ -81,12 +83,12 @@ def _memory(gib: float) -> dict[str, str]:
 def test_a_load_that_hangs_is_given_up(fakes: Fakes, tmp_path: Path) -> None:
     fakes.put("gated", gate=str(tmp_path / "never"))
     fakes.put("good")
-    with fakes.service(LOAD_TIMEOUT="1") as service:
+    with fakes.service(LOAD_TIMEOUT="5") as service:
         answer = service.http.post("/v1/completions", json=ask("gated"))
         assert answer.status_code == 503
         assert "LOAD_TIMEOUT" in answer.json()["error"]["message"]
         service.http.post("/v1/completions", json=ask("good")).raise_for_status()
-        service.wait_until(lambda: [e["model"] for e in service.stats()["engines"]] == ["good"], 8)
+        service.wait_until(lambda: [e["model"] for e in service.stats()["engines"]] == ["good"], 20)
 
 
 def test_a_new_upload_of_a_model_that_failed_is_tried_at_once(fakes: Fakes) -> None:

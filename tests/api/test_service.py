@@ -6,12 +6,13 @@ import random
 import re
 import signal
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
@@ -109,12 +110,36 @@ def test_metrics_have_known_models_only(fake_service: ServiceProcess) -> None:
     assert "made-up" not in metrics
 
 
+def at_rest(service: ServiceProcess) -> dict[str, Any]:
+    """What the process holds once its start, its first listing too, is over."""
+    service.http.get("/v1/models").raise_for_status()
+    service.wait_until(lambda: "launcher is ready" in service.log_text(), 30)
+    looks = [service.stats()["process"]]
+
+    def unchanged() -> bool:
+        time.sleep(0.2)
+        looks.append(service.stats()["process"])
+        return bool(looks[-1] | ANY_SIZE == looks[-2] | ANY_SIZE)
+
+    service.wait_until(unchanged, 10)
+    return dict(looks[-1])
+
+
 def test_stats_tell_what_the_process_holds(fake_service: ServiceProcess) -> None:
-    before = fake_service.stats()["process"]
+    before = at_rest(fake_service)
     process = psutil.Process(fake_service.process.pid)
-    assert before["resident_bytes"] == pytest.approx(process.memory_info().rss, rel=0.1)
-    assert before["open_files"] == process.num_fds()
-    assert before["threads"] == process.num_threads()
+
+    def as_the_system_says() -> bool:
+        told = fake_service.stats()["process"]
+        resident = pytest.approx(process.memory_info().rss, rel=0.1)
+        system = {
+            "resident_bytes": resident,
+            "open_files": process.num_fds(),
+            "threads": process.num_threads(),
+        }
+        return bool(told == told | system)
+
+    fake_service.wait_until(as_the_system_says, 10)
     with socket.create_connection(("127.0.0.1", fake_service.port)) as client:
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         fake_service.wait_until(lambda: fake_service.stats()["process"]["tasks"] > before["tasks"], 5)
@@ -122,59 +147,69 @@ def test_stats_tell_what_the_process_holds(fake_service: ServiceProcess) -> None
     fake_service.wait_until(lambda: fake_service.stats()["process"] | ANY_SIZE == before | ANY_SIZE, 5)
 
 
-@pytest.fixture
-def narrow(tmp_path: Path, words_directory: Path) -> Iterator[ServiceProcess]:
-    with running_service(
-        tmp_path,
-        GCS_BUCKET=f"file://{words_directory}",
+def narrow_service(
+    room: Path, directory: Path, request_timeout: str
+) -> AbstractContextManager[ServiceProcess]:
+    """Two requests run, eight wait; 20 tokens a second."""
+    return running_service(
+        room,
+        GCS_BUCKET=f"file://{directory}",
         ENGINE="fake",
         MAX_CONCURRENT_REQUESTS="2",
-        REQUEST_TIMEOUT="5",
+        REQUEST_TIMEOUT=request_timeout,
         FAKE_TOKENS_PER_SECOND="20",
-    ) as service:
+    )
+
+
+@pytest.fixture
+def narrow(tmp_path: Path, words_directory: Path) -> Iterator[ServiceProcess]:
+    with narrow_service(tmp_path, words_directory, "5") as service:
         yield service
 
 
-def test_concurrency_holds_and_the_overflow_is_refused(narrow: ServiceProcess) -> None:
-    narrow.http.post("/v1/chat/completions", json=body())
-    most = 0
+@pytest.fixture
+def patient(tmp_path: Path, words_directory: Path) -> Iterator[ServiceProcess]:
+    """Its requests may run for as long as a test needs them to."""
+    with narrow_service(tmp_path, words_directory, "60") as service:
+        yield service
 
-    def watch() -> None:
-        nonlocal most
-        for _ in range(40):
-            most = max(most, narrow.engine("alpha")["running"] or 0)
+
+def test_concurrency_holds_and_the_overflow_is_refused(patient: ServiceProcess) -> None:
+    patient.http.post("/v1/chat/completions", json=body())
+
+    def answer(tokens: int) -> httpx2.Response:
+        return patient.http.post("/v1/chat/completions", json=body(max_tokens=tokens))
+
+    with ThreadPoolExecutor(10) as threads:
+        asked = [threads.submit(answer, 120) for _ in range(2)]
+        patient.wait_until(lambda: patient.stats()["leases"] == 2, 5)
+        asked += [threads.submit(answer, 10) for _ in range(8)]
+        patient.wait_until(lambda: len(patient.stats()["waiters"]) == 8, 5)
+        refused = [answer(10) for _ in range(10)]
+        running = [0]
+        while not all(future.done() for future in asked):
+            running.append(patient.engine("alpha")["running"] or 0)
             time.sleep(0.02)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    with ThreadPoolExecutor(20) as threads:
-        answers = list(
-            threads.map(
-                lambda _: narrow.http.post("/v1/chat/completions", json=body(max_tokens=10)), range(20)
-            )
-        )
-    watcher.join()
-    statuses = sorted(answer.status_code for answer in answers)
-    assert statuses == [200] * 10 + [429] * 10, "two run, eight wait, ten are refused"
-    assert most == 2
-    refused = next(answer for answer in answers if answer.status_code == 429)
-    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-    assert int(refused.headers["retry-after"]) > 0
-    assert narrow.stats()["leases"] == 0
+    assert [each.status_code for each in refused] == [429] * 10, "two run, eight wait"
+    assert [future.result().status_code for future in asked] == [200] * 10
+    assert max(running) == 2
+    assert refused[0].json()["error"]["code"] == "rate_limit_exceeded"
+    assert int(refused[0].headers["retry-after"]) > 0
+    assert patient.stats()["leases"] == 0
 
 
-def test_a_waiter_that_left_is_forgotten(narrow: ServiceProcess) -> None:
+def test_a_waiter_that_left_is_forgotten(patient: ServiceProcess) -> None:
     with ThreadPoolExecutor(2) as threads:
         running = [
-            threads.submit(narrow.http.post, "/v1/chat/completions", json=body(max_tokens=40))
+            threads.submit(patient.http.post, "/v1/chat/completions", json=body(max_tokens=120))
             for _ in range(2)
         ]
-        narrow.wait_until(lambda: narrow.stats()["leases"] == 2, 5)
+        patient.wait_until(lambda: patient.stats()["leases"] == 2, 5)
         with pytest.raises(openai.APITimeoutError):
-            narrow.client(timeout=0.3).completions.create(model="alpha", prompt="x")
-        narrow.wait_until(lambda: narrow.stats()["waiters"] == [], 1)
+            patient.client(timeout=0.3).completions.create(model="alpha", prompt="x")
+        patient.wait_until(lambda: patient.stats()["waiters"] == [], 4)
         assert [future.result().status_code for future in running] == [200, 200]
-    assert narrow.stats()["leases"] == 0
+    assert patient.stats()["leases"] == 0
 
 
 def test_a_client_that_does_not_read_is_cut_at_the_timeout(narrow: ServiceProcess) -> None:
@@ -231,7 +266,7 @@ async def test_an_abandonment_storm_leaves_nothing(fakes: Fakes) -> None:
             ends = Counter(await asyncio.gather(*(ask_for(number) for number in range(200))))
         assert ends["served"] == 100, ends
         assert ends["left"] > 50, ends
-        service.wait_until(lambda: service.stats()["leases"] == 0 and not service.stats()["waiters"], 1)
+        service.wait_until(lambda: service.stats()["leases"] == 0 and not service.stats()["waiters"], 10)
         assert service.http.post("/v1/completions", json=ask("beta")).status_code == 200
         loads = re.findall(
             r'inference_loads_total{model="\w+",status="ok"} (\d+)', service.http.get("/metrics").text
