@@ -19,7 +19,7 @@ import pytest
 
 from inference_service.engines.base import Snapshot
 from inference_service.errors import DiskFull, StoreUnavailable
-from inference_service.storage import disk, staging, sync, turns
+from inference_service.storage import disk, mover, staging, sync, turns
 from inference_service.storage.layout import INCOMPLETE, JOURNAL, PROMISE, allocated_bytes
 from inference_service.storage.model import Model, models_in
 from inference_service.storage.order import Order, Withdrawn
@@ -41,8 +41,11 @@ CONTENTS = {
 }
 SUMS = {name: hashlib.sha256(content).hexdigest() for name, content in CONTENTS.items()}
 TOTAL = sum(map(len, CONTENTS.values()))
-# Within this a fetch stops whose connections all hang: a look at the order, and the wait for them to leave.
-STOP_SECONDS = 2.0
+# Within this a fetch stops whose connections all hang: a look at the order, and the wait for them to leave;
+# most of it is what a busy machine may take.
+STOP_SECONDS = 15.0
+# So slow that nothing of TOTAL comes to its end before it is stopped.
+SLOW = 0.02
 
 
 @pytest.fixture
@@ -92,12 +95,12 @@ async def cancelled(task: asyncio.Task[Snapshot]) -> None:
 
 @asynccontextmanager
 async def in_the_middle(
-    sync: Sync, store: SlowStore, name: str = "m"
+    sync: Sync, store: SlowStore, name: str = "m", there: int = TOTAL // 6
 ) -> AsyncIterator[asyncio.Task[Snapshot]]:
-    """A task that waits for a snapshot of which a third is there."""
+    """A task that waits for a snapshot of which so many bytes are there."""
     before = store.bytes_read
     task = asyncio.create_task(sync.snapshot(listed(store, name)))
-    await wait_until(lambda: store.bytes_read - before > TOTAL // 3)
+    await wait_until(lambda: store.bytes_read - before > there)
     yield task
     assert task.done()
 
@@ -117,6 +120,7 @@ def assert_exact(snapshot: Snapshot, cache: Path) -> None:
 async def test_it_stops_and_the_next_goes_on(store: SlowStore, cache: Path) -> None:
     sync = open_sync(store, cache, pace=PATIENT)
     async with in_the_middle(sync, store) as task:
+        store.pause = SLOW
         await cancelled(task)
     await wait_until(lambda: sync.progress() == [], STOP_SECONDS)
     stopped_at = store.bytes_read
@@ -137,6 +141,7 @@ async def test_a_fetch_that_others_wait_for_goes_on(store: SlowStore, cache: Pat
     async with in_the_middle(sync, store) as first:
         second = asyncio.create_task(sync.snapshot(listed(store)))
         await asyncio.sleep(0)
+        store.pause = SLOW
         await cancelled(first)
     await asyncio.sleep(2 * LOOK_SECONDS)
     assert not second.done()
@@ -158,6 +163,7 @@ async def cancelled_at_once(sync: Sync, store: SlowStore) -> None:
 async def test_all_leave_but_one_by_one(store: SlowStore, cache: Path) -> None:
     sync = open_sync(store, cache, pace=PATIENT)
     async with in_the_middle(sync, store) as first:
+        store.pause = SLOW
         others = [asyncio.create_task(sync.snapshot(listed(store))) for _ in range(5)]
         await asyncio.sleep(0)
         for task in (others[0], first, *others[1:4]):
@@ -200,18 +206,21 @@ async def test_one_that_comes_while_it_stops_may_leave_too(store: SlowStore, cac
     assert_exact(await sync.snapshot(listed(store)), cache)
 
 
-async def test_connections_that_hang_hold_nobody_up(store: SlowStore, cache: Path) -> None:
+async def test_connections_that_hang_hold_nobody_up(
+    store: SlowStore, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are left alone: others take their places, and what they bring late is written nowhere."""
+    monkeypatch.setattr(mover, "LEAVE_SECONDS", 5)
     sync = open_sync(store, cache, pace=PATIENT)
     async with in_the_middle(sync, store) as task:
         store.hangs = PATIENT.connections
         await wait_until(lambda: store.hangs == 0)
         task.cancel()
         longest = await longest_breath(lambda: sync.progress() == [])
-        assert longest < 0.8, "the event loop went on turning"
+        assert longest < 4, "the event loop went on turning while they were waited for"
         assert_nothing_is_promised(sync, cache)
         store.pause = 0
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             snapshot = await sync.snapshot(listed(store))
     assert fetching_threads() >= PATIENT.connections
     store.hung_up.set()
@@ -290,7 +299,7 @@ async def test_a_wait_for_another_process_ends(store: SlowStore, cache: Path) ->
         task = asyncio.create_task(syncing.snapshot(model))
         await asyncio.sleep(0.3)
         await cancelled(task)
-        await wait_until(lambda: not syncing._under_way, 3 * turns.LOCK_POLL_SECONDS)
+        await wait_until(lambda: not syncing._under_way)
         assert store.bytes_read == 0
         again = asyncio.create_task(syncing.snapshot(model))
         await asyncio.sleep(0.1)
@@ -414,7 +423,8 @@ async def test_its_room_is_the_next_models(store: SlowStore, cache: Path) -> Non
 async def test_a_leftover_is_not_multiplied(store: SlowStore, cache: Path) -> None:
     """Fetches that are cancelled while they copy what the first has left leave no copies of it."""
     syncing, model = open_sync(store, cache, pace=PATIENT), listed(store)
-    async with in_the_middle(syncing, store) as task:
+    async with in_the_middle(syncing, store, there=TOTAL // 3) as task:
+        store.pause = SLOW
         await cancelled(task)
     await wait_until(lambda: not syncing._under_way, STOP_SECONDS)
     (leftover,) = stagings(cache)
@@ -484,10 +494,9 @@ async def test_withdrawn_at_any_step(
     (store.root / "models/m/model.safetensors").write_bytes(CONTENTS["model.safetensors"][::-1])
     model = listed(store)
     store.pause = 0.002
-    task = asyncio.create_task(syncing.snapshot(model))
-    before = store.bytes_read
-    await wait_until(lambda: store.bytes_read - before > TOTAL // 3)
-    await cancelled(task)
+    async with in_the_middle(syncing, store, there=TOTAL // 3) as task:
+        store.pause = SLOW
+        await cancelled(task)
     await wait_until(lambda: not syncing._under_way)
     store.pause = 0.0005
     with monkeypatch.context() as patch:
