@@ -596,7 +596,7 @@ async def test_an_engine_that_makes_steps_or_has_no_work_does_not_hang() -> None
         for step in range(30):
             bench.engine("a").pulses = Pulse(1, step)
             clock.now += 0.05
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.03)  # looked at more than once between two steps
         bench.engine("a").pulses = Pulse(0, 30)
         for _ in range(20):
             clock.now += 0.05
