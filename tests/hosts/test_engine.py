@@ -295,10 +295,9 @@ async def test_a_prompt_whose_client_leaves_is_read_no_further(start: Start, tin
     scoring = asyncio.ensure_future(engine.score(PROMPTS[1], None, 1, []))
     await asyncio.sleep(0.05)  # it waits for the model, which the other holds
     scoring.cancel()
-    started = asyncio.get_running_loop().time()
     with pytest.raises(asyncio.CancelledError):
         await scoring
-    assert asyncio.get_running_loop().time() - started < 0.5, "the event loop is not held up"
+    assert engine.runner.running == 1, "the other has not ended meanwhile"
     engine.runner.cancel(running)
 
 
