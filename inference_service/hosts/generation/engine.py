@@ -43,7 +43,7 @@ from inference_service.hosts.tokenizer_files import tokenize_alike
 
 logger = logging.getLogger(__name__)
 
-# Of a context, for most requests; the memory of scoring as many is reserved.
+# Of a context, for most requests; scoring as many is reserved for (pool/budget.py: the same number).
 ENOUGH_TOKENS = 4096
 SPARE_BYTES = 512 << 20
 CANARY_TOKENS = 12
