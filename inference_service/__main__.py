@@ -133,16 +133,22 @@ def _listen(settings: Settings) -> socket.socket:
 
 def _serve(settings: Settings, device: Device, backend: Backend, listener: socket.socket) -> None:
     # Imported only now: the port is open, and the launcher imports vLLM at the same time.
+    from inference_service.engines.cuda import why_too_old
     from inference_service.engines.factory import launcher_environment
     from inference_service.engines.launcher import Launcher
+    from inference_service.engines.warmth import why_spawned
     from inference_service.logs import configure_logs
 
     configure_logs(settings.log_format, settings.log_level)
     without_effect = why_not_int8(settings, device, backend)
     if without_effect is not None:
         logger.warning("CPU_INT8 has no effect: %s", without_effect)
+    too_old = why_too_old(device)
+    if too_old is not None:
+        logger.warning("engines may not start on this GPU: %s", too_old)
     environment = launcher_environment(backend, device, settings.local_model_cache)
-    launcher = Launcher(backend.value, device.kind.value, environment, warm=settings.warm_launcher)
+    cold = why_spawned(settings.warm_launcher, device)
+    launcher = Launcher(backend.value, device.kind.value, environment, cold)
     try:
         import uvicorn
 
@@ -157,6 +163,8 @@ def _serve(settings: Settings, device: Device, backend: Backend, listener: socke
             log_config=None,
             access_log=False,
             server_header=False,
+            # The peer is who holds the other end of the socket, whatever a header says of it (/admin).
+            proxy_headers=False,
             ws="none",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=LAST_CONNECTIONS_SECONDS,

@@ -88,7 +88,7 @@ def _registry(settings: Settings, device: Device, backend: Backend) -> Registry:
     catalog = Catalog(store, settings.gcs_model_prefix, settings.catalog_ttl, documents)
     layout, disk = open_cache(settings)
     sync = Sync(store, layout, disk)
-    preflight = Preflight(documents, settings, device, backend, disk.most, sync.kept)
+    preflight = Preflight(documents, settings, device, backend, disk.check_fits, sync.kept)
     host_cache = HostCache(int(settings.host_cache_gib * _GIB))
     disk.evicted = host_cache.forget
     return Registry(catalog, preflight, sync, layout, Verifier(host_cache))
@@ -112,7 +112,8 @@ def _policy(settings: Settings, budget: Budget) -> Policy:
 
 def _limits(settings: Settings) -> Limits:
     return Limits(
-        settings.queue_timeout,
+        settings.load_wait,
+        settings.place_wait,
         settings.load_timeout,
         settings.engine_stall_timeout,
         max(settings.max_adapters, settings.max_cpu_adapters),

@@ -12,17 +12,27 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from inference_service.config import Settings
-from inference_service.engines.device import Backend, Device, DeviceKind
+from inference_service.config import EngineChoice, Settings
+from inference_service.engines.device import (
+    Backend,
+    BackendMissing,
+    Device,
+    DeviceKind,
+    choose_backend,
+    find_device,
+)
 from inference_service.errors import readable_bytes
 from inference_service.storage.catalog import Catalog
 from inference_service.storage.disk import Disk, open_cache
 from inference_service.storage.documents import Documents
+from inference_service.storage.host_cache import HostCache
+from inference_service.storage.layout import Layout
 from inference_service.storage.model import Model
 from inference_service.storage.preflight import Preflight
-from inference_service.storage.registry import open_store
+from inference_service.storage.registry import Registry, open_store
 from inference_service.storage.store import Store
 from inference_service.storage.sync import Sync
+from inference_service.storage.verify import Verifier
 
 BAR_SECONDS = 0.1
 LINE_SECONDS = 5.0
@@ -49,18 +59,30 @@ def pull(settings: Settings, name: str, output: TextIO) -> None:
     """Fetch a model into LOCAL_MODEL_CACHE and print where it lies; raises ServiceError."""
     store = open_store(settings.gcs_bucket)
     layout, disk = open_cache(settings)
-    model = asyncio.run(_examined(settings, store, disk, name))
-    _fetch(Sync(store, layout, disk), model)
+    sync = Sync(store, layout, disk)
+    model = asyncio.run(_registry(settings, store, layout, disk, sync).resolve(name))
+    _fetch(sync, model)
     output.write(f"{layout.snapshot(model.name, model.revision)}\n")
+    base = model.carrier
+    if base is not None and not layout.snapshot(base.name, base.revision).exists():
+        sys.stderr.write(f"{model.name} is an adapter of {base.name}, which is not here: pull it too.\n")
 
 
-async def _examined(settings: Settings, store: Store, disk: Disk, name: str) -> Model:
-    """The model, judged by all that does not depend on the machine that will serve it."""
+def _registry(settings: Settings, store: Store, layout: Layout, disk: Disk, sync: Sync) -> Registry:
+    """The bucket's models, judged by all that does not depend on the device that will serve them."""
     documents = Documents(store)
-    model = await Catalog(store, settings.gcs_model_prefix, documents=documents).resolve(name)
+    catalog = Catalog(store, settings.gcs_model_prefix, documents=documents)
     anywhere = Device(DeviceKind.CPU, "any", memory_bytes=0)
-    await Preflight(documents, settings, anywhere, Backend.VLLM, disk.most).examine(model)
-    return model
+    preflight = Preflight(documents, settings, anywhere, _backend(settings), disk.check_fits, sync.kept)
+    return Registry(catalog, preflight, sync, layout, Verifier(HostCache(0)))
+
+
+def _backend(settings: Settings) -> Backend:
+    """The one that serves on this machine; where none is installed, the one that would be chosen."""
+    try:
+        return choose_backend(settings.engine, find_device(), int8=settings.quantizes)
+    except BackendMissing:
+        return Backend.VLLM if settings.engine is EngineChoice.AUTO else Backend(settings.engine.value)
 
 
 def _fetch(sync: Sync, model: Model) -> None:

@@ -6,18 +6,31 @@ a test). What they mean for a device or an engine is decided in engines/.
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # https://cloud.google.com/storage/docs/buckets#naming
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
-
 QUEUED_PER_RUNNING = 4
+# Seconds that a request waits for a place in a loaded engine where QUEUE_TIMEOUT is unset.
+PLACE_SECONDS = 120.0
+# Of REQUEST_TIMEOUT, what is left of it once the wait for a load has ended: for an answer that comes in the
+# last moment, and for a 503 that says when to come back instead of a 504.
+ANSWER_SHARE = 0.05
+ANSWER_SECONDS = 10.0
 
 
 class EngineChoice(StrEnum):
@@ -37,6 +50,17 @@ class DtypeChoice(StrEnum):
 class WeightSwap(StrEnum):
     AUTO = "auto"
     OFF = "off"
+
+
+@dataclass(frozen=True)
+class WaitLimit:
+    """The longest that a request waits for something, in seconds, and the settings that it comes from."""
+
+    seconds: float
+    source: str = "QUEUE_TIMEOUT"
+
+    def __str__(self) -> str:
+        return f"{self.seconds:g} s ({self.source})"
 
 
 def _names(value: Any) -> Any:
@@ -88,11 +112,13 @@ class Settings(BaseSettings):
         le=1_000_000,
         description="Requests that may wait besides, the rest get 429; unset: four times those that run",
     )
-    queue_timeout: float = Field(
-        120,
+    queue_timeout: float | None = Field(
+        None,
         gt=0,
         le=86_400,
-        description="Seconds that a request waits for its model at most; then 503, and the load goes on",
+        description="Seconds that a request waits for its model at most; then 503, and the load goes on. "
+        "Unset: 120 for a place in a loaded engine; for a model that is being loaded as long as "
+        "REQUEST_TIMEOUT allows",
     )
     warm_launcher: bool = Field(
         True,
@@ -164,6 +190,14 @@ class Settings(BaseSettings):
     )
     local_dev: bool = Field(False, description="One request at a time, for development on a laptop")
     listen_address: str = Field("0.0.0.0", min_length=1, description="Address that the service listens on")
+    admin_api_key: SecretStr | None = Field(
+        None,
+        description="Key that /admin requires (`Authorization: Bearer KEY`); unset: /admin answers only "
+        "requests from the same machine",
+    )
+    admin_open: bool = Field(
+        False, description="/admin answers everyone who can reach the port, without a key"
+    )
     port: int = Field(8080, ge=0, le=65_535, description="Port (0 lets the system pick one)")
     engine: EngineChoice = Field(
         EngineChoice.AUTO,
@@ -234,6 +268,34 @@ class Settings(BaseSettings):
             raise ValueError("a path like models/ or team/models/")
         return f"{value}/" if value else ""
 
+    @field_validator("admin_api_key")
+    @classmethod
+    def _fits_into_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        # A secret that was stored with `echo` ends in a line break.
+        key = "" if value is None else value.get_secret_value().strip()
+        if value is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError("one or more printable ASCII characters without spaces")
+        return value and SecretStr(key)
+
+    @model_validator(mode="after")
+    def _open_or_locked(self) -> Self:
+        if self.admin_open and self.admin_api_key is not None:
+            raise ValueError("ADMIN_OPEN=true and ADMIN_API_KEY contradict each other: unset one of them")
+        return self
+
+    @property
+    def load_wait(self) -> WaitLimit:
+        """How long a request waits for a model that is not loaded."""
+        if self.queue_timeout is not None:
+            return WaitLimit(self.queue_timeout)
+        margin = min(ANSWER_SECONDS, ANSWER_SHARE * self.request_timeout)
+        return WaitLimit(self.request_timeout - margin, f"REQUEST_TIMEOUT less {margin:g} s")
+
+    @property
+    def place_wait(self) -> WaitLimit:
+        """How long a request waits for a place in an engine that is loaded."""
+        return WaitLimit(PLACE_SECONDS if self.queue_timeout is None else self.queue_timeout)
+
     @property
     def concurrency(self) -> int:
         """MAX_CONCURRENT_REQUESTS with LOCAL_DEV applied."""
@@ -254,6 +316,10 @@ class Settings(BaseSettings):
         return self.max_queued_requests
 
 
+# Never printed, not even where they cannot be used.
+_SECRETS = frozenset({"admin_api_key"})
+
+
 class BadSettings(Exception):
     """One line for the operator: which variable, its value, what is allowed."""
 
@@ -265,17 +331,20 @@ def load_settings() -> Settings:
     except UnicodeDecodeError as error:
         raise BadSettings(f".env is no UTF-8 text: {error}") from error
     except ValidationError as error:
-        # One line for each variable: a union reports each of its branches.
-        problems = {str(problem["loc"][0]): problem for problem in reversed(error.errors())}
+        # One line for each variable: a union reports each of its branches. No location: several variables.
+        problems = {str(next(iter(problem["loc"]), "")): problem for problem in reversed(error.errors())}
         raise BadSettings("; ".join(_explain(*item) for item in problems.items())) from error
 
 
 def _explain(field: str, problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
-    about = Settings.model_fields[field]
+    about = Settings.model_fields.get(field)
+    if about is None:
+        return str(message)
     bounds = [f"{sign} {bound}" for sign, bound in _bounds(about.metadata)]
     allowed = f"; allowed: {' and '.join(bounds)}" if bounds else ""
-    return f"{field.upper()}={problem['input']!r} is not allowed: {message}{allowed} ({about.description})"
+    given = field.upper() if field in _SECRETS else f"{field.upper()}={problem['input']!r}"
+    return f"{given} is not allowed: {message}{allowed} ({about.description})"
 
 
 def _bounds(metadata: list[Any]) -> Iterator[tuple[str, float]]:

@@ -6,6 +6,8 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     ├── InvalidRequest          400   a field is missing, mistyped or out of range
     │   ├── ContextLengthExceeded
     │   └── BodyTooLarge        413
+    ├── AdminKeyWrong           401   /admin wants a key: none was given, or another
+    ├── AdminForbidden          403   /admin does not answer this peer, or this web page; says what would help
     ├── ModelNotFound           404
     ├── ModelNotServable        422   the model is there and cannot be served; says why
     ├── NoPreviousRevision      409   there is nothing on the disk to roll back to
@@ -104,6 +106,21 @@ class BodyTooLarge(InvalidRequest):
     def headers(self) -> dict[str, str]:
         # What is still to come of the body is not read.
         return {**super().headers(), "connection": "close"}
+
+
+class AdminKeyWrong(ServiceError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {**super().headers(), "www-authenticate": "Bearer"}
+
+
+class AdminForbidden(ServiceError):
+    status = 403
+    type = "invalid_request_error"
+    code = "admin_forbidden"
 
 
 class ModelNotFound(ServiceError):

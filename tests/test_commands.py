@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.bucket import Bucket
+from tests.fixtures.checkpoints import Checkpoints
 from tests.fixtures.fault_proxy import Fault, Kind, fault_proxy
 from tests.fixtures.ports import free_port
 
@@ -67,6 +69,48 @@ def test_pull_prints_where_the_snapshot_lies(environment: dict[str, str], tmp_pa
     assert "\r" not in done.stderr
     lines = done.stderr.splitlines()
     assert all(re.fullmatch(r"acme-smollm2-tuned: \d+ % of .*", line) for line in lines), lines
+
+
+@pytest.fixture
+def adapters(checkpoints: Checkpoints, tmp_path: Path) -> str:
+    """A directory bucket with a real LoRA adapter and its base."""
+    models = tmp_path / "adapters" / "models"
+    models.mkdir(parents=True)
+    shutil.copytree(checkpoints.adapter, models / "tuned")
+    shutil.copytree(checkpoints.base, models / "smollm2-135m-instruct")
+    return f"file://{models.parent}"
+
+
+@pytest.mark.parametrize("engine", ["auto", "transformers", "vllm", "fake"])
+def test_pull_of_an_adapter(
+    environment: dict[str, str], adapters: str, tmp_path: Path, checkpoints: Checkpoints, engine: str
+) -> None:
+    done = run(environment | {"GCS_BUCKET": adapters, "ENGINE": engine}, "pull", "tuned")
+    assert done.returncode == 0, done.stderr
+    snapshot = Path(done.stdout.strip())
+    assert snapshot.parent == tmp_path / "cache" / "tuned"
+    weights = "adapter_model.safetensors"
+    assert (snapshot / weights).read_bytes() == (checkpoints.adapter / weights).read_bytes()
+    assert "tuned is an adapter of smollm2-135m-instruct, which is not here: pull it too." in done.stderr
+
+
+def test_pull_of_an_adapter_that_cannot_be_served(environment: dict[str, str], adapters: str) -> None:
+    model = Path(adapters.removeprefix("file://")) / "models" / "tuned"
+    config = json.loads((model / "adapter_config.json").read_text())
+    (model / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    done = run(environment | {"GCS_BUCKET": adapters}, "pull", "tuned")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "use_dora" in done.stderr
+
+
+def test_pull_judges_for_the_engine_that_would_serve(environment: dict[str, str], adapters: str) -> None:
+    """What vLLM has and transformers has not, and the other way round, is refused for the one only."""
+    model = Path(adapters.removeprefix("file://")) / "models" / "smollm2-135m-instruct"
+    (model / "serving.json").write_text('{"quantization": "fp8"}')
+    for engine, words in (("vllm", ""), ("transformers", "quantization needs the vLLM backend")):
+        done = run(environment | {"GCS_BUCKET": adapters, "ENGINE": engine}, "pull", "smollm2-135m-instruct")
+        assert words in done.stderr
+        assert done.returncode == bool(words)
 
 
 def test_pull_draws_a_bar_on_a_terminal(environment: dict[str, str]) -> None:

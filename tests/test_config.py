@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from inference_service.config import BadSettings, Settings, load_settings
 
@@ -112,6 +111,58 @@ def test_dotenv(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "load", "place"),
+    [
+        ({}, 290.0, 120.0),
+        ({"REQUEST_TIMEOUT": "590"}, 580.0, 120.0),
+        ({"REQUEST_TIMEOUT": "20"}, 19.0, 120.0),
+        ({"QUEUE_TIMEOUT": "60"}, 60.0, 60.0),
+        ({"QUEUE_TIMEOUT": "900"}, 900.0, 900.0),
+    ],
+)
+def test_how_long_a_request_waits(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], load: float, place: float
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    assert (settings.load_wait.seconds, settings.place_wait.seconds) == (load, place)
+    assert str(settings.place_wait) == f"{place:g} s (QUEUE_TIMEOUT)"
+    source = "QUEUE_TIMEOUT" if "QUEUE_TIMEOUT" in given else "REQUEST_TIMEOUT less"
+    assert str(settings.load_wait).startswith(f"{load:g} s ({source}")
+
+
+@pytest.mark.parametrize("key", ["a", "0123456789abcdef", "with-a-line-break\n", "  spaced  "])
+def test_a_key_is_kept_and_not_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("ADMIN_API_KEY", key)
+    settings = load_settings()
+    assert settings.admin_api_key is not None
+    assert settings.admin_api_key.get_secret_value() == key.strip()
+    assert key.strip() == "a" or key.strip() not in repr(settings)
+
+
+@pytest.mark.parametrize("key", [" ", "\n", "two words", "schlüssel", "tab\tinside", "a\x00b"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_printed(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    (Path(".env")).write_text(f'ADMIN_API_KEY="{key}"\n')
+    with pytest.raises(BadSettings) as caught:
+        load_settings()
+    assert str(caught.value).startswith("ADMIN_API_KEY is not allowed: one or more printable ASCII")
+    assert not key.strip() or key not in str(caught.value)
+
+
+def test_open_and_locked_at_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADMIN_API_KEY", "s3cret-key")
+    monkeypatch.setenv("ADMIN_OPEN", "true")
+    with pytest.raises(
+        BadSettings, match="ADMIN_OPEN=true and ADMIN_API_KEY contradict each other"
+    ) as caught:
+        load_settings()
+    assert "s3cret-key" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("given", "kept"),
     [("gs://my-bucket/", "my-bucket"), ("my-bucket", "my-bucket"), ("file:///tmp/", "file:///tmp")],
 )
@@ -139,13 +190,3 @@ def test_the_example_is_the_code() -> None:
     shown = re.compile(r"# ([A-Z0-9_]+)=(.*)")
     assert {found[1]: found[2] for found in map(shown.fullmatch, lines) if found} == DEFAULTS
     assert not [line for line in lines if line and not line.startswith("#")], "a copy changes nothing"
-
-
-def test_cloud_run_sets_what_there_is() -> None:
-    service = yaml.safe_load((ROOT / "deploy" / "cloudrun" / "service.yaml").read_text())
-    (container,) = service["spec"]["template"]["spec"]["containers"]
-    given = {entry["name"] for entry in container["env"]}
-    assert given <= NAMES
-    assert NAMES - given <= {
-        *("PORT", "LISTEN_ADDRESS", "LOCAL_DEV", "CPU_INT8", "FAKE_TOKENS_PER_SECOND"),
-    }, "every other setting is shown, so that an operator finds it"

@@ -3,14 +3,15 @@
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Response, status
+from fastapi import APIRouter, Depends, Response, status
 
+from inference_service.api.admin_access import admit_operator
 from inference_service.api.process import process_stats
 from inference_service.api.service import Service, ServiceDep
 from inference_service.models.responses import Placement, Unloaded
 from inference_service.storage.model import Model, canonical_name
 
-router = APIRouter(prefix="/admin")
+router = APIRouter(prefix="/admin", dependencies=[Depends(admit_operator)])
 
 
 @router.post("/load/{name:path}")

@@ -109,7 +109,7 @@ class Relay(Response):
     async def _run(self, send: Send) -> None:
         if self._body.stream:
             self._comment_after_grace(send)
-        self._lease = await self._service.lease(self._model)
+        self._lease = await self._service.lease(self._model, self._arrived)
         self._reply = await self._lease.engine.forward(
             self._path, self._body.forwarded(self._lease.served_name), self._engine_request_id
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -71,14 +72,14 @@ class Service:
         """As `resolve`, also for a model that cannot be served."""
         return await self._in_time(_as_listed(lambda: self.registry.find(name)))
 
-    async def lease(self, model: Model) -> Lease:
+    async def lease(self, model: Model, arrived: float) -> Lease:
         """A lease on the model's engine; on an older revision's, where this one turns out not to serve.
 
-        Raises as Pool.lease does.
+        `arrived`: when the request came, in monotonic seconds. Raises as Pool.lease does.
         """
         for _ in range(LEASE_ATTEMPTS):
             try:
-                lease = await self.pool.lease(model)
+                lease = await self.pool.lease(model, time.monotonic() - arrived)
             except Superseded:
                 model = await self._resolve(model.asked_for)
             except ObjectReplaced as error:

@@ -5,12 +5,14 @@ creates no CUDA context), MPS and the CPU from the platform.
 """
 
 import importlib.util
+import itertools
 import os
 import platform
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from inference_service.config import DtypeChoice, EngineChoice, Settings
 
@@ -40,7 +42,9 @@ class BackendMissing(Exception):
 class Device:
     """Where engines run. `count` devices, `memory_bytes` each (0 where it is not known).
 
-    `bfloat16`: a processor that multiplies it faster than float32.
+    `bfloat16`: a processor that multiplies it faster than float32. Of GPUs, `driver_cuda` is the newest CUDA
+    that the driver supports, None where that is not known, and `like_first` whether all of them are of the
+    kind of the machine's first one.
     """
 
     kind: DeviceKind
@@ -48,6 +52,8 @@ class Device:
     count: int = 1
     memory_bytes: int = 0
     bfloat16: bool = False
+    driver_cuda: tuple[int, int] | None = None
+    like_first: bool = True
 
 
 def find_device() -> Device:
@@ -166,29 +172,68 @@ def _cuda() -> Device | None:
     except pynvml.NVMLError:
         return None
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in visible_gpus(pynvml)]
-        if not handles:
+        gpus = visible_gpus(pynvml)
+        if not gpus:
             return None
         return Device(
             DeviceKind.CUDA,
-            str(pynvml.nvmlDeviceGetName(handles[0])),
-            len(handles),
-            min(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles),
+            str(pynvml.nvmlDeviceGetName(gpus[0])),
+            len(gpus),
+            min(int(pynvml.nvmlDeviceGetMemoryInfo(gpu).total) for gpu in gpus),
+            driver_cuda=_driver_cuda(pynvml),
+            like_first=_like_first(pynvml, gpus),
         )
     finally:
         pynvml.nvmlShutdown()
 
 
-def visible_gpus(pynvml: object) -> list[int]:
-    # NVML shows every GPU; CUDA_VISIBLE_DEVICES is CUDA's own filter (indices; UUIDs keep the count).
-    present = int(pynvml.nvmlDeviceGetCount())  # type: ignore[attr-defined]
+def visible_gpus(nvml: Any) -> list[Any]:
+    """NVML's handles of the GPUs that CUDA shows to a process; NVML itself shows all of them.
+
+    CUDA_VISIBLE_DEVICES holds indices, or UUIDs and beginnings of them; the first entry that names no GPU
+    ends the list. https://docs.nvidia.com/cuda/cuda-c-programming-guide/#env-vars
+    """
+    present = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return list(range(present))
-    wanted = [entry.strip() for entry in chosen.split(",") if entry.strip()]
-    if all(entry.isdigit() for entry in wanted):
-        return [int(entry) for entry in wanted if int(entry) < present]
-    return list(range(min(len(wanted), present)))
+        return present
+    named = (_named(nvml, entry.strip(), present) for entry in chosen.split(","))
+    return list(itertools.takewhile(lambda gpu: gpu is not None, named))
+
+
+def _named(nvml: Any, entry: str, present: list[Any]) -> Any:
+    """The GPU, or the part of one (MIG), that an entry of CUDA_VISIBLE_DEVICES names; None for none."""
+    if entry.isdigit():
+        return present[int(entry)] if int(entry) < len(present) else None
+    if entry.startswith("MIG-"):
+        try:
+            return nvml.nvmlDeviceGetHandleByUUID(entry)
+        except nvml.NVMLError:
+            return None
+    found = [gpu for gpu in present if entry and str(nvml.nvmlDeviceGetUUID(gpu)).startswith(entry)]
+    return found[0] if len(found) == 1 else None
+
+
+def _like_first(nvml: Any, gpus: list[Any]) -> bool:
+    """Whether the GPUs are of the kind of the machine's first one, which is what an import is told of.
+
+    Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA counts the fastest first and NVML does not: where a machine has
+    several kinds, an index may mean another one.
+    """
+    everyone = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    ordered = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    return (
+        len({str(nvml.nvmlDeviceGetName(gpu)) for gpu in [everyone[0], *(gpus if ordered else everyone)]})
+        == 1
+    )
+
+
+def _driver_cuda(nvml: Any) -> tuple[int, int] | None:
+    try:
+        version = int(nvml.nvmlSystemGetCudaDriverVersion())
+    except nvml.NVMLError:
+        return None
+    return version // 1000, version % 1000 // 10
 
 
 def _mps() -> Device | None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from inference_service.config import EngineChoice, Settings
 from inference_service.engines.base import Footprint, HostSpec, Snapshot
 from inference_service.engines.context import longest_request
+from inference_service.engines.cuda import cuda_environment
 from inference_service.engines.device import (
     Backend,
     Device,
@@ -34,6 +35,7 @@ ROOM_PREFIX = "inference-service-"
 TRANSFORMERS_SEQUENCES = 64
 # Below LOCAL_MODEL_CACHE; no model's name begins with a dot.
 KEPT_BY_VLLM = ".vllm"
+KEPT_BY_TRITON = ".triton"
 
 
 class EngineFactory:
@@ -118,7 +120,7 @@ def launcher_environment(backend: Backend, device: Device, cache: Path | None = 
     """What must be set before the launcher imports its backend, and every host inherits.
 
     `cache`: where compiled kernels and start-up plans are kept beside the snapshots, for the next engine of
-    the same architecture on this device; vLLM tells them apart by itself.
+    the same architecture on this device; vLLM and Triton tell them apart by themselves.
     """
     if backend is Backend.FAKE:
         return {}
@@ -130,6 +132,10 @@ def launcher_environment(backend: Backend, device: Device, cache: Path | None = 
     }
     if device.kind is DeviceKind.CPU:
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(_cores()))
+    if device.kind is DeviceKind.CUDA:
+        environment |= cuda_environment(device)
+    if cache is not None and "TRITON_CACHE_DIR" not in os.environ:
+        environment["TRITON_CACHE_DIR"] = str(cache / KEPT_BY_TRITON)
     return environment | (_vllm_environment(device, cache) if backend is Backend.VLLM else {})
 
 

@@ -55,12 +55,14 @@ class Host:
 class Launcher:
     """One launcher process. Start it before any thread or event loop; attach it to the loop later."""
 
-    def __init__(self, backend: str, device: str, environment: dict[str, str], *, warm: bool = True) -> None:
-        """`warm`: it imports the backend, and hosts are forks of it; else each host imports it anew."""
+    def __init__(
+        self, backend: str, device: str, environment: dict[str, str], cold: str | None = None
+    ) -> None:
+        """`cold`: why each host is to import the backend itself; None: hosts are forks of the launcher."""
         self._backend = backend
         self._device = device
         self._environment = environment
-        self._warm = warm
+        self._cold = cold
         self._preloaded: dict[str, None] = {}
         self._orders = itertools.count()
         self._launching: dict[int, asyncio.Future[Host]] = {}
@@ -152,10 +154,10 @@ class Launcher:
         watched, self._lifeline = os.pipe()
         self._log = HostLog("launcher")
         command = [sys.executable, "-m", "inference_service.engines.launcher_process"]
-        arguments = [theirs.fileno(), watched, self._backend, self._device, os.getpid(), int(self._warm)]
+        arguments = [theirs.fileno(), watched, self._backend, self._device, os.getpid(), self._cold or ""]
         self._process = subprocess.Popen(
             [*command, *map(str, arguments)],
-            env=os.environ | self._environment,
+            env=_inherited() | self._environment,
             pass_fds=(theirs.fileno(), watched),
             stdin=subprocess.DEVNULL,
             stdout=self._log.writer,
@@ -205,8 +207,9 @@ class Launcher:
                 self._imported = True
                 logger.info("launcher is ready", extra={"import_seconds": seconds})
                 if cold is not None:
-                    level = logging.WARNING if self._warm else logging.INFO
-                    logger.log(level, "engines are started without a warm launcher, slower: %s", cold)
+                    self._engines_are_slower(str(cold))
+            case {"cold": reason}:
+                self._engines_are_slower(str(reason))
             case {"launched": order, "pid": pid}:
                 self._launched(order, pid)
             case {"refused": order, "reason": reason}:
@@ -215,6 +218,10 @@ class Launcher:
                 self._exited(pid, status)
             case {"failed": reason}:
                 self._fail(str(reason))
+
+    def _engines_are_slower(self, reason: str) -> None:
+        level = logging.WARNING if self._cold is None else logging.INFO
+        logger.log(level, "engines are started without a warm launcher, slower: %s", reason)
 
     def _launched(self, order: int, pid: int) -> None:
         host = Host(self, pid)
@@ -260,6 +267,11 @@ class Launcher:
         if self._imported:
             return LauncherGone(f"No engine could be started: {reason}. Try again.", retry_after=1)
         return EngineStartFailed(f"No engine can be started: {reason}")
+
+
+def _inherited() -> dict[str, str]:
+    """The service's environment without its secrets: engines have no use for them."""
+    return {name: value for name, value in os.environ.items() if name != "ADMIN_API_KEY"}
 
 
 def kill_group(pid: int, number: signal.Signals = signal.SIGKILL) -> None:

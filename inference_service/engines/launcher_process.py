@@ -1,9 +1,10 @@
 """The launcher's program: imports the backend once, then forks a host per order.
 
 Runs as `python -m inference_service.engines.launcher_process CONTROL_FD LIFELINE_FD BACKEND DEVICE PARENT
-WARM` and holds one thread, because a fork keeps only the thread that called it. It imports the backend
-and never touches CUDA: a CUDA context does not survive a fork. Where a fork could go wrong (warmth.py), and
-where WARM is 0, a host imports everything by itself (cold_host.py).
+COLD` and holds one thread, because a fork keeps only the thread that called it. It imports the backend
+and never touches CUDA, which does not survive a fork: the GPUs are hidden while it imports. Where a fork
+could go wrong (warmth.py), and where COLD gives a reason not to fork, a host imports everything by itself
+(cold_host.py).
 
 Messages (see channel.py):
     service -> launcher   {"launch": id, "spec": {...}}  with two descriptors: listener, log
@@ -11,6 +12,7 @@ Messages (see channel.py):
                           {"preload": module}            the next hosts will need it
     launcher -> service   {"imported": seconds, "cold": reason or null} | {"failed": reason}
                           {"launched": id, "pid": n} | {"refused": id, "reason": text}
+                          {"cold": reason}               hosts are not forked any more: a preload forbids it
                           {"exited": pid, "status": n}   once nothing of the group is left
 """
 
@@ -27,13 +29,14 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any, NoReturn
 
 from inference_service.engines.base import HostSpec
 from inference_service.engines.channel import Channel
 from inference_service.engines.lifeline import end_group_with_service
-from inference_service.engines.warmth import why_cold, why_never_warm
+from inference_service.engines.warmth import gpus_hidden, why_cold
 
 # What a host of each backend imports; a name that is missing is only slower, never an error, except
 # for the first, without which the backend cannot run at all.
@@ -60,7 +63,11 @@ PRELOAD = {
     ),
     "fake": ("inference_service.hosts.fake",),
 }
-PRELOAD_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
+# What vLLM's workers import on one kind of device.
+PRELOAD_VLLM = {
+    "cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner"),
+    "cuda": ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu.model_runner"),
+}
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -69,15 +76,16 @@ _PR_SET_CHILD_SUBREAPER = 36
 def main() -> None:
     control = Channel(socket.socket(fileno=int(sys.argv[1])))
     lifeline, backend, device, parent = int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
-    cold = why_never_warm() if sys.argv[6] == "1" else "WARM_LAUNCHER is off"
+    cold = sys.argv[6] or None
     _die_with(parent)
     _adopt_orphans()
     started = time.monotonic()
     gc.disable()  # what is imported stays: collecting meanwhile costs an eighth of the time
     try:
         if cold is None:
-            preload(backend, device)
-            cold = why_cold(backend)
+            with _nothing_visible(device):
+                preload(backend, device)
+                cold = why_cold(backend)
     except Exception as error:
         traceback.print_exc()
         control.send({"failed": f"{type(error).__name__}: {error}"})
@@ -88,15 +96,19 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
-    _Launcher(control, lifeline, cold=cold is not None).serve()
+    _Launcher(control, lifeline, backend, device, cold=cold is not None).serve()
 
 
 def preload(backend: str, device: str) -> None:
     """Import what hosts of `backend` need; raises whatever the first import raises."""
     first, *others = PRELOAD[backend]
     importlib.import_module(first)
-    for name in (*others, *(PRELOAD_CPU if (backend, device) == ("vllm", "cpu") else ())):
+    for name in (*others, *(PRELOAD_VLLM.get(device, ()) if backend == "vllm" else ())):
         _preload(name)
+
+
+def _nothing_visible(device: str) -> AbstractContextManager[None]:
+    return gpus_hidden() if device == "cuda" else nullcontext()
 
 
 def _preload(name: str) -> None:
@@ -107,9 +119,11 @@ def _preload(name: str) -> None:
 
 
 class _Launcher:
-    def __init__(self, control: Channel, lifeline: int, *, cold: bool) -> None:
+    def __init__(self, control: Channel, lifeline: int, backend: str, device: str, *, cold: bool) -> None:
         self._control = control
         self._lifeline = lifeline
+        self._backend = backend
+        self._device = device
         self._cold = cold
         self._hosts: set[int] = set()
         self._ending: dict[int, int] = {}
@@ -148,7 +162,16 @@ class _Launcher:
         elif "kill" in message:
             self._kill(message["kill"], message["signal"])
         elif not self._cold:
-            _preload(message["preload"])
+            self._preload(message["preload"])
+
+    def _preload(self, module: str) -> None:
+        """Import a module; what is imported later may forbid a fork as well."""
+        with _nothing_visible(self._device):
+            _preload(module)
+            cold = why_cold(self._backend)
+        if cold is not None:
+            self._cold = True
+            self._control.send({"cold": f"{cold} since {module} was imported"})
 
     def _launch(self, order: int, spec: dict[str, Any], listener: int, log: int) -> None:
         try:

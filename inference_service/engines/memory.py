@@ -25,8 +25,8 @@ def _free_on_gpus() -> int | None:
     try:
         pynvml.nvmlInit()
         try:
-            handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in visible_gpus(pynvml)]
-            return min((int(pynvml.nvmlDeviceGetMemoryInfo(handle).free) for handle in handles), default=None)
+            free = (int(pynvml.nvmlDeviceGetMemoryInfo(gpu).free) for gpu in visible_gpus(pynvml))
+            return min(free, default=None)
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError:

@@ -1,13 +1,24 @@
 """Whether a process that has imported a backend may fork hosts that use it.
 
 What vLLM does at import is its own affair and changes with its releases; where a fork of it could go wrong,
-each host imports vLLM anew.
+each host imports vLLM by itself. On CUDA the GPUs are hidden while the launcher imports: nothing can
+initialise CUDA, which does not survive a fork.
 """
 
 import importlib
+import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from inference_service.engines.device import Device
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+DEVICES = Path("/dev")
+# cuInit opens it. NVML, which survives a fork, opens /dev/nvidiactl and no more.
+_UNIFIED_MEMORY = "nvidia-uvm"
 
 # Symbols of vLLM that a forked host relies on beyond its command line and its server's own entry points.
 EXPECTED = {
@@ -18,11 +29,35 @@ EXPECTED = {
 }
 
 
-def why_never_warm() -> str | None:
-    """Why hosts cannot be forked on this system, whatever was imported."""
+def why_spawned(warm_launcher: bool, device: Device) -> str | None:
+    """Why hosts are not to be forked here, whatever was imported; None where they are."""
+    if not warm_launcher:
+        return "WARM_LAUNCHER is off"
     if sys.platform == "darwin":
         return "macOS ends a forked process that uses its frameworks"
+    if not device.like_first:
+        # vLLM keeps at import what the machine's first GPU can do.
+        return "the GPUs are not all of one kind (CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER choose)"
     return None
+
+
+@contextmanager
+def gpus_hidden() -> Iterator[None]:
+    """Show no GPU to what is imported meanwhile; afterwards the environment is what it was.
+
+    An import of vLLM asks Triton's drivers whether they are active, which initialises CUDA where there is a
+    GPU. Where the variable is empty, vLLM takes a process without an active driver for one that gets its GPU
+    later, and keeps Triton (vllm/triton_utils/importing.py).
+    """
+    before = os.environ.get(VISIBLE)
+    os.environ[VISIBLE] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VISIBLE]
+        else:
+            os.environ[VISIBLE] = before
 
 
 def why_cold(backend: str) -> str | None:
@@ -35,12 +70,12 @@ def why_cold(backend: str) -> str | None:
 
 
 def why_cuda() -> str | None:
-    """A CUDA context, or an open GPU, does not survive a fork."""
+    """Neither a CUDA context nor a driver that is initialised survives a fork."""
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
     if cuda is not None and cuda.is_initialized():
         return "it has a CUDA context"
-    opened = [target for target in _open_files() if target.startswith("/dev/nvidia")]
-    return f"it has opened {opened[0]}" if opened else None
+    opened = [file for file in _open_files() if file.startswith(str(DEVICES / _UNIFIED_MEMORY))]
+    return f"it has initialised CUDA ({opened[0]} is open)" if opened else None
 
 
 def why_unexpected() -> str | None:

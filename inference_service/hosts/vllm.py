@@ -28,7 +28,7 @@ from vllm.platforms import current_platform
 from vllm.utils.system_utils import decorate_logs
 
 from inference_service.engines.base import HostSpec
-from inference_service.hosts.vllm_control import control, count_steps, parse_arguments, serve_model
+from inference_service.hosts.vllm_control import control, count_steps, parse_arguments, serve_model, warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ async def _build(args: Namespace, spec: HostSpec, engine: EngineClient) -> FastA
     app.include_router(control)
     app.state.supported_tasks = tasks
     await serve_model(app.state, engine, args, spec)
+    await warm_up(engine)
     count_steps(engine, app.state)
     # Sixty lines that list vLLM's routes at every start.
     logging.getLogger("vllm.entrypoints.launchers.launcher").setLevel(logging.WARNING)

@@ -10,6 +10,7 @@ import math
 import time
 import uuid
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,15 @@ def _render_anew(engine: Any) -> None:
     old, engine.renderer = engine.renderer, renderer_from_config(engine.vllm_config)
     engine.output_processor.tokenizer = engine.renderer.tokenizer
     old.shutdown()
+
+
+async def warm_up(engine: Any) -> None:
+    """Compute the canary once: its kernels, among them that of log probabilities, compile at their first use.
+
+    What it finds, damaged weights too, is reported when the service asks for it.
+    """
+    with suppress(ValueError):
+        await _canary(engine)
 
 
 async def _canary(engine: Any) -> dict[str, Any]:

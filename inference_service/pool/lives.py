@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from inference_service.config import WaitLimit
 from inference_service.engines.base import Engine, EngineState, Snapshot
 from inference_service.errors import (
     EngineDied,
@@ -44,12 +45,14 @@ _LEAVING = (EngineState.DRAINING, EngineState.STOPPING, EngineState.FAILED)
 
 @dataclass(frozen=True)
 class Limits:
-    """In seconds: how long a request waits, how long a load may take, how long an engine may do nothing.
+    """How long a request waits for a load and for a place in a loaded engine; in seconds, how long a load
+    may take and how long an engine may do nothing.
 
     `adapters`: how many an engine knows at once.
     """
 
-    queue_timeout: float
+    load_wait: WaitLimit
+    place_wait: WaitLimit
     load_timeout: float
     stall_timeout: float = 60.0
     adapters: int = 64

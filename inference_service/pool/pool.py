@@ -7,6 +7,7 @@ synchronous. What becomes of each engine is lives.py's. Nothing here knows HTTP.
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -103,17 +104,18 @@ class Pool:
             order = self._orders.begin(model, instead_of)
         return order
 
-    async def lease(self, model: Model) -> Lease:
+    async def lease(self, model: Model, waited: float = 0.0) -> Lease:
         """A lease on the model's engine, loaded if need be; an adapter is added to that.
 
-        Raises Overloaded, NoRoom and ShuttingDown at once, QueueTimedOut, Superseded, and what the load
-        raised (StoreError, EngineStartFailed, OutOfMemory, AdapterRefused) to everyone who waited for it.
+        `waited`: seconds of the request so far. Raises Overloaded, NoRoom and ShuttingDown at once,
+        QueueTimedOut, Superseded, and what the load raised (StoreError, EngineStartFailed, OutOfMemory,
+        AdapterRefused) to everyone who waited for it.
         """
-        return await self._lease(self._limits.queue_timeout, model)
+        return await self._lease(waited, model)
 
     async def _lease(
         self,
-        queue_timeout: float | None,
+        waited: float | None,
         wanted: Model,
         instead_of: str | None = None,
         *,
@@ -125,15 +127,47 @@ class Pool:
         self._waiters[waiter.number] = waiter
         self._tell(self._request(waiter, instead_of))
         self._begin_fetches(waiter)
+        if waited is not None:
+            self._limit(waiter, waited)
         try:
-            async with asyncio.timeout(queue_timeout):
-                lease = await future
-        except TimeoutError as error:
-            raise self._waited_too_long(waiter) from error
+            lease = await future
         except asyncio.CancelledError:
             self._abandon(waiter, LINGER_SECONDS)
             raise
+        finally:
+            waiter.calm()
         return lease if wanted.carrier is None else await self._with_adapter(lease, wanted)
+
+    def _limit(self, waiter: Waiter, waited: float) -> None:
+        """Bound the wait: for the load since the request came, for a place from now on."""
+        now = asyncio.get_running_loop().time()
+        waiter.load_by = now - waited + self._limits.load_wait.seconds
+        waiter.place_by = now + self._limits.place_wait.seconds
+        self._set_alarm(waiter)
+
+    def _set_alarm(self, waiter: Waiter) -> None:
+        waiter.calm()
+        if waiter.lease.done() or waiter.load_by == math.inf:
+            return
+        loop = asyncio.get_running_loop()
+        by = min(waiter.load_by, waiter.place_by) if self._is_there(waiter) else waiter.load_by
+        if by > loop.time():
+            waiter.alarm = loop.call_at(by, self._set_alarm, waiter)
+        else:
+            waiter.lease.set_exception(self._waited_too_long(waiter))
+
+    def _is_there(self, waiter: Waiter) -> bool:
+        """Whether what the request waits for is loaded, and a place there is all that it lacks."""
+        is_ready = self.state(waiter.model.reference) is EngineState.READY
+        return is_ready and not self._lives.fetches.is_under_way(waiter.wanted.reference)
+
+    def _came(self, reference: str) -> None:
+        """An engine is ready, or an adapter's files are there: who still waits lacks a place from now on."""
+        place_by = asyncio.get_running_loop().time() + self._limits.place_wait.seconds
+        for waiter in list(self._waiters.values()):
+            if reference in (waiter.model.reference, waiter.wanted.reference):
+                waiter.place_by = place_by
+                self._set_alarm(waiter)
 
     async def _with_adapter(self, lease: Lease, model: Model) -> Lease:
         """The lease, with the adapter on its engine; given back where that fails."""
@@ -371,9 +405,12 @@ class Pool:
         try:
             while self._events:
                 self._told_at = self._clock()
-                for action in self._scheduler.handle(self._events.popleft(), self._told_at):
+                event = self._events.popleft()
+                for action in self._scheduler.handle(event, self._told_at):
                     if not self._lives.ending:
                         self._carry_out(action)
+                if isinstance(event, Loaded | Fetched):
+                    self._came(event.key)
         finally:
             self._telling = False
         self._look_again()
@@ -454,20 +491,22 @@ class Pool:
 
     def _waited_too_long(self, waiter: Waiter) -> QueueTimedOut:
         """The client is told to come again, and its load goes on until it is done."""
-        name, now, timeout = waiter.wanted.name, self._clock(), self._limits.queue_timeout
+        name, now = waiter.wanted.name, self._clock()
         scheduler, estimates = self._scheduler, self._lives.estimates
         state = self.state(waiter.model.reference)
         fetching = self._lives.fetches.is_under_way(waiter.wanted.reference)
-        if state is EngineState.READY and not fetching:
+        if self._is_there(waiter):
             retry_after = estimates.retry_after_queue(scheduler.waiting)
-            told = refusals.still_busy(name, scheduler.running, scheduler.policy, timeout, retry_after)
+            limit = self._limits.place_wait
+            told = refusals.still_busy(name, scheduler.running, scheduler.policy, limit, retry_after)
             self._abandon(waiter, 0.0)
             return told
         loading = state is EngineState.STARTING or fetching
         since = self._lives.slots[waiter.model.reference].began if state is EngineState.STARTING else now
         retry_after = estimates.retry_after_load(name, since, now)
         self._abandon(waiter, self._limits.load_timeout)
-        return refusals.still_loading(name, loading=loading, queue_timeout=timeout, retry_after=retry_after)
+        limit = self._limits.load_wait
+        return refusals.still_loading(name, loading=loading, limit=limit, retry_after=retry_after)
 
     def _abandon(self, waiter: Waiter, linger: float) -> None:
         """The waiter's request is gone, perhaps in the moment in which its lease was granted.

@@ -1,5 +1,6 @@
 """What a request is told that the pool does not serve: what happened, to which model, what to do next."""
 
+from inference_service.config import WaitLimit
 from inference_service.engines.base import Footprint
 from inference_service.errors import (
     EngineDied,
@@ -55,20 +56,19 @@ def no_room(name: str, footprint: Footprint, policy: Policy, engines: list[Engin
     )
 
 
-def still_loading(name: str, *, loading: bool, queue_timeout: float, retry_after: int) -> QueueTimedOut:
-    state = "is being loaded" if loading else "waits for an engine"
+def still_loading(name: str, *, loading: bool, limit: WaitLimit, retry_after: int) -> QueueTimedOut:
+    state = "is still being loaded" if loading else "still waits for an engine"
     return QueueTimedOut(
-        f"The model '{name}' {state}, for longer than QUEUE_TIMEOUT ({queue_timeout:g} s). Try again in "
-        f"{retry_after} s.",
+        f"The model '{name}' {state}; this request has waited for it for {limit}. The load goes on. Try "
+        f"again in {retry_after} s.",
         retry_after=retry_after,
     )
 
 
-def still_busy(name: str, running: int, policy: Policy, queue_timeout: float, retry_after: int) -> StillBusy:
+def still_busy(name: str, running: int, policy: Policy, limit: WaitLimit, retry_after: int) -> StillBusy:
     return StillBusy(
         f"The model '{name}' is ready, and {running} requests run (MAX_CONCURRENT_REQUESTS="
-        f"{policy.concurrency}); this one has waited for longer than QUEUE_TIMEOUT ({queue_timeout:g} s). "
-        f"Try again in {retry_after} s.",
+        f"{policy.concurrency}); this one has waited for {limit}. Try again in {retry_after} s.",
         retry_after=retry_after,
     )
 

@@ -1,6 +1,7 @@
 """What the pool holds: slots with their engines, the leases on them, and who waits for one."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,13 +74,26 @@ class Lease:
 
 @dataclass(eq=False)
 class Waiter:
-    """A request that waits for a lease, or the operator's order; `number` counts arrivals."""
+    """A request that waits for a lease, or the operator's order; `number` counts arrivals.
+
+    `since` is on the pool's clock, `load_by` and `place_by` on the event loop's: when the request gives up
+    on a model that is not loaded, and on a place in its engine. `alarm` rings at the earlier of the two; an
+    order has none.
+    """
 
     number: int
     wanted: Model
     since: float
     lease: asyncio.Future[Lease]
     order: bool = False
+    load_by: float = math.inf
+    place_by: float = math.inf
+    alarm: asyncio.TimerHandle | None = None
+
+    def calm(self) -> None:
+        """It does not wait any more."""
+        if self.alarm is not None:
+            self.alarm.cancel()
 
     @property
     def model(self) -> Model:

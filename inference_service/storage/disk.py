@@ -42,10 +42,14 @@ _MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
 
 
 class Disk:
-    """The cache directory with its quota in bytes, among all processes that share the directory."""
+    """The cache directory with its quota in bytes, among all processes that share the directory.
 
-    def __init__(self, layout: Layout, quota: int) -> None:
+    `chosen`: the quota is DISK_CACHE_GIB's, not the default.
+    """
+
+    def __init__(self, layout: Layout, quota: int, *, chosen: bool = False) -> None:
         self.quota = quota
+        self._chosen = chosen
         self._layout = layout
         # Held while snapshots are removed, which takes its time.
         self._room = threading.RLock()
@@ -124,15 +128,42 @@ class Disk:
         """Bytes on the disk or promised."""
         return self._used(None)
 
-    def most(self) -> int:
-        """Bytes that a single snapshot can have, were everything else gone; raises CacheError."""
+    def check_fits(self, model: str, count: int) -> None:
+        """Raises DiskFull for a snapshot that has no room even if everything else goes; CacheError."""
+        most = min(self.quota, self._reachable())
+        if count > most:
+            raise DiskFull(
+                f"The model '{model}' needs {readable_bytes(count)} in LOCAL_MODEL_CACHE "
+                f"({self._layout.root}), which can hold {readable_bytes(most)} at most. "
+                f"{self._advice(count)}",
+                param="model",
+            )
+
+    def _reachable(self) -> int:
+        """Bytes that the file system has free, and those that lie in the cache."""
         root = self._layout.root
         try:
             root.mkdir(parents=True, exist_ok=True)
             status = os.statvfs(root)
         except OSError as error:
             raise CacheError(f"LOCAL_MODEL_CACHE={root} cannot be used: {error.strerror}") from error
-        return min(self.quota, status.f_bavail * status.f_frsize + allocated_bytes(root))
+        return status.f_bavail * status.f_frsize + allocated_bytes(root)
+
+    def _advice(self, count: int) -> str:
+        """Which settings would make room for a snapshot of `count` bytes."""
+        is_memory, ways = _is_memory(self._layout.root), []
+        if is_memory:
+            ways.append(
+                "point LOCAL_MODEL_CACHE at a disk (files are memory there; on Cloud Run, mount an ephemeral "
+                "disk), or give the container more memory"
+            )
+        elif count > self._reachable() or not self._chosen:
+            ways.append("point LOCAL_MODEL_CACHE at a larger disk")
+        if count > self.quota:
+            default = "half of the memory" if is_memory else "90 % of the file system"
+            now = f"now {self.quota / _GIB:.4g}" if self._chosen else f"unset: {default}"
+            ways.append(f"raise DISK_CACHE_GIB ({now})")
+        return f"To serve it, {', or '.join(ways)}."
 
     def _used(self, mine: Path | None) -> int:
         return allocated_bytes(self._layout.root) + self._outstanding(mine)
@@ -207,11 +238,12 @@ class Disk:
             )
         )
         using = f"by models that are loaded ({held}) and " if held else ""
-        advice = " Unload one (POST /admin/unload), or raise the quota." if held else ""
+        advice = " Unload one (POST /admin/unload)." if held else ""
         error = DiskFull(
             f"The model '{model}' needs {readable_bytes(count)} in LOCAL_MODEL_CACHE ({self._layout.root}), "
             f"and {free} can be had: the quota is {readable_bytes(self.quota)} (DISK_CACHE_GIB), {used} "
-            f"of it is taken {using}by fetches under way, and the file system has {left} left.{advice}",
+            f"of it is taken {using}by fetches under way, and the file system has {left} left.{advice} "
+            f"{self._advice(count)}",
             param="model",
         )
         error.missing = count - self._free(mine) - freed
@@ -226,8 +258,9 @@ def open_cache(settings: Settings) -> tuple[Layout, Disk]:
     except OSError as error:
         raise CacheError(f"LOCAL_MODEL_CACHE={root} cannot be made: {error.strerror}") from error
     layout = Layout(root)
-    quota = default_quota(root) if settings.disk_cache_gib is None else int(settings.disk_cache_gib * _GIB)
-    return layout, Disk(layout, quota)
+    if settings.disk_cache_gib is None:
+        return layout, Disk(layout, default_quota(root))
+    return layout, Disk(layout, int(settings.disk_cache_gib * _GIB), chosen=True)
 
 
 def default_quota(directory: Path) -> int:

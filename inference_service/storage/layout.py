@@ -13,6 +13,7 @@
       .evicted-9fj2k1/                       an evicted snapshot on its way out
       .room.lock                             held while room is made or promised
       .vllm/                                 what vLLM keeps: compiled kernels, start-up plans (factory.py)
+      .triton/                               Triton's compiled kernels (factory.py)
 
 That a file exists proves nothing; only the manifest does.
 """

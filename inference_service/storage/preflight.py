@@ -17,7 +17,7 @@ from inference_service.config import Settings
 from inference_service.engines import vllm_names
 from inference_service.engines.context import is_stretched, positions
 from inference_service.engines.device import Backend, Device
-from inference_service.errors import CacheError, DiskFull, ModelNotServable, readable_bytes
+from inference_service.errors import CacheError, ModelNotServable, readable_bytes
 from inference_service.models.serving import Serving
 from inference_service.storage.adapter import adapter_config, why_malformed, why_not_of
 from inference_service.storage.documents import (
@@ -63,8 +63,8 @@ class _Verdict:
 class Preflight:
     """Examines models for one device and backend.
 
-    `most_bytes`: what the disk can hold of one model. `kept`: where its snapshot lies, if it is there
-    already; then the bucket is not asked.
+    `check_disk`: raises DiskFull for a model of so many bytes that the disk cannot hold. `kept`: where its
+    snapshot lies, if it is there already; then the bucket is not asked.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class Preflight:
         settings: Settings,
         device: Device,
         backend: Backend,
-        most_bytes: Callable[[], int],
+        check_disk: Callable[[str, int], None],
         kept: Callable[[Model], Awaitable[Path | None]] | None = None,
     ) -> None:
         self._documents = documents
         self._settings = settings
         self._device = device
         self._backend = backend
-        self._most_bytes = most_bytes
+        self._check_disk = check_disk
         self._kept = kept
         # Of each model the newest revisions: the one that serves and the one that is to.
         self._found: dict[tuple[str, str], _Verdict] = {}
@@ -151,7 +151,7 @@ class Preflight:
     def _judge(self, model: Model, reader: Reader, of_base: Reader, fetch: bool) -> _Verdict:
         """Whether the model can be served; what is damaged is told and not kept: it may be the wire."""
         if fetch:
-            self._check_disk(model)
+            self._check_disk(model.name, model.bytes)
         if self._backend is Backend.FAKE:  # nothing reads the insides of its models
             return self._judge_fake(model, reader)
         if model.carrier is not None:
@@ -202,15 +202,6 @@ class Preflight:
         for stored, header in zip(files, headers, strict=True):
             weights.tensors.update(_parsed(stored, header))
         return weights
-
-    def _check_disk(self, model: Model) -> None:
-        most = self._most_bytes()
-        if model.bytes > most:
-            raise DiskFull(
-                f"The model '{model.name}' needs {readable_bytes(model.bytes)} in LOCAL_MODEL_CACHE, which "
-                f"can hold {readable_bytes(most)} at most (DISK_CACHE_GIB and the size of the file system).",
-                param="model",
-            )
 
     def _unknown_names(self, config: dict[str, Any], serving: Serving) -> str | None:
         """An architecture, parser or quantisation that the engine does not have."""

@@ -12,7 +12,7 @@ from starlette.types import Message
 
 from inference_service.api.relay import Relay
 from inference_service.api.service import Service
-from inference_service.config import Settings
+from inference_service.config import Settings, WaitLimit
 from inference_service.engines.base import Footprint, Reply, Snapshot
 from inference_service.engines.device import Backend, Device, DeviceKind
 from inference_service.metrics import Metrics
@@ -97,7 +97,7 @@ class Bench:
             ),
             metrics,
             policy=Policy(slots=1, concurrency=2),
-            limits=Limits(queue_timeout=100, load_timeout=100),
+            limits=Limits(WaitLimit(100), WaitLimit(100), load_timeout=100),
         )
         self.service = Service(
             Settings(cold_start_grace=grace, gcs_bucket="file:///"),

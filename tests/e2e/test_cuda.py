@@ -63,12 +63,25 @@ def test_two_engines_keep_within_what_is_reserved_for_them(bucket: Bucket, tmp_p
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_the_launcher_never_touches_the_gpu(service: ServiceProcess) -> None:
-    ask(service, BASE)
+def test_the_launcher_is_warm_and_touches_no_gpu(
+    service: ServiceProcess, bucket: Bucket, tmp_path: Path
+) -> None:
+    answer = ask(service, BASE)
     (launcher,) = psutil.Process(service.process.pid).children()
-    opened = [str(fd.readlink()) for fd in Path(f"/proc/{launcher.pid}/fd").iterdir()]
-    assert not [path for path in opened if "nvidia" in path]
+    opened = {str(fd.readlink()) for fd in Path(f"/proc/{launcher.pid}/fd").iterdir()}
+    assert {path for path in opened if "nvidia" in path} <= {"/dev/nvidiactl"}, "NVML's alone"
     assert "without a warm launcher" not in service.log_text()
+    assert "inference_service.engines.launcher_process" in host_command(service, BASE), "a fork"
+    service.http.post(f"/admin/unload/{BASE}").raise_for_status()
+    settings = {"MAX_CACHED_MODELS": "1", "GPU_MEMORY_UTILIZATION": "0.3", "ENGINE": "auto"}
+    with real_service(bucket, tmp_path, ENGINES["vllm"], WARM_LAUNCHER="false", **settings) as spawning:
+        assert ask(spawning, BASE) == answer
+        assert "inference_service.engines.cold_host" in host_command(spawning, BASE)
+
+
+def host_command(service: ServiceProcess, model: str) -> list[str]:
+    """The command line of a model's host; a fork has its launcher's."""
+    return psutil.Process(service.engine(model)["process_id"]).cmdline()
 
 
 def test_weights_are_swapped_on_the_gpu(bucket: Bucket, tmp_path: Path) -> None:

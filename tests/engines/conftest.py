@@ -19,11 +19,14 @@ torch.cuda._lazy_init = refused
 from inference_service.engines import launcher_process, warmth
 launcher_process.preload("vllm", "cpu")
 cold = warmth.why_cold("vllm")
+import importlib.util
+wanted = {*launcher_process.PRELOAD["vllm"], *sum(launcher_process.PRELOAD_VLLM.values(), ())}
+missing = sorted(name for name in wanted if importlib.util.find_spec(name) is None)
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
-print(json.dumps({"cold": cold, "names": {
+print(json.dumps({"cold": cold, "missing": missing, "names": {
     "architectures": sorted(ModelRegistry.get_supported_archs()),
     "quantizations": sorted(QUANTIZATION_METHODS),
     "reasoning_parsers": sorted(ReasoningParserManager.list_registered()),
@@ -34,9 +37,11 @@ print(json.dumps({"cold": cold, "names": {
 
 @dataclass(frozen=True)
 class PinnedVllm:
-    """`cold`: why hosts must not be forked from a process that has imported it; `names`: its own tables."""
+    """`cold`: why hosts must not be forked from a process that has imported it; `missing`: modules that the
+    launcher preloads in vain, for whatever device; `names`: its own tables."""
 
     cold: str | None
+    missing: list[str]
     names: dict[str, list[str]]
 
 

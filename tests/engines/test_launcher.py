@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -289,8 +290,126 @@ async def test_a_close_that_is_cancelled_can_be_begun_anew(launcher: Launcher, t
         await until(lambda: psutil.Process(launcher.process_id).children() == [])
 
 
+RECORD = """
+import os
+with open({file!r}, "a") as file:
+    file.write(repr(os.environ.get("CUDA_VISIBLE_DEVICES")) + "\\n")
+"""
+
+
+def recording_module(room: Path, module: str) -> Path:
+    """Put a module into `room` that notes which GPUs its import sees; where to."""
+    file = room / f"{module}.seen"
+    path = room / (f"{module}.py" if module != "vllm" else "vllm/__init__.py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(RECORD.format(file=str(file)))
+    return file
+
+
+def show_gpus(monkeypatch: pytest.MonkeyPatch, visible: str | None) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+async def seen_by_host(launcher: Launcher, room: Path) -> tuple[str, list[str]]:
+    """Which GPUs a host sees, and its command line."""
+    order = replace(spec("tests.engines.seeing_host"), directory=str(room))
+    host = engine(launcher, room, order)
+    await host.start()
+    assert host.process_id is not None
+    command = psutil.Process(host.process_id).cmdline()
+    await host.close()
+    return (room / "seen").read_text().strip(), command
+
+
+@pytest.mark.parametrize("visible", [None, "0", "2,3", "GPU-8932f937"])
+async def test_a_preload_sees_no_gpu_and_a_forked_host_sees_the_services(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None
+) -> None:
+    show_gpus(monkeypatch, visible)
+    seen = recording_module(tmp_path, "preloaded_later")
+    launcher = Launcher("fake", "cuda", {"PYTHONPATH": str(tmp_path)})
+    launcher.attach()
+    try:
+        launcher.preload(["preloaded_later"])
+        by_host, command = await seen_by_host(launcher, tmp_path)
+        assert "inference_service.engines.launcher_process" in command, "forked"
+        assert by_host == repr(visible)
+        assert seen.read_text() == "''\n"
+    finally:
+        launcher.close()
+
+
+async def test_the_backends_import_sees_no_gpu_and_a_spawned_host_sees_the_services(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show_gpus(monkeypatch, "1,2")
+    seen = recording_module(tmp_path, "vllm")
+    for name in ("v1", "v1/engine"):
+        (tmp_path / "vllm" / name).mkdir()
+        (tmp_path / "vllm" / name / "__init__.py").touch()
+    (tmp_path / "vllm/v1/engine/core.py").touch()
+    launcher = Launcher("vllm", "cuda", {"PYTHONPATH": str(tmp_path)})
+    launcher.attach()
+    try:
+        by_host, command = await seen_by_host(launcher, tmp_path)
+        assert "inference_service.engines.cold_host" in command, "this vLLM lacks what a fork needs"
+        assert by_host == repr("1,2")
+        assert seen.read_text() == "''\n"
+    finally:
+        launcher.close()
+
+
+async def test_where_there_is_no_gpu_nothing_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show_gpus(monkeypatch, "0")
+    seen = recording_module(tmp_path, "preloaded_later")
+    launcher = Launcher("fake", "cpu", {"PYTHONPATH": str(tmp_path)})
+    launcher.attach()
+    try:
+        launcher.preload(["preloaded_later"])
+        await seen_by_host(launcher, tmp_path)
+        assert seen.read_text() == "'0'\n"
+    finally:
+        launcher.close()
+
+
+async def test_a_preload_that_forbids_a_fork_makes_the_next_hosts_import_by_themselves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    thread = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+    (tmp_path / "starts_a_thread.py").write_text(thread)
+    launcher = Launcher("fake", "cuda", {"PYTHONPATH": str(tmp_path)})
+    launcher.attach()
+    try:
+        _, command = await seen_by_host(launcher, tmp_path)
+        assert "inference_service.engines.launcher_process" in command
+        launcher.preload(["starts_a_thread"])
+        _, command = await seen_by_host(launcher, tmp_path)
+        assert "inference_service.engines.cold_host" in command
+        assert "it has 2 threads, and a fork keeps one since starts_a_thread was imported" in caplog.text
+    finally:
+        launcher.close()
+
+
+async def test_hosts_do_not_get_the_operators_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADMIN_API_KEY", "a-secret")
+    launcher = Launcher("fake", "cpu", {})
+    launcher.attach()
+    try:
+        host = engine(launcher, tmp_path)
+        await host.start()
+        for pid in (launcher.process_id, host.process_id):
+            assert "ADMIN_API_KEY" not in psutil.Process(pid).environ()
+        await host.close()
+    finally:
+        launcher.close()
+
+
 async def test_a_cold_launcher_starts_hosts_that_import_everything_themselves(tmp_path: Path) -> None:
-    launcher = Launcher("fake", "cpu", {}, warm=False)
+    launcher = Launcher("fake", "cpu", {}, "for this test")
     launcher.attach()
     try:
         host = engine(launcher, tmp_path)
@@ -309,7 +428,7 @@ async def test_a_cold_launcher_starts_hosts_that_import_everything_themselves(tm
 
 
 async def test_a_cold_host_that_fails_says_why(tmp_path: Path) -> None:
-    launcher = Launcher("fake", "cpu", {}, warm=False)
+    launcher = Launcher("fake", "cpu", {}, "for this test")
     launcher.attach()
     try:
         host = engine(launcher, tmp_path, spec("nobody_has_it"))

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from inference_service.engines import warmth
+from inference_service.engines.device import Device, DeviceKind
 from inference_service.engines.vllm_names import modules_of
 from tests.engines.conftest import PinnedVllm
 
@@ -15,6 +18,7 @@ def test_the_pinned_vllm_has_what_forked_hosts_rely_on_and_its_import_reaches_no
     pinned_vllm: PinnedVllm,
 ) -> None:
     assert pinned_vllm.cold is None
+    assert pinned_vllm.missing == []
 
 
 def test_a_symbol_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +49,57 @@ def test_a_cuda_context_makes_it_cold(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True))
     monkeypatch.setitem(sys.modules, "torch", torch)
     assert warmth.why_cuda() == "it has a CUDA context"
+
+
+@pytest.mark.parametrize(
+    ("opened", "cold"),
+    [
+        ([], False),
+        (["nvidiactl"], False),
+        (["nvidiactl", "nvidia0", "nvidia-uvm"], True),
+        (["nvidia-uvm-tools"], True),
+    ],
+)
+def test_only_what_cuda_opens_makes_it_cold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[str], cold: bool
+) -> None:
+    monkeypatch.setattr(warmth, "DEVICES", tmp_path)
+    files = [(tmp_path / name).open("w") for name in opened]
+    try:
+        found = warmth.why_cuda()
+    finally:
+        for file in files:
+            file.close()
+    assert (found is not None) is cold
+    if found is not None:
+        assert found == f"it has initialised CUDA ({tmp_path / opened[-1]} is open)"
+    assert warmth.why_cuda() is None, "closed again"
+
+
+@pytest.mark.parametrize("before", [None, "", "0", "2,3", "GPU-8932f937"])
+def test_gpus_are_hidden_for_a_while(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    with suppress(ZeroDivisionError), warmth.gpus_hidden():
+        assert visible_to_a_child() == repr("")
+        raise ZeroDivisionError
+    assert visible_to_a_child() == repr(before)
+
+
+def visible_to_a_child() -> str:
+    """What the process's own environment holds, not Python's copy of it."""
+    command = [sys.executable, "-c", "import os; print(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_hosts_are_spawned_where_a_fork_would_know_another_gpu() -> None:
+    gpu = Device(DeviceKind.CUDA, "NVIDIA L4")
+    assert warmth.why_spawned(True, gpu) is None
+    assert warmth.why_spawned(False, gpu) == "WARM_LAUNCHER is off"
+    mixed = Device(DeviceKind.CUDA, "NVIDIA L4", like_first=False)
+    assert "not all of one kind" in str(warmth.why_spawned(True, mixed))
 
 
 def test_modules_of_architectures() -> None:

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from inference_service.config import WaitLimit
 from inference_service.engines.base import EngineState, Footprint, Snapshot
 from inference_service.errors import (
     EngineError,
@@ -106,7 +107,7 @@ class PoolMachine(RuleBasedStateMachine):
             ),
             Metrics(),
             policy=self.policy,
-            limits=Limits(queue_timeout=NEVER, load_timeout=NEVER, stall_timeout=NEVER),
+            limits=Limits(WaitLimit(NEVER), WaitLimit(NEVER), load_timeout=NEVER, stall_timeout=NEVER),
             clock=lambda: self.now,
         )
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.engines.base import Footprint, Pulse, Snapshot
+from inference_service.config import WaitLimit
+from inference_service.engines.base import EngineState, Footprint, Pulse, Snapshot
 from inference_service.errors import (
     DiskFull,
     EngineDied,
@@ -33,7 +34,7 @@ from inference_service.pool.pool import LINGER_SECONDS, Pool
 from inference_service.pool.slot import Lease
 from inference_service.pool.views import Policy
 from inference_service.storage.model import Model
-from tests.pool.gated import MIB, GatedEngine, adapter, model
+from tests.pool.gated import MIB, GatedEngine, adapter, key, model
 
 
 class Bench:
@@ -43,9 +44,11 @@ class Bench:
         self,
         policy: Policy,
         clock: Callable[[], float] | None = None,
-        queue_timeout: float = 1000,
         load_timeout: float = 1800,
         stall_timeout: float = 1800,
+        *,
+        load_wait: float = 1000,
+        place_wait: float = 1000,
     ) -> None:
         self.engines: dict[str, list[GatedEngine]] = {}
         self.metrics = Metrics()
@@ -67,7 +70,12 @@ class Bench:
             ),
             self.metrics,
             policy=policy,
-            limits=Limits(queue_timeout, load_timeout, stall_timeout),
+            limits=Limits(
+                WaitLimit(load_wait, "the bound of a load"),
+                WaitLimit(place_wait, "the bound of a place"),
+                load_timeout,
+                stall_timeout,
+            ),
             clock=clock or self._clock,
         )
 
@@ -472,8 +480,9 @@ async def test_an_idle_engine_is_torn_down_after_a_while() -> None:
 
 
 async def test_who_waits_too_long_is_told_when_to_come_again_and_the_load_goes_on() -> None:
-    async for bench in _bench(1, queue_timeout=0.5):
-        with pytest.raises(QueueTimedOut, match="is being loaded, for longer than QUEUE_TIMEOUT") as caught:
+    async for bench in _bench(1, load_wait=0.5, place_wait=0):
+        told = r"is still being loaded; .* for 0\.5 s \(the bound of a load\)"
+        with pytest.raises(QueueTimedOut, match=told) as caught:
             await bench.ask("a")
         assert caught.value.retry_after is not None
         assert 1 <= caught.value.retry_after <= 120
@@ -721,7 +730,7 @@ async def test_what_a_waiter_is_told_meanwhile(one: Bench) -> None:
 
 
 async def test_a_load_that_the_operator_asked_for_outlives_the_queue_timeout() -> None:
-    async for bench in _bench(1, clock=time.monotonic, queue_timeout=0.02):
+    async for bench in _bench(1, clock=time.monotonic, load_wait=0.02):
         loading = bench.pool.order(model("a"))
         await asyncio.sleep(0.1)
         assert not loading.done()
@@ -731,14 +740,65 @@ async def test_a_load_that_the_operator_asked_for_outlives_the_queue_timeout() -
 
 
 async def test_who_waited_too_long_for_a_ready_engine_is_told_so() -> None:
-    async for bench in _bench(1, Policy(1, 1, min_residency=0), time.monotonic, queue_timeout=0.5):
+    async for bench in _bench(1, Policy(1, 1, min_residency=0), time.monotonic, place_wait=0.5):
         asked = bench.ask("a")
         await bench.settle()
         bench.engine("a").started.set_result(None)
         lease = await asked
-        with pytest.raises(StillBusy, match="is ready, and 1 requests run"):
+        with pytest.raises(StillBusy, match=r"1 requests run .* for 0\.5 s \(the bound of a place\)"):
             await bench.ask("a")
         lease.release()
+
+
+async def test_the_wait_for_a_place_begins_when_the_model_is_loaded() -> None:
+    """A load outlasts the bound of a place; once it is there, who gets no place waits only so long."""
+    async for bench in _bench(1, Policy(1, 1, min_residency=0), time.monotonic, place_wait=0.3):
+        first, second = bench.ask("a"), bench.ask("a")
+        done, _ = await asyncio.wait({first, second}, timeout=0.8)
+        assert not done, "a wait for a load is not bounded by that for a place"
+        bench.engine("a").started.set_result(None)
+        lease = await first
+        assert not second.done()
+        with pytest.raises(StillBusy):
+            await second
+        lease.release()
+
+
+async def test_a_place_is_not_waited_for_longer_than_the_request_may_take() -> None:
+    async for bench in _bench(1, Policy(1, 1, min_residency=0), time.monotonic, load_wait=0.5):
+        lease = await bench.started("a")
+        with pytest.raises(StillBusy):
+            await bench.ask("a")
+        lease.release()
+
+
+async def test_what_a_request_has_waited_before_counts() -> None:
+    async for bench in _bench(1, clock=time.monotonic, load_wait=60):
+        with pytest.raises(QueueTimedOut):
+            await asyncio.wait_for(bench.pool.lease(model("a"), 61), 30)
+        await bench.settle()
+        bench.engine("a").started.set_result(None)
+        await bench.settle()
+        (await bench.pool.lease(model("a"), 61)).release()
+
+
+async def test_an_engine_that_drains_away_makes_its_waiters_wait_for_a_load_again() -> None:
+    policy = Policy(1, 1, fairness_wait=0, min_residency=0)
+    async for bench in _bench(1, policy, time.monotonic, place_wait=0.3):
+        lease = await bench.started("a")
+        bench.engine("a").may_close.set_result(None)
+        waits = bench.ask("a")
+        other = bench.ask("b")
+        await bench.settle()
+        await asyncio.wait({waits}, timeout=0.1)
+        bench.pool.look()
+        await bench.settle()
+        assert bench.pool.state(key("a")) is EngineState.DRAINING, repr(bench.pool)
+        done, _ = await asyncio.wait({waits}, timeout=0.6)
+        assert not done
+        lease.release()
+        waits.cancel()
+        other.cancel()
 
 
 async def test_stats_at_every_turn_of_a_teardown(one: Bench) -> None:
@@ -963,7 +1023,7 @@ async def test_who_leaves_takes_no_adapters_files_from_the_others(one: Bench) ->
 
 
 async def test_files_that_come_to_nothing_are_known_also_when_nobody_waits_any_more() -> None:
-    async for bench in _bench(1, queue_timeout=0.5):
+    async for bench in _bench(1, load_wait=0.5):
         (await bench.started("base")).release()
         bench.gates["t"] = asyncio.Event()
         bench.broken_later["t"] = SnapshotCorrupt("it is not what the bucket holds")
@@ -976,7 +1036,7 @@ async def test_files_that_come_to_nothing_are_known_also_when_nobody_waits_any_m
 
 
 async def test_a_load_that_goes_on_for_one_is_not_ended_by_another_who_leaves() -> None:
-    async for bench in _bench(1, queue_timeout=0.5):
+    async for bench in _bench(1, load_wait=0.5):
         (await bench.started("base")).release()
         bench.gates["t"] = asyncio.Event()
         with pytest.raises(QueueTimedOut):

@@ -5,12 +5,14 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from inference_service.config import Settings
 from inference_service.engines.device import memory_bytes
 from inference_service.errors import DiskFull
+from inference_service.storage import disk as disks
 from inference_service.storage.directory import DirectoryStore
 from inference_service.storage.disk import default_quota, open_cache
 from inference_service.storage.layout import MANIFEST, PROMISE, ROOM_LOCK
@@ -188,6 +190,63 @@ async def test_what_a_killed_fetch_left_gives_way_first(source: Path, cache: Pat
     sync.release(await sync.snapshot(listed(source, "b")))
     assert not leftover.exists()
     assert kept(cache) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_memory", "said", "unsaid"),
+    [
+        (
+            {"disk_cache_gib": 0.001},
+            False,
+            ["raise DISK_CACHE_GIB (now 0.001)"],
+            ["LOCAL_MODEL_CACHE at a", "memory"],
+        ),
+        (
+            {"disk_cache_gib": 0.001},
+            True,
+            ["raise DISK_CACHE_GIB (now 0.001)", "LOCAL_MODEL_CACHE at a disk", "ephemeral disk"],
+            ["larger disk"],
+        ),
+        (
+            {},
+            True,
+            ["raise DISK_CACHE_GIB (unset: half of the memory)", "LOCAL_MODEL_CACHE at a disk"],
+            ["larger disk"],
+        ),
+        (
+            {},
+            False,
+            ["raise DISK_CACHE_GIB (unset: 90 % of the file system)", "LOCAL_MODEL_CACHE at a larger disk"],
+            ["memory"],
+        ),
+        (
+            {"disk_cache_gib": 1_000_000},
+            False,
+            ["LOCAL_MODEL_CACHE at a larger disk"],
+            ["raise DISK_CACHE_GIB", "memory"],
+        ),
+    ],
+)
+def test_a_refusal_names_the_settings_that_would_help(
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    is_memory: bool,
+    said: list[str],
+    unsaid: list[str],
+) -> None:
+    monkeypatch.setattr(disks, "_is_memory", lambda directory: is_memory)
+    _, disk = open_cache(Settings(local_model_cache=cache, **settings))
+    disk.check_fits("small", 1000)
+    # Within a quota of a million GiB, and more than any file system here.
+    too_much = 2 * MIB if settings.get("disk_cache_gib") == 0.001 else 900_000 << 30
+    with pytest.raises(DiskFull, match=r"'large' needs .* which can hold .* at most\. To serve") as caught:
+        disk.check_fits("large", too_much)
+    for words in said:
+        assert words in caught.value.message
+    _, _, advice = caught.value.message.partition("To serve it")
+    for words in unsaid:
+        assert words not in advice
 
 
 async def test_a_model_larger_than_the_disk_is_refused_before_a_byte(source: Path, small_disk: Path) -> None:

@@ -385,5 +385,5 @@ async def test_any_schedule_of_faults(
 def registry_of(catalog: Catalog, store: GcsStore, cache: Path) -> Registry:
     device = Device(DeviceKind.CPU, "test")
     sync = open_sync(store, cache)
-    preflight = Preflight(Documents(store), Settings(), device, Backend.FAKE, lambda: 1 << 50)
+    preflight = Preflight(Documents(store), Settings(), device, Backend.FAKE, lambda model, count: None)
     return Registry(catalog, preflight, sync, Layout(cache), Verifier(HostCache(0)))

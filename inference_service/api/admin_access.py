@@ -1,0 +1,97 @@
+"""Access to /admin: with the operator's key, or where none is set from the machine that the service runs on.
+
+A page of another site never has access: a browser sends what such a page asks it to, from the operator's own
+machine. Sec-Fetch-Site and Origin show it; no page can forge them, and no command-line client sends them.
+Keys for /v1 are no concern of this module.
+"""
+
+import hmac
+import ipaddress
+from urllib.parse import urlsplit
+
+from fastapi import Request
+
+from inference_service.api.service import ServiceDep
+from inference_service.errors import AdminForbidden, AdminKeyWrong
+
+_SCHEME = "bearer "
+# A page of the service itself, and an address that was typed.
+_OWN_PAGES = frozenset({"same-origin", "none"})
+# Headers of a proxy: it may run on this machine and pass on requests of any other.
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+
+
+async def admit_operator(request: Request, service: ServiceDep) -> None:
+    """A dependency of every route of /admin; raises AdminForbidden and AdminKeyWrong."""
+    settings = service.settings
+    _refuse_other_sites(request)
+    if settings.admin_api_key is not None:
+        _check_key(request, settings.admin_api_key.get_secret_value())
+    elif not settings.admin_open and not _comes_from_this_machine(request):
+        raise AdminForbidden(_how_to_open(request))
+
+
+def _refuse_other_sites(request: Request) -> None:
+    sites = request.headers.getlist("sec-fetch-site")
+    foreign = any(_is_foreign(origin, request) for origin in request.headers.getlist("origin"))
+    if foreign or not _OWN_PAGES.issuperset(map(str.lower, sites)):
+        raise AdminForbidden(
+            "/admin does not answer requests that a web page of another site sends (Sec-Fetch-Site, Origin). "
+            "Send them from a command line, or from a page of this service's own address."
+        )
+
+
+def _is_foreign(origin: str, request: Request) -> bool:
+    """Whether a page of another address sent the request; `null` is the origin of one that hides its own."""
+    _, scheme, address = origin.lower().partition("://")
+    return not (scheme and address) or address != request.headers.get("host", "").lower()
+
+
+def _check_key(request: Request, key: str) -> None:
+    given = request.headers.get("authorization", "")
+    is_bearer = given[: len(_SCHEME)].lower() == _SCHEME
+    # As bytes: compare_digest refuses text that is not ASCII.
+    token = given[len(_SCHEME) :].strip().encode()
+    if not is_bearer:
+        raise AdminKeyWrong("/admin requires the service's ADMIN_API_KEY: send 'Authorization: Bearer KEY'.")
+    if not hmac.compare_digest(token, key.encode()):
+        raise AdminKeyWrong("The key is not the service's ADMIN_API_KEY, which /admin requires.")
+
+
+def _comes_from_this_machine(request: Request) -> bool:
+    """Whether the peer of the socket is on this machine and is no proxy.
+
+    The Host header must name this machine as well: a web page's own domain name can be made to resolve to
+    127.0.0.1 (DNS rebinding).
+    """
+    if request.client is None or any(header in request.headers for header in _FORWARDED):
+        return False
+    return _is_loopback(request.client.host) and _names_this_machine(request.headers.get("host", ""))
+
+
+def _names_this_machine(host: str) -> bool:
+    """Whether a Host header, with or without a port, is `localhost` or a loopback address."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    return name == "localhost" or name.endswith(".localhost") or _is_loopback(name)
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return bool((mapped or parsed).is_loopback)
+
+
+def _how_to_open(request: Request) -> str:
+    _, port = request.scope.get("server") or ("", 8080)
+    return (
+        "/admin has no key and answers only requests from the machine that the service runs on, sent to "
+        f"http://127.0.0.1:{port} and not through a proxy. Start the service with a key (`docker run -e "
+        "ADMIN_API_KEY=...`) and send it as 'Authorization: Bearer ...'; or open /admin to everyone with "
+        "`-e ADMIN_OPEN=true`."
+    )
