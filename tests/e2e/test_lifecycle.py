@@ -214,14 +214,14 @@ def test_ctrl_c_ends_everything(hasty: ServiceProcess, engine: Engine) -> None:
 
 @pytest.fixture
 def loaded(bucket: Bucket, tmp_path: Path, engine: Engine) -> Iterator[ServiceProcess]:
-    with real_service(bucket, tmp_path, engine, PRELOAD_MODELS=BASE, DRAIN_TIMEOUT="4") as service:
+    with real_service(bucket, tmp_path, engine, PRELOAD_MODELS=BASE, DRAIN_TIMEOUT="8") as service:
         service.wait_ready(BASE)
         yield service
 
 
 def test_sigterm_during_a_stream_lets_it_finish(loaded: ServiceProcess) -> None:
     family = loaded.descendants()
-    client, received = start_stream(loaded, tokens=20)
+    client, received = start_stream(loaded, tokens=4)
     endless, endless_received = start_stream(loaded, tokens=1900)
     loaded.signal(signal.SIGTERM)
     loaded.wait_until(lambda: loaded.http.get("/ready").status_code == 503, 4)
@@ -232,7 +232,7 @@ def test_sigterm_during_a_stream_lets_it_finish(loaded: ServiceProcess) -> None:
             received += chunk
         while chunk := endless.recv(65536):
             endless_received += chunk
-    assert b'"completion_tokens":20' in received
+    assert b'"completion_tokens":4' in received
     assert received.rstrip(b"\r\n0").endswith(b"data: [DONE]"), "the short one ends as if nothing was"
     assert b"shutting_down" in endless_received, "the long one is told why"
     assert b"[DONE]" not in endless_received
