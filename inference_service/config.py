@@ -75,7 +75,9 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 class Settings(BaseSettings):
     """All settings; the field's name in capitals is the environment variable."""
 
-    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True
+    )
 
     gcs_bucket: str = Field(
         "your-models-bucket",
@@ -86,7 +88,7 @@ class Settings(BaseSettings):
         "models/", description="Prefix of the models inside the bucket; `/` for the whole bucket"
     )
     local_model_cache: Path = Field(
-        Path("/tmp/model_cache"),  # noqa: S108  (the documented default; Cloud Run offers no other disk)
+        Path("/tmp/model_cache"),  # noqa: S108  (the documented default)
         description="Directory for verified snapshots of the models",
     )
     disk_cache_gib: float | None = Field(
@@ -294,7 +296,9 @@ class Settings(BaseSettings):
     @property
     def place_wait(self) -> WaitLimit:
         """How long a request waits for a place in an engine that is loaded."""
-        return WaitLimit(PLACE_SECONDS if self.queue_timeout is None else self.queue_timeout)
+        if self.queue_timeout is not None:
+            return WaitLimit(self.queue_timeout)
+        return WaitLimit(PLACE_SECONDS, "the default; QUEUE_TIMEOUT sets another")
 
     @property
     def concurrency(self) -> int:

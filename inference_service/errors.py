@@ -12,7 +12,7 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     ├── ModelNotServable        422   the model is there and cannot be served; says why
     ├── NoPreviousRevision      409   there is nothing on the disk to roll back to
     ├── Overloaded              429   too many requests wait already
-    ├── QueueTimedOut           503   it waited for QUEUE_TIMEOUT; its load goes on
+    ├── QueueTimedOut           503   it waited for as long as it may; its load goes on
     │   └── StillBusy                 its engine is there, and too many requests run
     ├── NoRoom                  503   it does not fit beside the pinned engines; says the numbers
     ├── StoreError                    the bucket cannot be read; says why

@@ -7,7 +7,7 @@ Keys for /v1 are no concern of this module.
 
 import hmac
 import ipaddress
-from urllib.parse import urlsplit
+import re
 
 from fastapi import Request
 
@@ -18,7 +18,9 @@ _SCHEME = "bearer "
 # A page of the service itself, and an address that was typed.
 _OWN_PAGES = frozenset({"same-origin", "none"})
 # Headers of a proxy: it may run on this machine and pass on requests of any other.
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+_FORWARDED = ("forwarded", "x-forwarded", "x-real-ip", "x-original", "via")
+# A name or an address, and a port: nothing that two parsers could read in two ways.
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]*)?", re.IGNORECASE)
 
 
 async def admit_operator(request: Request, service: ServiceDep) -> None:
@@ -36,8 +38,8 @@ def _refuse_other_sites(request: Request) -> None:
     foreign = any(_is_foreign(origin, request) for origin in request.headers.getlist("origin"))
     if foreign or not _OWN_PAGES.issuperset(map(str.lower, sites)):
         raise AdminForbidden(
-            "/admin does not answer requests that a web page of another site sends (Sec-Fetch-Site, Origin). "
-            "Send them from a command line, or from a page of this service's own address."
+            "Cross-origin browser requests to /admin are rejected (Sec-Fetch-Site, Origin). Send them from a "
+            "command line, or from a page of this service's own address."
         )
 
 
@@ -53,9 +55,9 @@ def _check_key(request: Request, key: str) -> None:
     # As bytes: compare_digest refuses text that is not ASCII.
     token = given[len(_SCHEME) :].strip().encode()
     if not is_bearer:
-        raise AdminKeyWrong("/admin requires the service's ADMIN_API_KEY: send 'Authorization: Bearer KEY'.")
+        raise AdminKeyWrong("Missing admin API key: send 'Authorization: Bearer ADMIN_API_KEY'.")
     if not hmac.compare_digest(token, key.encode()):
-        raise AdminKeyWrong("The key is not the service's ADMIN_API_KEY, which /admin requires.")
+        raise AdminKeyWrong("Invalid admin API key: it is not the service's ADMIN_API_KEY.")
 
 
 def _comes_from_this_machine(request: Request) -> bool:
@@ -64,17 +66,16 @@ def _comes_from_this_machine(request: Request) -> bool:
     The Host header must name this machine as well: a web page's own domain name can be made to resolve to
     127.0.0.1 (DNS rebinding).
     """
-    if request.client is None or any(header in request.headers for header in _FORWARDED):
+    if request.client is None or any(header.startswith(_FORWARDED) for header in request.headers):
         return False
-    return _is_loopback(request.client.host) and _names_this_machine(request.headers.get("host", ""))
+    hosts = request.headers.getlist("host")
+    return _is_loopback(request.client.host) and len(hosts) == 1 and _names_this_machine(hosts[0])
 
 
 def _names_this_machine(host: str) -> bool:
     """Whether a Host header, with or without a port, is `localhost` or a loopback address."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return False
+    found = _HOST.fullmatch(host)
+    name = "" if found is None else found[1].lower().strip("[]")
     return name == "localhost" or name.endswith(".localhost") or _is_loopback(name)
 
 
@@ -90,8 +91,8 @@ def _is_loopback(address: str) -> bool:
 def _how_to_open(request: Request) -> str:
     _, port = request.scope.get("server") or ("", 8080)
     return (
-        "/admin has no key and answers only requests from the machine that the service runs on, sent to "
-        f"http://127.0.0.1:{port} and not through a proxy. Start the service with a key (`docker run -e "
-        "ADMIN_API_KEY=...`) and send it as 'Authorization: Bearer ...'; or open /admin to everyone with "
-        "`-e ADMIN_OPEN=true`."
+        "No ADMIN_API_KEY is configured, so /admin accepts only requests from the machine that the service "
+        f"runs on, sent to http://127.0.0.1:{port} and not through a proxy. Start the service with a key "
+        "(`docker run -e ADMIN_API_KEY=...`) and send it as 'Authorization: Bearer ...'; or open /admin to "
+        "everyone with `-e ADMIN_OPEN=true`."
     )

@@ -19,7 +19,7 @@ _LIBCUDA = "libcuda.so.1"
 def cuda_environment(device: Device) -> dict[str, str]:
     """Variables for the launcher; what the operator has set is left alone."""
     # Otherwise torch.cuda.is_available(), which imports ask (tvm_ffi does), initialises CUDA.
-    environment = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    environment = {"PYTORCH_NVML_BASED_CUDA_CHECK": os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK", "1")}
     if "VLLM_USE_FLASHINFER_SAMPLER" not in os.environ and not _has_nvcc():
         environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # FlashInfer compiles its sampler at run time
     directory = _compatibility_directory() if _switches_compatibility_on(device) else None
@@ -48,10 +48,10 @@ def _switches_compatibility_on(device: Device) -> bool:
     Only where the driver is older than the CUDA that torch is built for: the libraries refuse a newer driver.
     https://docs.nvidia.com/deploy/cuda-compatibility/forward-compatibility.html
     """
-    wheel = _wheel_cuda()
-    if "VLLM_ENABLE_CUDA_COMPATIBILITY" in os.environ or wheel is None or device.driver_cuda is None:
-        return False
-    return device.driver_cuda < wheel
+    chosen, wheel = os.environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY"), _wheel_cuda()
+    if chosen is not None:
+        return chosen.strip().lower() in ("1", "true")
+    return wheel is not None and device.driver_cuda is not None and device.driver_cuda < wheel
 
 
 def _wheel_cuda() -> tuple[int, int] | None:
@@ -59,12 +59,12 @@ def _wheel_cuda() -> tuple[int, int] | None:
 
     Read from the text of torch/version.py: importing torch takes seconds.
     """
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
     try:
+        spec = importlib.util.find_spec("torch")
+        if spec is None or spec.origin is None:
+            return None
         text = (Path(spec.origin).parent / "version.py").read_text()
-    except OSError:
+    except (OSError, ValueError):
         return None
     found = re.search(r"^cuda\b[^=\n]*=\s*['\"](\d+)\.(\d+)", text, re.MULTILINE)
     return None if found is None else (int(found[1]), int(found[2]))
@@ -78,7 +78,14 @@ def _compatibility_directory() -> Path | None:
         *([Path(conda) / "cuda-compat"] if conda else []),
         _CUDA_ROOT / f"cuda-{_readable(_wheel_cuda())}" / "compat",
     ]
-    return next((directory for directory in candidates if (directory / _LIBCUDA).exists()), None)
+    return next(filter(_has_libcuda, candidates), None)
+
+
+def _has_libcuda(directory: Path) -> bool:
+    try:
+        return (directory / _LIBCUDA).exists()
+    except OSError:  # it may not be read
+        return False
 
 
 def _has_nvcc() -> bool:

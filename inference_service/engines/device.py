@@ -193,24 +193,36 @@ def visible_gpus(nvml: Any) -> list[Any]:
     CUDA_VISIBLE_DEVICES holds indices, or UUIDs and beginnings of them; the first entry that names no GPU
     ends the list. https://docs.nvidia.com/cuda/cuda-c-programming-guide/#env-vars
     """
-    present = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    present = _present(nvml)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return present
+        return [gpu for gpu in present if gpu is not None]
     named = (_named(nvml, entry.strip(), present) for entry in chosen.split(","))
     return list(itertools.takewhile(lambda gpu: gpu is not None, named))
 
 
+def _present(nvml: Any) -> list[Any]:
+    """Every GPU of the machine in NVML's order; None for one that is broken."""
+    found: list[Any] = []
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            found.append(nvml.nvmlDeviceGetHandleByIndex(index))
+        except nvml.NVMLError:
+            found.append(None)
+    return found
+
+
 def _named(nvml: Any, entry: str, present: list[Any]) -> Any:
     """The GPU, or the part of one (MIG), that an entry of CUDA_VISIBLE_DEVICES names; None for none."""
-    if entry.isdigit():
+    if entry.isascii() and entry.isdigit():
         return present[int(entry)] if int(entry) < len(present) else None
     if entry.startswith("MIG-"):
         try:
             return nvml.nvmlDeviceGetHandleByUUID(entry)
         except nvml.NVMLError:
             return None
-    found = [gpu for gpu in present if entry and str(nvml.nvmlDeviceGetUUID(gpu)).startswith(entry)]
+    working = (gpu for gpu in present if gpu is not None)
+    found = [gpu for gpu in working if entry and str(nvml.nvmlDeviceGetUUID(gpu)).startswith(entry)]
     return found[0] if len(found) == 1 else None
 
 
@@ -220,18 +232,21 @@ def _like_first(nvml: Any, gpus: list[Any]) -> bool:
     Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA counts the fastest first and NVML does not: where a machine has
     several kinds, an index may mean another one.
     """
-    everyone = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    everyone = _present(nvml)
     ordered = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
-    return (
-        len({str(nvml.nvmlDeviceGetName(gpu)) for gpu in [everyone[0], *(gpus if ordered else everyone)]})
-        == 1
-    )
+    compared = [everyone[0], *(gpus if ordered else everyone)]
+    try:
+        # A part of a GPU (MIG) is called like the whole one, with its size after it.
+        kinds = {gpu and str(nvml.nvmlDeviceGetName(gpu)).partition(" MIG ")[0] for gpu in compared}
+    except nvml.NVMLError:
+        return False
+    return len(kinds) == 1
 
 
 def _driver_cuda(nvml: Any) -> tuple[int, int] | None:
     try:
         version = int(nvml.nvmlSystemGetCudaDriverVersion())
-    except nvml.NVMLError:
+    except (nvml.NVMLError, AttributeError):
         return None
     return version // 1000, version % 1000 // 10
 

@@ -271,7 +271,7 @@ class Launcher:
 
 def _inherited() -> dict[str, str]:
     """The service's environment without its secrets: engines have no use for them."""
-    return {name: value for name, value in os.environ.items() if name != "ADMIN_API_KEY"}
+    return {name: value for name, value in os.environ.items() if name.upper() != "ADMIN_API_KEY"}
 
 
 def kill_group(pid: int, number: signal.Signals = signal.SIGKILL) -> None:

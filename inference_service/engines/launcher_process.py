@@ -114,7 +114,7 @@ def _nothing_visible(device: str) -> AbstractContextManager[None]:
 def _preload(name: str) -> None:
     try:
         importlib.import_module(name)
-    except Exception as error:  # a host tells what it lacks itself
+    except (Exception, SystemExit) as error:  # a host reports what it lacks itself
         _say(f"WARNING: {name} was not preloaded: {type(error).__name__}: {error}")
 
 

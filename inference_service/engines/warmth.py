@@ -37,7 +37,10 @@ def why_spawned(warm_launcher: bool, device: Device) -> str | None:
         return "macOS ends a forked process that uses its frameworks"
     if not device.like_first:
         # vLLM keeps at import what the machine's first GPU can do.
-        return "the GPUs are not all of one kind (CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER choose)"
+        return (
+            "the GPUs are not all of one kind (choose with CUDA_VISIBLE_DEVICES and "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID)"
+        )
     return None
 
 
@@ -55,7 +58,7 @@ def gpus_hidden() -> Iterator[None]:
         yield
     finally:
         if before is None:
-            del os.environ[VISIBLE]
+            os.environ.pop(VISIBLE, None)
         else:
             os.environ[VISIBLE] = before
 
@@ -66,7 +69,7 @@ def why_cold(backend: str) -> str | None:
     threads = threading.active_count()
     if threads > 1:
         return f"it has {threads} threads, and a fork keeps one"
-    return why_cuda() or (why_unexpected() if backend == "vllm" else None)
+    return why_cuda() or ((why_unexpected() or why_without_triton()) if backend == "vllm" else None)
 
 
 def why_cuda() -> str | None:
@@ -76,6 +79,15 @@ def why_cuda() -> str | None:
         return "it has a CUDA context"
     opened = [file for file in _open_files() if file.startswith(str(DEVICES / _UNIFIED_MEMORY))]
     return f"it has initialised CUDA ({opened[0]} is open)" if opened else None
+
+
+def why_without_triton() -> str | None:
+    """vLLM on CUDA that did without Triton when it was imported: its forks would too."""
+    platforms, importing = map(sys.modules.get, ("vllm.platforms", "vllm.triton_utils.importing"))
+    platform = getattr(platforms, "current_platform", None)
+    if platform is None or not platform.is_cuda() or getattr(importing, "HAS_TRITON", True):
+        return None
+    return "vLLM's import found no Triton while the GPUs were hidden"
 
 
 def why_unexpected() -> str | None:

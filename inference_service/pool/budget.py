@@ -29,10 +29,11 @@ class _Cost(NamedTuple):
 
 
 # vLLM on the CPU: measured with SmolLM2-135M in float32, 604 MiB at 513 MiB of weights, the pages that it
-# shares with the launcher left out. transformers on the CPU: 107 MiB as it starts, 280 after the
-# log probabilities of a prompt of 2,048 tokens, 400 after hundreds of grammars and prompts of full length. On
-# CUDA and MPS: not measured yet. A layer of transformers repeats the keys and values that it reads for every
-# head, which is 0.11 to 0.14 of the cache in common architectures.
+# shares with the launcher left out. transformers on the CPU: 107 MiB as it starts, 280 after the log
+# probabilities of a prompt of 2,048 tokens, 400 after hundreds of grammars and prompts of full length. vLLM
+# on CUDA: 2.15 GiB of the 2.18 that these numbers reserve, seen once (7.2B on an H200, docs/engines.md).
+# MPS: not measured yet. A layer of transformers repeats the keys and values that it reads for every head,
+# which is 0.11 to 0.14 of the cache in common architectures.
 _COSTS = {
     (Backend.VLLM, DeviceKind.CPU): _Cost(544 * _MIB, 0.125),
     (Backend.VLLM, DeviceKind.CUDA): _Cost(1536 * _MIB, 0.05),

@@ -146,15 +146,22 @@ class Pool:
         self._set_alarm(waiter)
 
     def _set_alarm(self, waiter: Waiter) -> None:
+        """Never rings at once: the pool may be in the middle of an event."""
         waiter.calm()
-        if waiter.lease.done() or waiter.load_by == math.inf:
+        if not waiter.lease.done() and waiter.load_by < math.inf:
+            loop = asyncio.get_running_loop()
+            waiter.alarm = loop.call_at(self._gives_up_at(waiter), self._ring, waiter)
+
+    def _ring(self, waiter: Waiter) -> None:
+        if waiter.lease.done():
             return
-        loop = asyncio.get_running_loop()
-        by = min(waiter.load_by, waiter.place_by) if self._is_there(waiter) else waiter.load_by
-        if by > loop.time():
-            waiter.alarm = loop.call_at(by, self._set_alarm, waiter)
+        if self._gives_up_at(waiter) > asyncio.get_running_loop().time():
+            self._set_alarm(waiter)  # its engine has gone since, and it waits for a load again
         else:
             waiter.lease.set_exception(self._waited_too_long(waiter))
+
+    def _gives_up_at(self, waiter: Waiter) -> float:
+        return min(waiter.load_by, waiter.place_by) if self._is_there(waiter) else waiter.load_by
 
     def _is_there(self, waiter: Waiter) -> bool:
         """Whether what the request waits for is loaded, and a place there is all that it lacks."""
@@ -418,7 +425,7 @@ class Pool:
     def _carry_out(self, action: Action) -> None:
         match action:
             case Grant(number, key):
-                self._grant(self._waiters.pop(number), self._lives.slots[key])
+                self._grant(self._waiters.pop(number, None), self._lives.slots[key])
             case Reject(number, reason):
                 waiter = self._waiters[number]
                 self._fail(waiter, self._rejection(waiter, reason))
@@ -472,8 +479,9 @@ class Pool:
                 told.reference = failed.reference
                 return told
 
-    def _grant(self, waiter: Waiter, slot: Slot) -> None:
-        if waiter.lease.done():  # cancelled, and its task has not run since
+    def _grant(self, waiter: Waiter | None, slot: Slot) -> None:
+        # It has left, or was cancelled and its task has not run since.
+        if waiter is None or waiter.lease.done():
             self._tell(Released(slot.key))
             return
         lease = Lease(slot, self._released)
@@ -497,7 +505,8 @@ class Pool:
         fetching = self._lives.fetches.is_under_way(waiter.wanted.reference)
         if self._is_there(waiter):
             retry_after = estimates.retry_after_queue(scheduler.waiting)
-            limit = self._limits.place_wait
+            limits = self._limits
+            limit = limits.place_wait if waiter.place_by <= waiter.load_by else limits.load_wait
             told = refusals.still_busy(name, scheduler.running, scheduler.policy, limit, retry_after)
             self._abandon(waiter, 0.0)
             return told

@@ -57,18 +57,19 @@ def no_room(name: str, footprint: Footprint, policy: Policy, engines: list[Engin
 
 
 def still_loading(name: str, *, loading: bool, limit: WaitLimit, retry_after: int) -> QueueTimedOut:
-    state = "is still being loaded" if loading else "still waits for an engine"
+    state = "is still being loaded" if loading else "still waits for a free engine"
+    goes_on = " Loading continues." if loading else ""
     return QueueTimedOut(
-        f"The model '{name}' {state}; this request has waited for it for {limit}. The load goes on. Try "
-        f"again in {retry_after} s.",
+        f"The model '{name}' {state}; this request has waited for {limit}.{goes_on} Try again in "
+        f"{retry_after} s.",
         retry_after=retry_after,
     )
 
 
 def still_busy(name: str, running: int, policy: Policy, limit: WaitLimit, retry_after: int) -> StillBusy:
     return StillBusy(
-        f"The model '{name}' is ready, and {running} requests run (MAX_CONCURRENT_REQUESTS="
-        f"{policy.concurrency}); this one has waited for {limit}. Try again in {retry_after} s.",
+        f"The model '{name}' is ready, but {running} of {policy.concurrency} requests run already "
+        f"(MAX_CONCURRENT_REQUESTS); this one has waited for {limit}. Try again in {retry_after} s.",
         retry_after=retry_after,
     )
 

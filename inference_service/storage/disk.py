@@ -151,19 +151,20 @@ class Disk:
 
     def _advice(self, count: int) -> str:
         """Which settings would make room for a snapshot of `count` bytes."""
-        is_memory, ways = _is_memory(self._layout.root), []
-        if is_memory:
-            ways.append(
+        if not _is_memory(self._layout.root):
+            default, larger = "90 % of the file system", "point LOCAL_MODEL_CACHE at a larger disk"
+        else:
+            default = "half of the memory"
+            larger = (
                 "point LOCAL_MODEL_CACHE at a disk (files are memory there; on Cloud Run, mount an ephemeral "
-                "disk), or give the container more memory"
+                "disk) or give the container more memory"
             )
-        elif count > self._reachable() or not self._chosen:
-            ways.append("point LOCAL_MODEL_CACHE at a larger disk")
-        if count > self.quota:
-            default = "half of the memory" if is_memory else "90 % of the file system"
-            now = f"now {self.quota / _GIB:.4g}" if self._chosen else f"unset: {default}"
-            ways.append(f"raise DISK_CACHE_GIB ({now})")
-        return f"To serve it, {', or '.join(ways)}."
+        over_disk = count > self._reachable()
+        if self._chosen:
+            more = f"raise or unset DISK_CACHE_GIB (now {self.quota / _GIB:.4g})"
+            return f"To serve it, {more}{f' and {larger}' if over_disk else ''}."
+        less_spare = f", or set DISK_CACHE_GIB (unset: {default})" if not over_disk else ""
+        return f"To serve it, {larger}{less_spare}."
 
     def _used(self, mine: Path | None) -> int:
         return allocated_bytes(self._layout.root) + self._outstanding(mine)

@@ -101,6 +101,8 @@ def test_no_route_of_the_operator_is_forgotten(bucket: str, tmp_path: Path) -> N
         {"forwarded": "for=127.0.0.1"},
         {"x-real-ip": HERE},
         {"via": "1.1 proxy"},
+        {"x-forwarded-host": "localhost"},
+        {"x-forwarded-proto": "https"},
     ],
 )
 async def test_a_proxy_on_this_machine_is_not_this_machine(
@@ -123,6 +125,10 @@ async def test_a_proxy_on_this_machine_is_not_this_machine(
         ("localhost.evil.example", 403),
         ("127.0.0.1.evil.example", 403),
         ("[::1", 403),
+        ("evil@localhost", 403),
+        ("localhost#.evil.example", 403),
+        ("localhost/evil", 403),
+        ("[::1]evil.example", 403),
         ("", 403),
     ],
 )
@@ -196,6 +202,15 @@ async def test_no_page_of_another_site_is_answered_with_or_without_a_key(
         async with peer(bucket, tmp_path, host="localhost:8080", **settings) as client:
             answer = await client.post("/admin/load/m", headers={**BEARER, **headers}, content=b"x=1")
             assert answer.status_code == status, settings
+
+
+async def test_each_of_several_headers_counts(bucket: str, tmp_path: Path) -> None:
+    own, foreign = ("origin", "http://localhost:8080"), ("origin", "https://evil.example")
+    sites = [("sec-fetch-site", "none"), ("sec-fetch-site", "cross-site")]
+    hosts = [("host", "localhost:8080"), ("host", "evil.example")]
+    async with peer(bucket, tmp_path, host="localhost:8080") as client:
+        for headers in ([own, foreign], sites, hosts):
+            assert (await client.get("/admin/stats", headers=headers)).status_code == 403, headers
 
 
 async def test_an_origin_without_a_host(bucket: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Engines that die, hang, lie or do not fit, with the fake host through the whole service."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -113,6 +114,18 @@ def test_a_load_that_outlasts_the_request_tells_when_to_come_again(fakes: Fakes,
         assert 1 <= int(answer.headers["retry-after"]) <= 120
         (tmp_path / "gate").touch()
         service.wait_ready("gated", 40)
+
+
+def test_who_waits_for_a_free_engine_is_not_told_of_a_load(fakes: Fakes, tmp_path: Path) -> None:
+    fakes.put("gated", gate=str(tmp_path / "gate"))
+    fakes.put("other")
+    with fakes.service(QUEUE_TIMEOUT="1", MAX_CACHED_MODELS="1") as service, ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(service.http.post, "/v1/completions", json=ask("gated"))
+        service.wait_until(lambda: service.stats()["slots"]["used"] == 1, 20)
+        said = service.http.post("/v1/completions", json=ask("other")).json()["error"]["message"]
+        assert "'other' still waits for a free engine" in said
+        assert "Loading continues" not in said
+        assert "Loading continues" in asking.result().json()["error"]["message"]
 
 
 def test_the_queue_timeout_tells_when_to_come_again(fakes: Fakes, tmp_path: Path) -> None:

@@ -46,11 +46,14 @@ def test_forward_compatibility_on_an_older_driver_alone(
     assert "LD_LIBRARY_PATH" not in cuda_environment(L4)
 
 
-@pytest.mark.parametrize("chosen", ["0", "1"])
-def test_what_the_operator_says_of_compatibility_wins(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ENABLE_CUDA_COMPATIBILITY", chosen)
-    assert "LD_LIBRARY_PATH" not in cuda_environment(L4)
-    assert why_too_old(L4) is None
+@pytest.mark.parametrize("device", [L4, NEW])
+def test_what_the_operator_says_of_compatibility_wins(
+    device: Device, compat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_CUDA_COMPATIBILITY", "0")
+    assert "LD_LIBRARY_PATH" not in cuda_environment(device)
+    monkeypatch.setenv("VLLM_ENABLE_CUDA_COMPATIBILITY", "1")
+    assert cuda_environment(device)["LD_LIBRARY_PATH"] == str(compat)
 
 
 def test_an_older_driver_without_the_package_is_told(compat: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,8 @@ class FakeNvml:
         return len(self._gpus)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> tuple[str, str]:  # noqa: N802
+        if self._gpus[index] == BROKEN:
+            raise self.NVMLError
         return self._gpus[index]
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> tuple[str, str]:  # noqa: N802
@@ -138,6 +140,7 @@ class FakeNvml:
 L4 = ("NVIDIA L4", "GPU-aaa1")
 OTHER_L4 = ("NVIDIA L4", "GPU-aab2")
 T4 = ("Tesla T4", "GPU-ccc3")
+BROKEN = ("broken", "")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +158,10 @@ T4 = ("Tesla T4", "GPU-ccc3")
         ((L4, OTHER_L4), "GPU-zzz", []),
         ((L4,), "MIG-1", [("NVIDIA L4 MIG 1g.10gb", "MIG-1")]),
         ((L4,), "MIG-2", []),
+        ((L4, BROKEN), None, [L4]),
+        ((L4, BROKEN), "0", [L4]),
+        ((L4, BROKEN), "1,0", []),
+        ((L4,), "\u00b2", []),
     ],
 )
 def test_the_gpus_that_cuda_shows(
@@ -172,6 +179,9 @@ def test_the_gpus_that_cuda_shows(
         ((L4, T4), None, "PCI_BUS_ID", False),
         ((L4, T4), "0", "PCI_BUS_ID", True),
         ((L4, T4), "1", "PCI_BUS_ID", False),
+        ((L4, BROKEN), "0", "PCI_BUS_ID", True),
+        ((L4, BROKEN), "0", None, False),
+        ((L4,), "MIG-1", "PCI_BUS_ID", True),
         # CUDA may count the T4 first, or not.
         ((L4, T4), "0", None, False),
     ],

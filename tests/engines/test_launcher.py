@@ -394,15 +394,18 @@ async def test_a_preload_that_forbids_a_fork_makes_the_next_hosts_import_by_them
         launcher.close()
 
 
-async def test_hosts_do_not_get_the_operators_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADMIN_API_KEY", "a-secret")
+@pytest.mark.parametrize("name", ["ADMIN_API_KEY", "admin_api_key"])
+async def test_hosts_do_not_get_the_operators_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "a-secret")
     launcher = Launcher("fake", "cpu", {})
     launcher.attach()
     try:
         host = engine(launcher, tmp_path)
         await host.start()
         for pid in (launcher.process_id, host.process_id):
-            assert "ADMIN_API_KEY" not in psutil.Process(pid).environ()
+            assert name not in psutil.Process(pid).environ()
         await host.close()
     finally:
         launcher.close()

@@ -1,5 +1,6 @@
 """What the launcher relies on, in the pinned vLLM and in itself."""
 
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -92,6 +93,26 @@ def visible_to_a_child() -> str:
     """What the process's own environment holds, not Python's copy of it."""
     command = [sys.executable, "-c", "import os; print(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "triton", "cold"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_a_vllm_that_lost_triton_makes_it_cold(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, triton: bool, cold: bool
+) -> None:
+    platforms = SimpleNamespace(current_platform=SimpleNamespace(is_cuda=lambda: cuda))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    importing = SimpleNamespace(HAS_TRITON=triton)
+    monkeypatch.setitem(sys.modules, "vllm.triton_utils.importing", importing)
+    assert (warmth.why_without_triton() is not None) is cold
+
+
+def test_a_preload_that_unsets_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with warmth.gpus_hidden():
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    assert visible_to_a_child() == "None"
 
 
 def test_hosts_are_spawned_where_a_fork_would_know_another_gpu() -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -745,7 +746,7 @@ async def test_who_waited_too_long_for_a_ready_engine_is_told_so() -> None:
         await bench.settle()
         bench.engine("a").started.set_result(None)
         lease = await asked
-        with pytest.raises(StillBusy, match=r"1 requests run .* for 0\.5 s \(the bound of a place\)"):
+        with pytest.raises(StillBusy, match=r"1 of 1 requests run .* for 0\.5 s \(the bound of a place\)"):
             await bench.ask("a")
         lease.release()
 
@@ -768,6 +769,41 @@ async def test_a_place_is_not_waited_for_longer_than_the_request_may_take() -> N
     async for bench in _bench(1, Policy(1, 1, min_residency=0), time.monotonic, load_wait=0.5):
         lease = await bench.started("a")
         with pytest.raises(StillBusy):
+            await bench.ask("a")
+        lease.release()
+
+
+async def test_a_wait_that_ends_as_its_engine_is_ready_costs_nobody_a_lease(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One client leaves and the others' time is up in the very turn in which the load ends."""
+    async for bench in _bench(
+        1, Policy(1, 1, min_residency=0), time.monotonic, load_wait=0.3, place_wait=0.3
+    ):
+        leaves, *others = [bench.ask("a") for _ in range(3)]
+        await bench.settle()
+        loaded = bench.pool._lives._loaded
+
+        def loaded_late(*slot: Any, loaded: Any = loaded, leaves: Any = leaves) -> None:
+            leaves.cancel()
+            time.sleep(0.35)
+            loaded(*slot)
+
+        monkeypatch.setattr(bench.pool._lives, "_loaded", loaded_late)
+        bench.engine("a").started.set_result(None)
+        for found in await asyncio.gather(*others, return_exceptions=True):
+            assert isinstance(found, Lease | QueueTimedOut), repr(found)
+            if isinstance(found, Lease):
+                found.release()
+        await bench.settle()
+        assert repr(bench.pool) == "<Pool a:ready(0) | waiting: nobody>"
+        (await asyncio.wait_for(bench.pool.lease(model("a")), 10)).release()
+
+
+async def test_the_limit_that_ended_a_wait_is_the_one_that_is_named() -> None:
+    async for bench in _bench(1, Policy(1, 1, min_residency=0), time.monotonic, load_wait=0.4, place_wait=60):
+        lease = await bench.started("a")
+        with pytest.raises(StillBusy, match=r"for 0\.4 s \(the bound of a load\)"):
             await bench.ask("a")
         lease.release()
 

@@ -14,10 +14,11 @@ from inference_service.engines.device import memory_bytes
 from inference_service.errors import DiskFull
 from inference_service.storage import disk as disks
 from inference_service.storage.directory import DirectoryStore
-from inference_service.storage.disk import default_quota, open_cache
-from inference_service.storage.layout import MANIFEST, PROMISE, ROOM_LOCK
+from inference_service.storage.disk import Disk, default_quota, open_cache
+from inference_service.storage.layout import MANIFEST, PROMISE, ROOM_LOCK, Layout
 from inference_service.storage.model import Model, models_in
 from inference_service.storage.store import Bytes, StoredObject
+from inference_service.storage.sync import Sync
 from inference_service.storage.turns import turn
 from tests.fixtures.caches import CountingStore, open_sync
 
@@ -87,6 +88,12 @@ async def test_a_snapshot_that_an_engine_uses_never_gives_way(source: Path, cach
     with pytest.raises(DiskFull, match=r"'b' needs 1\.0 MiB .* models that are loaded \(a\)") as caught:
         await sync.snapshot(listed(source, "b"))
     assert caught.value.status == 507
+    assert (
+        "To serve it, point LOCAL_MODEL_CACHE at a larger disk, or set DISK_CACHE_GIB" in caught.value.message
+    )
+    chosen = Sync(DirectoryStore(source), Layout(cache), Disk(Layout(cache), 3 * MIB // 2, chosen=True))
+    with pytest.raises(DiskFull, match=r"To serve it, raise or unset DISK_CACHE_GIB \(now 0\.001465\)\."):
+        await chosen.snapshot(listed(source, "b"))
     sync.release(held)
     await sync.snapshot(listed(source, "b"))
     assert kept(cache) == ["b"]
@@ -195,35 +202,20 @@ async def test_what_a_killed_fetch_left_gives_way_first(source: Path, cache: Pat
 @pytest.mark.parametrize(
     ("settings", "is_memory", "said", "unsaid"),
     [
-        (
-            {"disk_cache_gib": 0.001},
-            False,
-            ["raise DISK_CACHE_GIB (now 0.001)"],
-            ["LOCAL_MODEL_CACHE at a", "memory"],
-        ),
-        (
-            {"disk_cache_gib": 0.001},
-            True,
-            ["raise DISK_CACHE_GIB (now 0.001)", "LOCAL_MODEL_CACHE at a disk", "ephemeral disk"],
-            ["larger disk"],
-        ),
+        ({"disk_cache_gib": 0.001}, False, ["raise or unset DISK_CACHE_GIB (now 0.001)"], ["LOCAL_MODEL"]),
+        ({"disk_cache_gib": 0.001}, True, ["raise or unset DISK_CACHE_GIB (now 0.001)"], ["LOCAL_MODEL"]),
         (
             {},
             True,
-            ["raise DISK_CACHE_GIB (unset: half of the memory)", "LOCAL_MODEL_CACHE at a disk"],
-            ["larger disk"],
+            ["LOCAL_MODEL_CACHE at a disk", "ephemeral disk", "more memory"],
+            ["larger", "DISK_CACHE"],
         ),
-        (
-            {},
-            False,
-            ["raise DISK_CACHE_GIB (unset: 90 % of the file system)", "LOCAL_MODEL_CACHE at a larger disk"],
-            ["memory"],
-        ),
+        ({}, False, ["LOCAL_MODEL_CACHE at a larger disk"], ["memory", "DISK_CACHE_GIB"]),
         (
             {"disk_cache_gib": 1_000_000},
             False,
-            ["LOCAL_MODEL_CACHE at a larger disk"],
-            ["raise DISK_CACHE_GIB", "memory"],
+            ["raise or unset DISK_CACHE_GIB (now 1e+06) and point LOCAL_MODEL_CACHE at a larger disk"],
+            ["memory"],
         ),
     ],
 )
@@ -238,7 +230,7 @@ def test_a_refusal_names_the_settings_that_would_help(
     monkeypatch.setattr(disks, "_is_memory", lambda directory: is_memory)
     _, disk = open_cache(Settings(local_model_cache=cache, **settings))
     disk.check_fits("small", 1000)
-    # Within a quota of a million GiB, and more than any file system here.
+    # More than any file system here, or than the small quota.
     too_much = 2 * MIB if settings.get("disk_cache_gib") == 0.001 else 900_000 << 30
     with pytest.raises(DiskFull, match=r"'large' needs .* which can hold .* at most\. To serve") as caught:
         disk.check_fits("large", too_much)
