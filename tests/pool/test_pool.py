@@ -753,9 +753,9 @@ async def test_who_waited_too_long_for_a_ready_engine_is_told_so() -> None:
 
 async def test_the_wait_for_a_place_begins_when_the_model_is_loaded() -> None:
     """A load outlasts the bound of a place; once it is there, who gets no place waits only so long."""
-    async for bench in _bench(1, Policy(1, 1, min_residency=0), time.monotonic, place_wait=0.3):
+    async for bench in _bench(1, Policy(1, 1, min_residency=0), time.monotonic, place_wait=1):
         first, second = bench.ask("a"), bench.ask("a")
-        done, _ = await asyncio.wait({first, second}, timeout=0.8)
+        done, _ = await asyncio.wait({first, second}, timeout=1.6)
         assert not done, "a wait for a load is not bounded by that for a place"
         bench.engine("a").started.set_result(None)
         lease = await first
@@ -820,7 +820,7 @@ async def test_what_a_request_has_waited_before_counts() -> None:
 
 async def test_an_engine_that_drains_away_makes_its_waiters_wait_for_a_load_again() -> None:
     policy = Policy(1, 1, fairness_wait=0, min_residency=0)
-    async for bench in _bench(1, policy, time.monotonic, place_wait=0.3):
+    async for bench in _bench(1, policy, time.monotonic, place_wait=2):
         lease = await bench.started("a")
         bench.engine("a").may_close.set_result(None)
         waits = bench.ask("a")
@@ -830,7 +830,7 @@ async def test_an_engine_that_drains_away_makes_its_waiters_wait_for_a_load_agai
         bench.pool.look()
         await bench.settle()
         assert bench.pool.state(key("a")) is EngineState.DRAINING, repr(bench.pool)
-        done, _ = await asyncio.wait({waits}, timeout=0.6)
+        done, _ = await asyncio.wait({waits}, timeout=2.5)
         assert not done
         lease.release()
         waits.cancel()
