@@ -32,7 +32,8 @@ def cuda_environment(device: Device) -> dict[str, str]:
 
 def why_too_old(device: Device) -> str | None:
     """Why the installed engines may not run with this driver; None where they do."""
-    if not _switches_compatibility_on(device) or _compatibility_directory() is not None:
+    helped = not _switches_compatibility_on(device) or _compatibility_directory() is not None
+    if helped or not _is_older(device):
         return None
     driver, wheel = _readable(device.driver_cuda), _readable(_wheel_cuda())
     package = f"cuda-compat-{wheel.replace('.', '-')}"
@@ -48,9 +49,13 @@ def _switches_compatibility_on(device: Device) -> bool:
     Only where the driver is older than the CUDA that torch is built for: the libraries refuse a newer driver.
     https://docs.nvidia.com/deploy/cuda-compatibility/forward-compatibility.html
     """
-    chosen, wheel = os.environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY"), _wheel_cuda()
-    if chosen is not None:
-        return chosen.strip().lower() in ("1", "true")
+    chosen = os.environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY")
+    return _is_older(device) if chosen is None else chosen.strip().lower() in ("1", "true")
+
+
+def _is_older(device: Device) -> bool:
+    """Whether the driver is older than the CUDA that torch is built for."""
+    wheel = _wheel_cuda()
     return wheel is not None and device.driver_cuda is not None and device.driver_cuda < wheel
 
 

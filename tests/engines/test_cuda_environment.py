@@ -56,6 +56,16 @@ def test_what_the_operator_says_of_compatibility_wins(
     assert cuda_environment(device)["LD_LIBRARY_PATH"] == str(compat)
 
 
+def test_nothing_is_said_of_a_driver_where_there_is_none(
+    compat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (compat / "libcuda.so.1").unlink()
+    monkeypatch.setenv("VLLM_ENABLE_CUDA_COMPATIBILITY", "1")
+    assert why_too_old(Device(DeviceKind.CPU, "cpu")) is None
+    assert why_too_old(NEW) is None
+    assert why_too_old(L4) is not None
+
+
 def test_an_older_driver_without_the_package_is_told(compat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_too_old(L4) is None
     (compat / "libcuda.so.1").unlink()
