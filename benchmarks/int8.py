@@ -22,10 +22,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 from benchmarks.report import median, print_result, print_table, say, spread
-from inference_service.hosts.generation import attention
-from inference_service.hosts.generation.engine import Engine, EngineOptions
-from inference_service.hosts.generation.sequence import Wishes
-from inference_service.hosts.generation.weights import Placement
+from inference_service.hosts.transformers.generation import attention
+from inference_service.hosts.transformers.generation.engine import Engine, EngineOptions
+from inference_service.hosts.transformers.generation.sequence import SamplingParams
+from inference_service.hosts.transformers.generation.weights import Placement
 
 FORMS = {
     "float32": Placement("cpu", "float32"),
@@ -89,7 +89,7 @@ async def _speed(engine: Engine, streams: int) -> float:
 
     async def one(row: int) -> int:
         prompt = [(7919 * (row + 1) + 31 * number) % engine.vocabulary for number in range(16)]
-        return sum([1 async for _ in engine.generate(prompt, Wishes(TOKENS, temperature=0))])
+        return sum([1 async for _ in engine.generate(prompt, SamplingParams(TOKENS, temperature=0))])
 
     started = time.perf_counter()
     counts = await asyncio.gather(*map(one, range(streams)))

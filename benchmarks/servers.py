@@ -18,14 +18,16 @@ from pathlib import Path
 
 import psutil
 
-from inference_service.config import Settings
-from inference_service.engines.base import Footprint, Snapshot
-from inference_service.engines.device import Backend, Device, choose_backend, find_device
-from inference_service.engines.factory import launcher_environment, vllm_arguments
-from inference_service.models.serving import Serving
+from inference_service.backends.base import choose_backend
+from inference_service.backends.environment import launcher_environment
+from inference_service.backends.vllm import vllm_arguments
+from inference_service.checkpoints.memory_profile import Footprint, Weights, shape_of
+from inference_service.checkpoints.safetensors import LENGTH_BYTES, header_bytes, parse_header
+from inference_service.checkpoints.serving_config import Serving
+from inference_service.checkpoints.snapshot import Snapshot
+from inference_service.config import Backend, Settings
+from inference_service.machine.device import Device, find_device
 from inference_service.pool.budget import Budget
-from inference_service.storage.safetensors import LENGTH_BYTES, header_bytes, parse_header
-from inference_service.storage.shape import Weights, shape_of
 
 START_SECONDS = 300.0
 SHARE_OF_MEMORY = 0.4

@@ -159,16 +159,16 @@ Download = Callable[[], None]
 
 @contextmanager
 def this_service(room: Path, _: int) -> Iterator[Download]:
-    from inference_service.storage.disk import Disk
-    from inference_service.storage.gcs import GcsStore
-    from inference_service.storage.layout import Layout
-    from inference_service.storage.model import models_in
-    from inference_service.storage.sync import Sync
+    from inference_service.storage.bucket.gcs import GcsStore
+    from inference_service.storage.bucket.model import models_in
+    from inference_service.storage.snapshots.cache import Disk
+    from inference_service.storage.snapshots.layout import Layout
+    from inference_service.storage.snapshots.snapshots import SnapshotStore
 
     store, layout = GcsStore(BUCKET), Layout(room)
     model = models_in(store.list("models/"), "models/")["big"]
-    sync = Sync(store, layout, Disk(layout, 1 << 50))
-    yield lambda: sync.ensure(model)
+    snapshots = SnapshotStore(store, layout, Disk(layout, 1 << 50))
+    yield lambda: snapshots.ensure(model)
 
 
 @contextmanager

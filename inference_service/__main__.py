@@ -17,15 +17,9 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
-from inference_service.config import BadSettings, Settings, load_settings
-from inference_service.engines.device import (
-    Backend,
-    BackendMissing,
-    Device,
-    choose_backend,
-    find_device,
-    why_not_int8,
-)
+from inference_service.backends.base import BackendMissing, choose_backend, why_not_int8
+from inference_service.config import Backend, BadSettings, Settings, load_settings
+from inference_service.machine.device import Device, find_device
 
 if TYPE_CHECKING:
     import uvicorn
@@ -67,14 +61,14 @@ def _command(given: argparse.Namespace) -> None:
     except BadSettings as error:
         _exit(2, error)
     # Imported only now: `--help` and a bad setting need no Google client.
-    from inference_service import commands
+    from inference_service import cli
     from inference_service.errors import ServiceError
 
     try:
         if given.command == "models":
-            commands.list_models(settings, sys.stdout, as_json=given.json)
+            cli.list_models(settings, sys.stdout, as_json=given.json)
         else:
-            commands.pull(settings, given.model, sys.stdout)
+            cli.pull(settings, given.model, sys.stdout)
         sys.stdout.flush()
     except BrokenPipeError:
         os._exit(0)  # whoever read the output has seen enough
@@ -133,10 +127,10 @@ def _listen(settings: Settings) -> socket.socket:
 
 def _serve(settings: Settings, device: Device, backend: Backend, listener: socket.socket) -> None:
     # Imported only now: the port is open, and the launcher imports vLLM at the same time.
-    from inference_service.engines.cuda import why_too_old
-    from inference_service.engines.factory import launcher_environment
+    from inference_service.backends.cuda import why_too_old
+    from inference_service.backends.environment import launcher_environment
+    from inference_service.engines.fork_safety import why_spawned
     from inference_service.engines.launcher import Launcher
-    from inference_service.engines.warmth import why_spawned
     from inference_service.logs import configure_logs
 
     configure_logs(settings.log_format, settings.log_level)

@@ -13,32 +13,32 @@ from starlette.responses import JSONResponse, Response
 
 from inference_service import __version__
 from inference_service.api import admin, health, openai
-from inference_service.api.access import Access
+from inference_service.api.request_log import RequestLog
 from inference_service.api.service import Service
-from inference_service.config import Settings, WeightSwap
-from inference_service.engines import vllm_names
-from inference_service.engines.device import Backend, Device
+from inference_service.backends import source_tables
+from inference_service.config import Backend, Settings, WeightSwap
 from inference_service.engines.factory import EngineFactory
 from inference_service.engines.launcher import Launcher
-from inference_service.engines.memory import free_bytes
 from inference_service.errors import InvalidRequest, ModelNotServable, ServiceError, error_envelope
+from inference_service.machine.device import Device
+from inference_service.machine.memory import free_bytes
 from inference_service.metrics import Metrics
 from inference_service.pool.budget import Budget
-from inference_service.pool.canary import Canaries
-from inference_service.pool.lives import Limits
-from inference_service.pool.loading import Parts
+from inference_service.pool.lifecycle import Limits
+from inference_service.pool.loader import Parts
 from inference_service.pool.pool import Pool
-from inference_service.pool.rollover import Rollover
-from inference_service.pool.views import Policy
-from inference_service.storage.catalog import Catalog
-from inference_service.storage.disk import open_cache
-from inference_service.storage.documents import Documents
-from inference_service.storage.host_cache import HostCache
-from inference_service.storage.model import Model
+from inference_service.pool.weight_check import WeightChecks
+from inference_service.revisions.rollout import Rollout
+from inference_service.scheduler.state import Policy
+from inference_service.storage.bucket.catalog import Catalog
+from inference_service.storage.bucket.documents import Documents
+from inference_service.storage.bucket.model import Model
 from inference_service.storage.preflight import Preflight
 from inference_service.storage.registry import Registry, open_store
-from inference_service.storage.sync import Sync
-from inference_service.storage.verify import Verifier
+from inference_service.storage.snapshots.cache import open_cache
+from inference_service.storage.snapshots.page_lock import PageLock
+from inference_service.storage.snapshots.snapshots import SnapshotStore
+from inference_service.storage.snapshots.verify import Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +62,12 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
         lambda model: budget.footprint(registry.shape(model), model.rank),
         registry.fetching,
         registry.swap_key if settings.weight_swap is WeightSwap.AUTO else _no_swap,
-        Canaries(factory.conditions()),
+        WeightChecks(factory.conditions()),
     )
     pool = Pool(parts, metrics, policy=_policy(settings, budget), limits=_limits(settings))
     metrics.watch_engines(pool.count_by_state)
-    rollover = Rollover(pool, registry, metrics, settings.catalog_ttl)
-    service = Service(settings, device, backend, registry, pool, rollover, metrics)
+    rollout = Rollout(pool, registry, metrics, settings.catalog_ttl)
+    service = Service(settings, device, backend, registry, pool, rollout, metrics)
     app = FastAPI(
         title="inference-service",
         redirect_slashes=False,
@@ -77,7 +77,7 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     app.state.service = service
     for router in (openai.router, admin.router, health.router):
         app.include_router(router)
-    app.add_middleware(Access)
+    app.add_middleware(RequestLog)
     _render_errors(app)
     return app
 
@@ -87,11 +87,11 @@ def _registry(settings: Settings, device: Device, backend: Backend) -> Registry:
     documents = Documents(store)
     catalog = Catalog(store, settings.gcs_model_prefix, settings.catalog_ttl, documents)
     layout, disk = open_cache(settings)
-    sync = Sync(store, layout, disk)
-    preflight = Preflight(documents, settings, device, backend, disk.check_fits, sync.kept)
-    host_cache = HostCache(int(settings.host_cache_gib * _GIB))
-    disk.evicted = host_cache.forget
-    return Registry(catalog, preflight, sync, layout, Verifier(host_cache))
+    snapshots = SnapshotStore(store, layout, disk)
+    preflight = Preflight(documents, settings, device, backend, disk.check_fits, snapshots.kept)
+    page_lock = PageLock(int(settings.host_cache_gib * _GIB))
+    disk.evicted = page_lock.forget
+    return Registry(catalog, preflight, snapshots, layout, Verifier(page_lock))
 
 
 def _no_swap(model: Model) -> None:
@@ -128,14 +128,14 @@ def _lifespan(
         launcher.attach()
         background = [
             *service.preload(),
-            asyncio.create_task(service.rollover.watch()),
+            asyncio.create_task(service.rollout.watch()),
             asyncio.create_task(service.loop_lag.watch()),
             asyncio.create_task(_preload_architectures(service, launcher)),
         ]
         yield
         for task in background:
             task.cancel()
-        await service.rollover.close()
+        await service.rollout.close()
         await service.pool.close()
         launcher.close()
         factory.close()
@@ -152,7 +152,7 @@ async def _preload_architectures(service: Service, launcher: Launcher) -> None:
     except ServiceError as error:
         logger.warning("no architecture is preloaded: %s", error)
         return
-    launcher.preload(await asyncio.to_thread(vllm_names.modules_of, found))
+    launcher.preload(await asyncio.to_thread(source_tables.modules_of, found))
 
 
 def _render_errors(app: FastAPI) -> None:

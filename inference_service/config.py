@@ -40,6 +40,14 @@ class EngineChoice(StrEnum):
     FAKE = "fake"
 
 
+class Backend(StrEnum):
+    """What runs models; ENGINE chooses one of them."""
+
+    VLLM = "vllm"
+    TRANSFORMERS = "transformers"
+    FAKE = "fake"
+
+
 class DtypeChoice(StrEnum):
     AUTO = "auto"
     FLOAT32 = "float32"

@@ -50,7 +50,7 @@ class Metrics:
         )
         self.load_phase_seconds = self._histogram(
             "load_phase_seconds",
-            "Phases of loads: list, sync, verify, memory, start, weights, warm-up, canary",
+            "Phases of loads: list, sync, verify, memory, start, weights, warm-up, weight-check",
             _LOAD_BUCKETS,
             "phase",
         )
@@ -59,8 +59,8 @@ class Metrics:
             "Weights put into a live engine, status ok or failed (it was loaded afresh then)",
             "status",
         )
-        self.rollovers = self._counter(
-            "rollovers_total",
+        self.rollouts = self._counter(
+            "rollouts_total",
             "Revisions of models that served: ok (a new one took over), rejected (the old one serves on), "
             "rolled_back",
             "status",

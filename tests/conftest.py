@@ -8,12 +8,18 @@ import pytest
 from tests.fixtures.bucket import Bucket, gcs_server, new_bucket
 from tests.fixtures.checkpoints import Checkpoints, checkpoints
 from tests.fixtures.fakes import Fakes
+from tests.fixtures.pinned_vllm import PinnedVllm, ask_pinned_vllm
 from tests.fixtures.service_process import ServiceProcess, running_service
 
 
 @pytest.fixture(scope="session", name="checkpoints")
 def _checkpoints() -> Checkpoints:
     return checkpoints()
+
+
+@pytest.fixture(scope="session")
+def pinned_vllm() -> PinnedVllm:
+    return ask_pinned_vllm()
 
 
 @pytest.fixture(scope="session")

@@ -10,35 +10,60 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "inference_service"
-# Room (or top-level module) -> floor. A module imports from its own room and from lower floors.
+# Room (or top-level module) -> floor. A module imports from its own room and from lower floors only: rooms of
+# the same floor do not know each other.
 FLOORS = {
     "errors": 0,
     "config": 0,
     "logs": 0,
     "metrics": 0,
-    "models": 0,
-    "engines": 1,
-    "storage": 2,
-    "pool": 3,
-    "api": 5,
-    "app": 6,
-    "commands": 6,
-    "__main__": 7,
+    "machine": 1,
+    "checkpoints": 2,
+    "scheduler": 2,
+    "backends": 3,
+    "engines": 4,
+    "storage": 4,
+    "pool": 5,
+    "revisions": 6,
+    "api": 7,
+    "app": 8,
+    "cli": 8,
+    "__main__": 9,
 }
+# Hosts are programs of their own: what they may import of the service.
+ROOMS_OF_HOSTS = ("hosts", "engines", "backends", "checkpoints", "machine")
 # Package -> the only places that may import it.
 FENCES = {
     "fastapi": ("api/", "app.py", "hosts/"),
     "starlette": ("api/", "app.py", "hosts/"),
-    "google": ("storage/gcs.py",),
-    "requests": ("storage/gcs.py",),
-    "urllib3": ("storage/gcs.py",),
+    "google": ("storage/bucket/gcs.py",),
+    "requests": ("storage/bucket/gcs.py",),
+    "urllib3": ("storage/bucket/gcs.py",),
     "torch": ("hosts/",),
     "vllm": ("hosts/",),
     "transformers": ("hosts/",),
     "prometheus_client": ("metrics.py",),
-    "aiohttp": ("engines/hosted.py",),
-    "pynvml": ("engines/device.py", "engines/memory.py"),
+    "aiohttp": ("engines/process_engine.py",),
+    "pynvml": ("machine/",),
+    "fcntl": ("storage/snapshots/locks.py",),
 }
+# Modules and rooms that only compute: no clock, no file, no task of their own.
+PURE = ("scheduler", "checkpoints")
+PURE_IMPORTS = frozenset(
+    {
+        "collections",
+        "collections.abc",
+        "dataclasses",
+        "enum",
+        "hashlib",
+        "itertools",
+        "json",
+        "math",
+        "pathlib",
+        "re",
+    }
+    | {"struct", "typing", "pydantic"}
+)
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -74,21 +99,27 @@ def test_fences(file: Path) -> None:
         assert allowed is None or place.startswith(allowed), f"{place} may not import {name}"
 
 
+def test_every_room_has_a_floor() -> None:
+    rooms = {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in MODULES}
+    assert rooms == {*FLOORS, "hosts", "__init__"}
+
+
 def test_hosts_know_the_engine_room_only() -> None:
     for file in (PACKAGE / "hosts").rglob("*.py"):
         for name in imports(file):
             if name.startswith("inference_service"):
-                assert room(name) in ("engines", "hosts")
+                assert room(name) in ROOMS_OF_HOSTS, f"{file} may not import {name}"
 
 
 def test_tokens_and_http_are_apart() -> None:
     """What runs the model knows no HTTP, what speaks HTTP knows no torch."""
-    for file in (PACKAGE / "hosts" / "generation").glob("*.py"):
+    backend = PACKAGE / "hosts" / "transformers"
+    for file in (backend / "generation").glob("*.py"):
         assert not any(
-            name.startswith(("fastapi", "starlette", "inference_service.hosts.openai"))
+            name.startswith(("fastapi", "starlette", "inference_service.hosts.transformers.openai"))
             for name in imports(file)
         )
-    for file in (PACKAGE / "hosts" / "openai").glob("*.py"):
+    for file in (backend / "openai").glob("*.py"):
         assert not any(name.split(".")[0] == "torch" for name in imports(file))
 
 
@@ -98,15 +129,19 @@ def test_nothing_in_the_service_imports_hosts() -> None:
             assert not any(name.startswith("inference_service.hosts") for name in imports(file))
 
 
-def test_the_scheduler_is_pure() -> None:
-    pure = ("scheduler", "room", "views")
-    allowed = {
-        *("collections.abc", "dataclasses", "enum"),
-        *("inference_service.engines.base", "inference_service.pool.events"),
-        *(f"inference_service.pool.{name}" for name in pure),
-    }
-    for name in pure:
-        assert set(imports(PACKAGE / "pool" / f"{name}.py")) <= allowed
+@pytest.mark.parametrize("name", PURE)
+def test_pure_rooms(name: str) -> None:
+    for file in (PACKAGE / name).glob("*.py"):
+        others = {each for each in imports(file) if not each.startswith("inference_service")}
+        assert others <= PURE_IMPORTS, file
+
+
+def test_the_scheduler_reads_alone() -> None:
+    for file in (PACKAGE / "scheduler").glob("*.py"):
+        assert all(
+            name.startswith("inference_service.scheduler") or "." not in name or name == "collections.abc"
+            for name in imports(file)
+        ), file
 
 
 def test_the_service_never_loads_an_engine_library() -> None:

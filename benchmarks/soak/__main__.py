@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.soak.course import soak
-from benchmarks.soak.verdict import report
+from benchmarks.soak.report import report
+from benchmarks.soak.scenario import soak
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from benchmarks.soak.cast import REQUEST_SECONDS, Part
+from benchmarks.soak.models import REQUEST_SECONDS, Part
 from benchmarks.sse_client import (
     CHAT,
     Answer,

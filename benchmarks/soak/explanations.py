@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.soak.asking import Outcome
-from benchmarks.soak.cast import (
+from benchmarks.soak.models import (
     CIRCUIT_SECONDS,
     LOAD_SECONDS,
     PINNED,
@@ -17,7 +17,7 @@ from benchmarks.soak.cast import (
     STALL_SECONDS,
     WAITING,
 )
-from benchmarks.soak.chronicle import Chronicle, Deed
+from benchmarks.soak.timeline import Chronicle, Deed
 
 # Between a deed and the moment in which the service knows of it.
 NOTICED_SECONDS = 1.0

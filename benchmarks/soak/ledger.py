@@ -4,8 +4,8 @@ from collections import Counter
 
 from benchmarks.report import say
 from benchmarks.soak.asking import Ask, Outcome, ask
-from benchmarks.soak.chronicle import Chronicle, Deed
 from benchmarks.soak.explanations import explain
+from benchmarks.soak.timeline import Chronicle, Deed
 from benchmarks.sse_client import now
 
 SHOWN = 40

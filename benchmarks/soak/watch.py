@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from benchmarks.soak.cast import RUNNING, SLOTS, WAITING
 from benchmarks.soak.ledger import Ledger
+from benchmarks.soak.models import RUNNING, SLOTS, WAITING
 from benchmarks.sse_client import connect, get_request, now
 
 EVERY_SECONDS = 0.4

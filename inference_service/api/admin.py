@@ -6,10 +6,10 @@ from typing import Any
 from fastapi import APIRouter, Depends, Response, status
 
 from inference_service.api.admin_access import admit_operator
-from inference_service.api.process import process_stats
+from inference_service.api.process_stats import process_stats
+from inference_service.api.schemas.responses import Placement, Unloaded
 from inference_service.api.service import Service, ServiceDep
-from inference_service.models.responses import Placement, Unloaded
-from inference_service.storage.model import Model, canonical_name
+from inference_service.storage.bucket.model import Model, canonical_name
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(admit_operator)])
 
@@ -44,7 +44,7 @@ async def rollback(name: str, service: ServiceDep) -> Placement:
 
     The revision that served until now does not come back by itself; the next upload takes over again.
     """
-    return _placement(service, await service.rollover.rollback(await service.find(name)))
+    return _placement(service, await service.rollout.rollback(await service.find(name)))
 
 
 @router.post("/pin/{name:path}")
@@ -73,14 +73,14 @@ async def stats(service: ServiceDep) -> dict[str, Any]:
         **await asyncio.to_thread(service.registry.stats),
         "models": len(models),
         "unservable": unservable,
-        "rollovers": service.rollover.describe(),
+        "rollouts": service.rollout.describe(),
         "alias_conflicts": service.catalog.conflicts,
         "process": {**process_stats(), "loop_lag_seconds": service.loop_lag.take()},
     }
 
 
 def _placement(service: Service, model: Model) -> Placement:
-    model = service.rollover.meant(model)
+    model = service.rollout.meant(model)
     return Placement(
         model=model.name,
         revision=model.revision,

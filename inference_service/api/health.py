@@ -3,11 +3,11 @@
 from fastapi import APIRouter, Response
 
 from inference_service import __version__
+from inference_service.api.schemas.responses import Health
 from inference_service.api.service import ServiceDep
-from inference_service.engines.device import resolve_dtype
 from inference_service.errors import ShuttingDown
+from inference_service.machine.device import resolve_dtype
 from inference_service.metrics import CONTENT_TYPE
-from inference_service.models.responses import Health
 
 router = APIRouter()
 

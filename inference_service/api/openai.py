@@ -5,13 +5,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from inference_service.api.bounds import chat_body, completion_body
+from inference_service.api.body import chat_body, completion_body
 from inference_service.api.relay import Relay
+from inference_service.api.schemas.requests import ChatBody, CompletionBody
+from inference_service.api.schemas.responses import ModelCard, ModelList
 from inference_service.api.service import Service, ServiceDep
 from inference_service.errors import ModelNotServable
-from inference_service.models.requests import ChatBody, CompletionBody
-from inference_service.models.responses import ModelCard, ModelList
-from inference_service.storage.model import Model
+from inference_service.storage.bucket.model import Model
 
 router = APIRouter(prefix="/v1")
 
@@ -53,7 +53,7 @@ async def retrieve_model(name: str, service: ServiceDep) -> ModelCard:
 
 
 def _is_served(service: Service, model: Model) -> bool:
-    return model.unservable is None or service.rollover.serving_revision(model) != model.revision
+    return model.unservable is None or service.rollout.serving_revision(model) != model.revision
 
 
 def _card(service: Service, model: Model) -> ModelCard:
@@ -63,7 +63,7 @@ def _card(service: Service, model: Model) -> ModelCard:
         kind=model.kind,
         parent=service.catalog.parent(model),
         revision=model.revision,
-        serving_revision=service.rollover.serving_revision(model),
+        serving_revision=service.rollout.serving_revision(model),
         size=model.bytes,
         aliases=model.serving.aliases,
     )

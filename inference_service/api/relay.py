@@ -13,6 +13,7 @@ from pydantic_core import from_json
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from inference_service.api.schemas.requests import GenerationBody
 from inference_service.api.service import Service
 from inference_service.api.sse import StreamReader, error_event, host_error, progress_comment
 from inference_service.engines.base import Reply
@@ -23,9 +24,8 @@ from inference_service.errors import (
     ServiceError,
     ShuttingDown,
 )
-from inference_service.models.requests import GenerationBody
-from inference_service.pool.slot import ANSWERING, Lease
-from inference_service.storage.model import Model
+from inference_service.pool.leases import ANSWERING, Lease
+from inference_service.storage.bucket.model import Model
 
 # A client that does not read would hold its error, and this task, for ever.
 LAST_WORD_SECONDS = 2.0

@@ -11,9 +11,8 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
-from inference_service.api.process import LoopLag
-from inference_service.config import Settings
-from inference_service.engines.device import Backend, Device
+from inference_service.api.process_stats import LoopLag
+from inference_service.config import Backend, Settings
 from inference_service.errors import (
     ModelNotServable,
     ObjectReplaced,
@@ -21,12 +20,13 @@ from inference_service.errors import (
     ServiceError,
     ShuttingDown,
 )
+from inference_service.machine.device import Device
 from inference_service.metrics import Metrics
+from inference_service.pool.leases import Lease
 from inference_service.pool.pool import Pool, Superseded
-from inference_service.pool.rollover import Rollover
-from inference_service.pool.slot import Lease
-from inference_service.storage.catalog import Catalog
-from inference_service.storage.model import Model
+from inference_service.revisions.rollout import Rollout
+from inference_service.storage.bucket.catalog import Catalog
+from inference_service.storage.bucket.model import Model
 from inference_service.storage.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Service:
     backend: Backend
     registry: Registry
     pool: Pool
-    rollover: Rollover
+    rollout: Rollout
     metrics: Metrics
     loop_lag: LoopLag = field(default_factory=LoopLag)
     relays: set[UnderWay] = field(default_factory=set)
@@ -85,16 +85,16 @@ class Service:
             except ObjectReplaced as error:
                 if model.exact:
                     raise
-                self.rollover.lost(_failed(model, error))
+                self.rollout.lost(_failed(model, error))
                 model = await self._resolve(model.name)
             except ServiceError as error:
                 failed = _failed(model, error)
-                older = await self.rollover.older_than(failed, error)
+                older = await self.rollout.older_than(failed, error)
                 if older is None:
                     raise
                 model = older if failed is model else await self._resolve(model.asked_for)
             else:
-                self.rollover.served(model)
+                self.rollout.served(model)
                 return lease
         raise ObjectReplaced(
             f"The model '{model.name}' changes faster than it can be loaded. Try again.", retry_after=5
@@ -121,21 +121,21 @@ class Service:
         return await _as_listed(lambda: self._resolved(name))
 
     async def _resolved(self, name: str) -> Model:
-        model = self.rollover.meant(await self.registry.find(name))
+        model = self.rollout.meant(await self.registry.find(name))
         # What is loaded is served, also while the bucket is away.
         if self.pool.is_live(model):
             return model
         if model.unservable is not None or (
-            model.carrier is not None and model.carrier.unservable is not None
+            model.base_model is not None and model.base_model.unservable is not None
         ):
             await self.catalog.look_again()  # its upload may have ended since it was listed
-            model = self.rollover.meant(await self.registry.find(name))
-        if model.carrier is not None and await self._has_older(model.carrier):
-            model = self.rollover.meant(await self.registry.find(name))
+            model = self.rollout.meant(await self.registry.find(name))
+        if model.base_model is not None and await self._has_older(model.base_model):
+            model = self.rollout.meant(await self.registry.find(name))
         try:
             await self.registry.examine(model)
         except ModelNotServable as error:
-            older = await self.rollover.older_than(model, error)
+            older = await self.rollout.older_than(model, error)
             if older is None:
                 raise
             return older
@@ -146,7 +146,7 @@ class Service:
         try:
             await self.registry.examine(base)
         except ModelNotServable as error:
-            return await self.rollover.older_than(base, error) is not None
+            return await self.rollout.older_than(base, error) is not None
         return False
 
     @property
@@ -194,7 +194,7 @@ class Service:
                 if attempt == LEASE_ATTEMPTS - 1:
                     raise
                 model = await self._resolve(model.asked_for)
-        self.rollover.served(model)
+        self.rollout.served(model)
 
     async def drain(self) -> None:
         """Stop admission and let running requests finish, until DRAIN_TIMEOUT ends the rest."""
@@ -222,8 +222,8 @@ async def _as_listed(ask: Callable[[], Awaitable[Model]]) -> Model:
 
 def _failed(model: Model, error: ServiceError) -> Model:
     """What could not be had: the model, or an adapter's base."""
-    of_base = model.carrier is not None and error.reference == model.carrier.reference
-    return model.carrier if of_base and model.carrier is not None else model
+    of_base = model.base_model is not None and error.reference == model.base_model.reference
+    return model.base_model if of_base and model.base_model is not None else model
 
 
 def _log_failure(name: str, order: asyncio.Task[None]) -> None:

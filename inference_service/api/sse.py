@@ -14,7 +14,7 @@ from inference_service.errors import (
     InvalidRequest,
     ServiceError,
 )
-from inference_service.pool.slot import LoadProgress
+from inference_service.pool.leases import LoadProgress
 
 EVENT_END = b"\n\n"
 DONE = b"data: [DONE]\n\n"

@@ -5,13 +5,11 @@ process that travels to the launcher as JSON.
 """
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass, field
-from enum import StrEnum
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
 
-from inference_service.errors import ServiceError, readable_bytes
-from inference_service.models.serving import Serving
+from inference_service.checkpoints.snapshot import Snapshot
+from inference_service.errors import ServiceError
 
 # So long a host may take to end in good order.
 GRACE_SECONDS = 5.0
@@ -19,53 +17,8 @@ GRACE_SECONDS = 5.0
 PHASE_MARK = "@phase "
 
 
-class EngineState(StrEnum):
-    """`stopped -> starting -> ready -> draining -> stopping -> stopped`, and `failed`."""
-
-    STOPPED = "stopped"
-    STARTING = "starting"
-    READY = "ready"
-    DRAINING = "draining"
-    STOPPING = "stopping"
-    FAILED = "failed"
-
-
 @dataclass(frozen=True)
-class Snapshot:
-    """A verified local directory of one revision of a model, and how it wants to be served.
-
-    `adapter_rank`: the highest rank of the LoRA adapters that its engine is to take; 0: none.
-    """
-
-    model: str
-    revision: str
-    path: Path
-    bytes: int
-    serving: Serving = field(default_factory=Serving)
-    adapter_rank: int = 0
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes that one engine takes on each of its devices."""
-
-    weights: int
-    kv_cache: int
-    overhead: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.kv_cache + self.overhead
-
-    def __str__(self) -> str:
-        return (
-            f"{readable_bytes(self.total)} (weights {readable_bytes(self.weights)}, KV cache "
-            f"{readable_bytes(self.kv_cache)}, overhead {readable_bytes(self.overhead)})"
-        )
-
-
-@dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """A sign of life: requests that the engine works on, and a number that changes with every step."""
 
     running: int
@@ -81,7 +34,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Swapped:
-    """A swap that the host has carried out: its canary, and the seconds of its phases."""
+    """A swap that the host has carried out: its weight check, and the seconds of its phases."""
 
     fingerprint: Fingerprint
     seconds: dict[str, float]
@@ -174,12 +127,12 @@ class Engine(Protocol):
         """Send one request to the host; raises EngineDied."""
         ...
 
-    async def pulse(self) -> Pulse:
+    async def heartbeat(self) -> Heartbeat:
         """What the engine is doing at this moment; raises EngineDied."""
         ...
 
-    async def canary(self) -> Fingerprint:
-        """What the weights make of the canary's prompt; raises EngineDied and SwapFailed."""
+    async def weight_check(self) -> Fingerprint:
+        """What the weights make of the weight check's prompt; raises EngineDied and SwapFailed."""
         ...
 
     async def swap(self, snapshot: Snapshot) -> Swapped:
@@ -201,7 +154,7 @@ class Engine(Protocol):
         """Return, with the reason, once the host's process is gone."""
         ...
 
-    def cut(self, error: ServiceError) -> None:
+    def abort_all(self, error: ServiceError) -> None:
         """End every reply under way with `error`; idempotent, never blocks."""
         ...
 

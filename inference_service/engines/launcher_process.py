@@ -33,41 +33,12 @@ from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any, NoReturn
 
+from inference_service.backends.preload import PRELOAD, PRELOAD_VLLM
+from inference_service.config import Backend
 from inference_service.engines.base import HostSpec
 from inference_service.engines.channel import Channel
+from inference_service.engines.fork_safety import gpus_hidden, why_cold
 from inference_service.engines.lifeline import end_group_with_service
-from inference_service.engines.warmth import gpus_hidden, why_cold
-
-# What a host of each backend imports; a name that is missing is only slower, never an error, except
-# for the first, without which the backend cannot run at all.
-PRELOAD = {
-    "vllm": (
-        "vllm.v1.engine.core",
-        "vllm.v1.engine.async_llm",
-        "vllm.v1.executor.uniproc_executor",
-        "vllm.entrypoints.launchers.api_server.entry",
-        "vllm.entrypoints.launchers.cli_args",
-        "vllm.entrypoints.generate.api_router",
-        "vllm.model_executor.models.llama",
-        "vllm.model_executor.models.qwen2",
-        "vllm.reasoning",
-        "vllm.tool_parsers",
-        "inference_service.hosts.vllm",
-    ),
-    "transformers": (
-        "inference_service.hosts.transformers",
-        "transformers.models.auto.modeling_auto",
-        "transformers.models.llama.modeling_llama",
-        "transformers.models.qwen2.modeling_qwen2",
-        "peft",
-    ),
-    "fake": ("inference_service.hosts.fake",),
-}
-# What vLLM's workers import on one kind of device.
-PRELOAD_VLLM = {
-    "cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner"),
-    "cuda": ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu.model_runner"),
-}
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -101,7 +72,7 @@ def main() -> None:
 
 def preload(backend: str, device: str) -> None:
     """Import what hosts of `backend` need; raises whatever the first import raises."""
-    first, *others = PRELOAD[backend]
+    first, *others = PRELOAD[Backend(backend)]
     importlib.import_module(first)
     for name in (*others, *(PRELOAD_VLLM.get(device, ()) if backend == "vllm" else ())):
         _preload(name)
@@ -298,7 +269,7 @@ def _become_cold_host(spec: HostSpec, listener: int, lifeline: int) -> NoReturn:
     for descriptor in (listener, lifeline):
         os.set_inheritable(descriptor, True)
     order = json.dumps(spec.to_json())
-    command = [sys.executable, "-m", "inference_service.engines.cold_host"]
+    command = [sys.executable, "-m", "inference_service.engines.spawned_host"]
     os.execv(sys.executable, [*command, order, str(listener), str(lifeline)])  # noqa: S606
 
 

@@ -39,7 +39,7 @@ class Script:
     (`hang_after`), or answers but brings no further token (`stall_after`).
 
     Models with the same `swap_key` can take one another's place; one with `fail_swap` cannot be put into a
-    live host, one with `die_in_swap` kills it, with `wrong_canary` its weights seem not to have arrived. An
+    live host, one with `die_in_swap` kills it, with `wrong_weights` its weights seem not to have arrived. An
     adapter with `fail_adapter` is refused.
     """
 
@@ -54,7 +54,7 @@ class Script:
     swap_key: str | None = None
     fail_swap: str | None = None
     die_in_swap: bool = False
-    wrong_canary: bool = False
+    wrong_weights: bool = False
     fail_adapter: str | None = None
 
     @classmethod
@@ -103,8 +103,8 @@ def build_app(spec: HostSpec, script: Script) -> FastAPI:
     fake = _Fake(spec, script)
     app = FastAPI()
     app.add_api_route("/health", fake.health)
-    app.add_api_route("/control/pulse", fake.pulse)
-    app.add_api_route("/control/canary", fake.canary)
+    app.add_api_route("/control/heartbeat", fake.heartbeat)
+    app.add_api_route("/control/weight-check", fake.weight_check)
     app.add_api_route("/control/swap", fake.swap, methods=["POST"])
     app.add_api_route("/control/adapters", fake.add_adapter, methods=["POST"])
     app.add_api_route("/control/adapters/{name}", fake.remove_adapter, methods=["DELETE"])
@@ -127,13 +127,13 @@ class _Fake:
     async def health(self) -> dict[str, str]:
         return {"status": "ok"}
 
-    async def pulse(self) -> dict[str, int]:
+    async def heartbeat(self) -> dict[str, int]:
         # A client that does not read holds its tokens up and is no stall: the look itself is a step.
         self._steps += self._stalled == 0
         return {"running": self._running, "steps": self._steps}
 
-    async def canary(self) -> dict[str, Any]:
-        return {"canary": self._fingerprint}
+    async def weight_check(self) -> dict[str, Any]:
+        return {"fingerprint": self._fingerprint}
 
     async def swap(self, request: Request) -> Response:
         """Serve another model from now on, or fail as its script says."""
@@ -145,10 +145,10 @@ class _Fake:
             return JSONResponse({"error": script.fail_swap}, 422)
         self._spec, self._script = spec, script
         self._adapters.clear()
-        if not script.wrong_canary:
+        if not script.wrong_weights:
             self._fingerprint = _fingerprint(spec)
         seconds = {"weights": 0.0, "warm-up": 0.0}
-        return JSONResponse({"canary": self._fingerprint, "seconds": seconds})
+        return JSONResponse({"fingerprint": self._fingerprint, "seconds": seconds})
 
     async def add_adapter(self, request: Request) -> Response:
         order = await request.json()

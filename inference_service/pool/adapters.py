@@ -10,10 +10,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from inference_service.engines.base import Engine, Snapshot
+from inference_service.checkpoints.snapshot import Snapshot
+from inference_service.engines.base import Engine
 from inference_service.errors import AdapterRefused, EngineDied, EngineError
 from inference_service.pool.phases import Phase, Phases
-from inference_service.storage.model import Model
+from inference_service.storage.bucket.model import Model
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The phases of a load and how long each took: list, sync, verify, memory, start, weights, warm-up, canary.
+"""The phases of a load, and how long each took.
 
 The first three are the fetch's, `memory` is the wait for it, `start` to `warm-up` happen in the host.
 """
@@ -15,7 +15,7 @@ class Phase(StrEnum):
     START = "start"
     WEIGHTS = "weights"
     WARM_UP = "warm-up"
-    CANARY = "canary"
+    WEIGHT_CHECK = "weight-check"
 
 
 FETCH_PHASES = frozenset({Phase.LIST, Phase.SYNC, Phase.VERIFY})

@@ -14,12 +14,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from inference_service.engines.base import EngineState
 from inference_service.errors import DiskFull, EngineDied, QueueTimedOut, ServiceError
 from inference_service.metrics import Metrics
 from inference_service.pool import refusals
 from inference_service.pool.adapters import Adapter
-from inference_service.pool.events import (
+from inference_service.pool.leases import Lease, LoadProgress, Slot, Waiter
+from inference_service.pool.lifecycle import EngineLifecycle, Hooks, Limits
+from inference_service.pool.loader import Parts
+from inference_service.pool.operator_loads import OperatorLoads
+from inference_service.pool.report import Report
+from inference_service.scheduler.events import (
     Action,
     CancelLoad,
     Drain,
@@ -40,14 +44,9 @@ from inference_service.pool.events import (
     TimePassed,
     Unload,
 )
-from inference_service.pool.lives import Hooks, Limits, Lives
-from inference_service.pool.loading import Parts
-from inference_service.pool.orders import Orders
-from inference_service.pool.report import Report
-from inference_service.pool.scheduler import Scheduler
-from inference_service.pool.slot import Lease, LoadProgress, Slot, Waiter
-from inference_service.pool.views import Policy
-from inference_service.storage.model import Model, ModelKind
+from inference_service.scheduler.scheduler import Scheduler
+from inference_service.scheduler.state import EngineState, Policy
+from inference_service.storage.bucket.model import Model, ModelKind
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +79,12 @@ class Pool:
         self._clock = clock
         self._scheduler = Scheduler(policy)
         hooks = Hooks(self._tell, self._fetched, self._is_waited_for, self.pinned)
-        self._lives = Lives(parts, metrics, self._scheduler, limits, clock, hooks)
+        self._lifecycle = EngineLifecycle(parts, metrics, self._scheduler, limits, clock, hooks)
         self._waiters: dict[int, Waiter] = {}
         self._numbers = itertools.count(1)
         self._pins: dict[str, bool] = {}
-        self._orders = Orders(partial(self._lease, None, order=True), self.is_live)
-        self._report = Report(self._scheduler, self._lives, self._waiters, self._pins, clock)
+        self._orders = OperatorLoads(partial(self._lease, None, order=True), self.is_live)
+        self._report = Report(self._scheduler, self._lifecycle, self._waiters, self._pins, clock)
         self._events: deque[Event] = deque()
         self._telling = False
         self._told_at = clock()
@@ -136,7 +135,7 @@ class Pool:
             raise
         finally:
             waiter.calm()
-        return lease if wanted.carrier is None else await self._with_adapter(lease, wanted)
+        return lease if wanted.base_model is None else await self._with_adapter(lease, wanted)
 
     def _limit(self, waiter: Waiter, waited: float) -> None:
         """Bound the wait: for the load since the request came, for a place from now on."""
@@ -166,7 +165,7 @@ class Pool:
     def _is_there(self, waiter: Waiter) -> bool:
         """Whether what the request waits for is loaded, and a place there is all that it lacks."""
         is_ready = self.state(waiter.model.reference) is EngineState.READY
-        return is_ready and not self._lives.fetches.is_under_way(waiter.wanted.reference)
+        return is_ready and not self._lifecycle.prefetcher.is_under_way(waiter.wanted.reference)
 
     def _came(self, reference: str) -> None:
         """An engine is ready, or an adapter's files are there: who still waits lacks a place from now on."""
@@ -188,22 +187,22 @@ class Pool:
             lease.release()
             raise
         finally:
-            self._lives.fetches.drop(model.reference)
+            self._lifecycle.prefetcher.drop(model.reference)
         return lease
 
     def _request(self, waiter: Waiter, instead_of: str | None) -> Request:
         """The scheduler's view of a waiter."""
-        model, wanted, fetches = waiter.model, waiter.wanted, self._lives.fetches
-        there = wanted is model or self._has(wanted) or fetches.is_there(wanted.reference)
+        model, wanted, prefetcher = waiter.model, waiter.wanted, self._lifecycle.prefetcher
+        there = wanted is model or self._has(wanted) or prefetcher.is_there(wanted.reference)
         return Request(
             waiter.number,
             model.reference,
-            self._lives.footprint(model).total,
+            self._lifecycle.footprint(model).total,
             self._wants_pinned(waiter),
             waiter.order,
             self._parts.swap_key(model),
             model.rank,
-            model.reference in self._lives.slots or fetches.is_there(model.reference),
+            model.reference in self._lifecycle.slots or prefetcher.is_there(model.reference),
             instead_of,
             None if there else wanted.reference,
         )
@@ -212,36 +211,36 @@ class Pool:
         """What an admitted waiter waits for is on its way at once, whatever serves until then."""
         if waiter.number not in self._waiters:
             return
-        if waiter.model.reference not in self._lives.slots:
-            self._lives.fetches.begin(waiter.model)
+        if waiter.model.reference not in self._lifecycle.slots:
+            self._lifecycle.prefetcher.begin(waiter.model)
         if waiter.wanted is not waiter.model and not self._has(waiter.wanted):
-            self._lives.fetches.begin(waiter.wanted)
+            self._lifecycle.prefetcher.begin(waiter.wanted)
 
     def _has(self, adapter: Model) -> bool:
         """Whether an engine that takes requests has the adapter."""
-        carrier = adapter.carrier or adapter
-        return self.state(carrier.reference) is EngineState.READY and self.adapter(adapter) is not None
+        base_model = adapter.base_model or adapter
+        return self.state(base_model.reference) is EngineState.READY and self.adapter(adapter) is not None
 
     def _fetched(self, model: Model, error: Exception | None) -> None:
         """A fetch ahead of the engine has ended; what a slot waits for is the slot's own concern."""
         key = model.reference
-        if key in self._lives.slots:
+        if key in self._lifecycle.slots:
             return
         # A disk that is full may have room once an engine has given its snapshot up.
-        full = isinstance(error, DiskFull) and error.missing is not None and model.carrier is None
+        full = isinstance(error, DiskFull) and error.missing is not None and model.base_model is None
         if error is not None and not full:
             logger.error("fetch failed: %s", error, extra={"model": model.name})
-            self._lives.errors[key] = self._lives.failed(model, error)
+            self._lifecycle.errors[key] = self._lifecycle.failed(model, error)
             self._tell(FetchFailed(key))
-            del self._lives.errors[key]
+            del self._lifecycle.errors[key]
         elif self._is_waited_for(key):
             self._tell(Fetched(key))
         else:
-            self._lives.fetches.drop(key)
+            self._lifecycle.prefetcher.drop(key)
 
     def live(self, name: str) -> list[Model]:
         """What serves under this name: models with a ready engine, adapters on one."""
-        ready = self._lives.ready()
+        ready = self._lifecycle.ready()
         adapters = [each for slot in ready if slot.adapters is not None for each in slot.adapters.models()]
         return [each for each in [*(slot.model for slot in ready), *adapters] if each.name == name]
 
@@ -251,25 +250,25 @@ class Pool:
 
     def names(self) -> set[str]:
         """Models, adapters included, that an engine holds in whatever state."""
-        slots = self._lives.slots.values()
+        slots = self._lifecycle.slots.values()
         adapters = (slot.adapters.names() for slot in slots if slot.adapters is not None)
         return {slot.model.name for slot in slots}.union(*adapters)
 
     def adapter(self, model: Model) -> Adapter | None:
         """The adapter on its carrier's engine, if that has it."""
-        slot = None if model.carrier is None else self._lives.slots.get(model.carrier.reference)
+        slot = None if model.base_model is None else self._lifecycle.slots.get(model.base_model.reference)
         return None if slot is None or slot.adapters is None else slot.adapters.get(model.reference)
 
     def state(self, reference: str) -> EngineState:
         """The state of an engine."""
-        return self._lives.state(reference)
+        return self._lifecycle.state(reference)
 
     def standing(self, model: Model) -> EngineState:
         """The state of the engine of a model, whatever its revision; of an adapter's carrier's."""
         if model.kind is ModelKind.ADAPTER:
             return EngineState.READY if self.is_live(model) else EngineState.STOPPED
         exact = self.state(model.reference)
-        slots = self._lives.slots.items()
+        slots = self._lifecycle.slots.items()
         others = [self.state(key) for key, slot in slots if slot.model.name == model.name]
         return exact if exact is not EngineState.STOPPED or not others else others[-1]
 
@@ -286,10 +285,10 @@ class Pool:
         self._tell_pins()
 
     def _tell_pins(self) -> None:
-        for slot in list(self._lives.slots.values()):
+        for slot in list(self._lifecycle.slots.values()):
             self._tell(Pinned(slot.key, self._is_pinned(slot)))
         for waiter in list(self._waiters.values()):
-            if waiter.model.reference not in self._lives.slots:
+            if waiter.model.reference not in self._lifecycle.slots:
                 self._tell(Pinned(waiter.model.reference, self._wants_pinned(waiter)))
 
     def _is_pinned(self, slot: Slot) -> bool:
@@ -310,17 +309,17 @@ class Pool:
             if waiter.wanted is not waiter.model and waiter.wanted.name == name:
                 self._fail(waiter, refusals.load_unloaded(name))
                 self._tell(Left(waiter.number, LINGER_SECONDS))
-        slots = [slot for slot in self._lives.slots.values() if slot.model.name == name]
+        slots = [slot for slot in self._lifecycle.slots.values() if slot.model.name == name]
         for slot in slots:
             slot.unloaded = True
             if force:
-                self._lives.cut(slot, refusals.unloaded(name))
+                self._lifecycle.abort_all(slot, refusals.unloaded(name))
             self._tell(Unload(slot.key, force))
         await asyncio.gather(*(slot.gone.wait() for slot in slots))
         return await self._remove_adapters(name) or bool(slots)
 
     async def _remove_adapters(self, name: str) -> bool:
-        on = [slot.adapters for slot in self._lives.slots.values() if slot.adapters is not None]
+        on = [slot.adapters for slot in self._lifecycle.slots.values() if slot.adapters is not None]
         found = [(each, model) for each in on for model in each.models() if model.name == name]
         removed = any([await adapters.remove(model.reference) for adapters, model in found])
         self._tell_pins()  # one that was pinned keeps its base's engine no longer
@@ -329,7 +328,7 @@ class Pool:
     def retire(self, reference: str) -> None:
         """Another revision has taken over: the engine ends with its last lease, and who waits is told."""
         self._supersede(reference)
-        slot = self._lives.slots.get(reference)
+        slot = self._lifecycle.slots.get(reference)
         if slot is not None:
             slot.unloaded = True
             self._tell(Unload(reference))
@@ -356,14 +355,14 @@ class Pool:
         self.stop_admission()
         if self._timer is not None:
             self._timer.cancel()
-        await self._lives.close()
+        await self._lifecycle.close()
 
     async def suspect(self, lease: Lease) -> EngineDied | None:
         """A request met an error of its engine's: if that is dead, nobody else is sent to it.
 
         Returns what is to be told of an engine that is dead.
         """
-        return await self._lives.suspect(lease)
+        return await self._lifecycle.suspect(lease)
 
     def progress(self, model: Model) -> LoadProgress:
         """How far a model that is waited for is on its way."""
@@ -387,13 +386,13 @@ class Pool:
     def _admit(self, wanted: Model) -> None:
         if self._closing:
             raise refusals.shutting_down()
-        for model in (wanted.carrier or wanted, wanted):
+        for model in (wanted.base_model or wanted, wanted):
             gone = self.state(model.reference) in (
                 EngineState.STOPPED,
                 EngineState.STOPPING,
                 EngineState.FAILED,
             )
-            refusal = self._lives.refusal(model) if gone else None
+            refusal = self._lifecycle.refusal(model) if gone else None
             if refusal is not None:
                 refusal.reference = model.reference
                 raise refusal
@@ -414,7 +413,7 @@ class Pool:
                 self._told_at = self._clock()
                 event = self._events.popleft()
                 for action in self._scheduler.handle(event, self._told_at):
-                    if not self._lives.ending:
+                    if not self._lifecycle.ending:
                         self._carry_out(action)
                 if isinstance(event, Loaded | Fetched):
                     self._came(event.key)
@@ -425,23 +424,23 @@ class Pool:
     def _carry_out(self, action: Action) -> None:
         match action:
             case Grant(number, key):
-                self._grant(self._waiters.pop(number, None), self._lives.slots[key])
+                self._grant(self._waiters.pop(number, None), self._lifecycle.slots[key])
             case Reject(number, reason):
                 waiter = self._waiters[number]
                 self._fail(waiter, self._rejection(waiter, reason))
             case Load(key):
-                self._lives.load(self._newest(key))
+                self._lifecycle.load(self._newest(key))
             case Swap(key, old):
-                self._lives.swap(self._newest(key), old)
+                self._lifecycle.swap(self._newest(key), old)
             case Drain(key):
-                name = self._lives.slots[key].model.name
+                name = self._lifecycle.slots[key].model.name
                 logger.info("draining for a model that waits", extra={"model": name})
                 if self._scheduler.engines[key].successor is not None:
                     self._supersede(key)
             case Evict(key):
-                self._lives.evict(key)
+                self._lifecycle.evict(key)
             case CancelLoad(key):
-                self._lives.cancel(key)
+                self._lifecycle.cancel(key)
 
     def _newest(self, key: str) -> Model:
         """The model that is waited for, as the last who asked knows it."""
@@ -454,27 +453,27 @@ class Pool:
             self._timer.cancel()
             self._timer = None
         # As of the last event: what has become due since then is not to be missed.
-        at = None if self._lives.ending else self._scheduler.next_look(self._told_at)
+        at = None if self._lifecycle.ending else self._scheduler.next_look(self._told_at)
         if at is not None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(0.0, at - self._clock()) + TICK_SECONDS, self.look)
 
     def _rejection(self, waiter: Waiter, reason: Reason) -> ServiceError:
-        scheduler, model, lives = self._scheduler, waiter.model, self._lives
+        scheduler, model, lifecycle = self._scheduler, waiter.model, self._lifecycle
         match reason:
             case Reason.OVERLOADED:
-                retry_after = lives.estimates.retry_after_queue(scheduler.waiting)
+                retry_after = lifecycle.estimates.retry_after_queue(scheduler.waiting)
                 return refusals.overloaded(
                     scheduler.policy, scheduler.running, scheduler.waiting, retry_after
                 )
             case Reason.NO_ROOM:
                 engines = list(scheduler.engines.values())
-                return refusals.no_room(model.name, lives.footprint(model), scheduler.policy, engines)
+                return refusals.no_room(model.name, lifecycle.footprint(model), scheduler.policy, engines)
             case Reason.UNLOADED:
                 return refusals.load_unloaded(model.name)
             case Reason.LOAD_FAILED:
-                failed = waiter.wanted if waiter.wanted.reference in lives.errors else model
-                error = lives.errors[failed.reference]
+                failed = waiter.wanted if waiter.wanted.reference in lifecycle.errors else model
+                error = lifecycle.errors[failed.reference]
                 told = error.again(error.message, retry_after=error.retry_after)
                 told.reference = failed.reference
                 return told
@@ -494,15 +493,15 @@ class Pool:
         lease.slot.leases.discard(lease)
         if lease.adapter is not None and lease.slot.adapters is not None:
             lease.slot.adapters.give_back(lease.adapter)
-        self._lives.estimates.ended(self._clock())
+        self._lifecycle.estimates.ended(self._clock())
         self._tell(Released(lease.slot.key))
 
     def _waited_too_long(self, waiter: Waiter) -> QueueTimedOut:
         """The client is told to come again, and its load goes on until it is done."""
         name, now = waiter.wanted.name, self._clock()
-        scheduler, estimates = self._scheduler, self._lives.estimates
+        scheduler, estimates = self._scheduler, self._lifecycle.estimates
         state = self.state(waiter.model.reference)
-        fetching = self._lives.fetches.is_under_way(waiter.wanted.reference)
+        fetching = self._lifecycle.prefetcher.is_under_way(waiter.wanted.reference)
         if self._is_there(waiter):
             retry_after = estimates.retry_after_queue(scheduler.waiting)
             limits = self._limits
@@ -511,7 +510,7 @@ class Pool:
             self._abandon(waiter, 0.0)
             return told
         loading = state is EngineState.STARTING or fetching
-        since = self._lives.slots[waiter.model.reference].began if state is EngineState.STARTING else now
+        since = self._lifecycle.slots[waiter.model.reference].began if state is EngineState.STARTING else now
         retry_after = estimates.retry_after_load(name, since, now)
         self._abandon(waiter, self._limits.load_timeout)
         limit = self._limits.load_wait
@@ -538,7 +537,7 @@ class Pool:
     def _forget_fetches(self, waiter: Waiter, seconds: float) -> None:
         """In so many seconds, unless somebody has come who waits for the same."""
         for model in (waiter.model, waiter.wanted):
-            self._lives.fetches.keep(model.reference, seconds)
+            self._lifecycle.prefetcher.keep(model.reference, seconds)
 
     def _is_waited_for(self, reference: str) -> bool:
         return any(

@@ -1,7 +1,7 @@
 """What a request is told that the pool does not serve: what happened, to which model, what to do next."""
 
+from inference_service.checkpoints.memory_profile import Footprint
 from inference_service.config import WaitLimit
-from inference_service.engines.base import Footprint
 from inference_service.errors import (
     EngineDied,
     EngineStartFailed,
@@ -13,7 +13,7 @@ from inference_service.errors import (
     StillBusy,
     readable_bytes,
 )
-from inference_service.pool.views import EngineView, Policy
+from inference_service.scheduler.state import EngineView, Policy
 
 
 def shutting_down() -> ShuttingDown:

@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from inference_service.engines.base import About, Engine, EngineState
+from inference_service.engines.base import About, Engine
 from inference_service.errors import EngineError
-from inference_service.pool.lives import Lives
-from inference_service.pool.scheduler import Scheduler
-from inference_service.pool.slot import LoadProgress, Slot, Waiter
-from inference_service.storage.model import Model
+from inference_service.pool.leases import LoadProgress, Slot, Waiter
+from inference_service.pool.lifecycle import EngineLifecycle
+from inference_service.scheduler.scheduler import Scheduler
+from inference_service.scheduler.state import EngineState
+from inference_service.storage.bucket.model import Model
 
-PULSE_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
 
 
 class Report:
@@ -22,30 +23,30 @@ class Report:
     def __init__(
         self,
         scheduler: Scheduler,
-        lives: Lives,
+        lifecycle: EngineLifecycle,
         waiters: Mapping[int, Waiter],
         pins: Mapping[str, bool],
         clock: Callable[[], float],
     ) -> None:
         self._scheduler = scheduler
-        self._lives = lives
+        self._lifecycle = lifecycle
         self._waiters = waiters
         self._pins = pins
         self._clock = clock
 
     def progress(self, model: Model) -> LoadProgress:
         """How far a model that is waited for is on its way; an adapter's engine first, then its files."""
-        engine = model.carrier or model
-        slot, state = self._lives.slots.get(engine.reference), self._lives.state(engine.reference)
-        start_seconds = self._lives.estimates.start_seconds(engine.name)
+        engine = model.base_model or model
+        slot, state = self._lifecycle.slots.get(engine.reference), self._lifecycle.state(engine.reference)
+        start_seconds = self._lifecycle.estimates.start_seconds(engine.name)
         if slot is None:
-            if self._lives.fetches.is_under_way(engine.reference):
-                return self._lives.loading.fetch_progress(engine, start_seconds)
-            return LoadProgress("queue", None, self._lives.estimates.load_seconds(engine.name))
+            if self._lifecycle.prefetcher.is_under_way(engine.reference):
+                return self._lifecycle.loading.fetch_progress(engine, start_seconds)
+            return LoadProgress("queue", None, self._lifecycle.estimates.load_seconds(engine.name))
         if state is EngineState.STARTING:
-            return self._lives.loading.progress(slot, start_seconds)
-        if state is EngineState.READY and self._lives.fetches.is_under_way(model.reference):
-            return self._lives.loading.fetch_progress(model, 0.0)
+            return self._lifecycle.loading.progress(slot, start_seconds)
+        if state is EngineState.READY and self._lifecycle.prefetcher.is_under_way(model.reference):
+            return self._lifecycle.loading.fetch_progress(model, 0.0)
         return LoadProgress("queue" if state is EngineState.READY else "drain", None, None)
 
     def count_by_state(self) -> dict[str, int]:
@@ -55,16 +56,16 @@ class Report:
 
     def notes(self) -> dict[str, list[str]]:
         """What the hosts have to say of how their models are run."""
-        told = {slot.model.name: slot.engine.about.notes for slot in self._lives.ready() if slot.engine}
+        told = {slot.model.name: slot.engine.about.notes for slot in self._lifecycle.ready() if slot.engine}
         return {name: list(notes) for name, notes in told.items() if notes}
 
     async def stats(self) -> dict[str, Any]:
         """Slots, budget, engines, waiters and what would give way, for the operator."""
         now, policy = self._clock(), self._scheduler.policy
-        slots = list(self._lives.slots.values())
+        slots = list(self._lifecycle.slots.values())
         # All at this moment: an engine may be gone when the others have told what they run.
         described = [self._engine(slot, now) for slot in slots]
-        ready = self._lives.ready()
+        ready = self._lifecycle.ready()
         reserved = sum(engine.bytes for engine in self._scheduler.engines.values())
         running = await asyncio.gather(*(_running(slot.engine if slot in ready else None) for slot in slots))
         return {
@@ -74,16 +75,19 @@ class Report:
             "leases": self._scheduler.running,
             "max_concurrent_requests": policy.concurrency,
             "max_queued_requests": policy.queued,
-            "circuits": self._lives.circuits.describe(now),
-            "victims": [self._lives.slots[key].model.name for key in self._scheduler.room.victims(now)],
+            "backoff": self._lifecycle.backoff.describe(now),
+            "victims": [
+                self._lifecycle.slots[key].model.name for key in self._scheduler.capacity.victims(now)
+            ],
             "pins": dict(self._pins),
             "waiters": [self._waiter(waiter, now) for waiter in self._waiters.values()],
         }
 
     def __str__(self) -> str:
-        lives = self._lives
+        lifecycle = self._lifecycle
         engines = [
-            f"{slot.model.name}:{lives.state(key)}({len(slot.leases)})" for key, slot in lives.slots.items()
+            f"{slot.model.name}:{lifecycle.state(key)}({len(slot.leases)})"
+            for key, slot in lifecycle.slots.items()
         ]
         waiting = " ".join(waiter.wanted.name for waiter in self._waiters.values())
         return f"{' '.join(engines) or 'empty'} | waiting: {waiting or 'nobody'}"
@@ -128,7 +132,7 @@ async def _running(engine: Engine | None) -> int | None:
     if engine is None:
         return None
     try:
-        async with asyncio.timeout(PULSE_SECONDS):
-            return (await engine.pulse()).running
+        async with asyncio.timeout(HEARTBEAT_SECONDS):
+            return (await engine.heartbeat()).running
     except (EngineError, TimeoutError):
         return None

@@ -13,31 +13,31 @@ from typing import Any
 
 import google_crc32c
 
-from inference_service.config import Settings
-from inference_service.engines import vllm_names
-from inference_service.engines.context import is_stretched, positions
-from inference_service.engines.device import Backend, Device
-from inference_service.errors import CacheError, ModelNotServable, readable_bytes
-from inference_service.models.serving import Serving
-from inference_service.storage.adapter import adapter_config, why_malformed, why_not_of
-from inference_service.storage.documents import (
-    WEIGHTS,
-    BadDocument,
-    Reader,
-    SnapshotDocuments,
-    parse_object,
-)
-from inference_service.storage.model import ADAPTER_CONFIG, CONFIG, Model
-from inference_service.storage.safetensors import (
+from inference_service.backends import source_tables
+from inference_service.checkpoints.adapter_config import adapter_config, why_malformed, why_not_of
+from inference_service.checkpoints.context_length import is_stretched, positions
+from inference_service.checkpoints.memory_profile import MemoryProfile, Weights, shape_of, shape_of_fake
+from inference_service.checkpoints.safetensors import (
     LENGTH_BYTES,
     BadHeader,
     Tensor,
     header_bytes,
     parse_header,
 )
-from inference_service.storage.shape import Shape, Weights, shape_of, shape_of_fake
-from inference_service.storage.store import StoredObject
-from inference_service.storage.swap_key import VOCABULARY, swap_key
+from inference_service.checkpoints.serving_config import Serving
+from inference_service.checkpoints.swap_key import VOCABULARY, swap_key
+from inference_service.config import Backend, Settings
+from inference_service.errors import CacheError, ModelNotServable, readable_bytes
+from inference_service.machine.device import Device
+from inference_service.storage.bucket.documents import (
+    WEIGHTS,
+    BadDocument,
+    Reader,
+    SnapshotDocuments,
+    parse_object,
+)
+from inference_service.storage.bucket.model import ADAPTER_CONFIG, CONFIG, Model
+from inference_service.storage.bucket.store import StoredObject
 
 READS_AT_ONCE = 8
 KEPT_VERDICTS = 3
@@ -55,7 +55,7 @@ class _Verdict:
 
     revision: str
     reason: str | None
-    shape: Shape | None = None
+    shape: MemoryProfile | None = None
     swap_key: str | None = None
     architectures: tuple[str, ...] = ()
 
@@ -94,7 +94,7 @@ class Preflight:
         if verdict.reason is not None:
             raise ModelNotServable(model.name, verdict.reason)
 
-    def shape(self, model: Model) -> Shape | None:
+    def shape(self, model: Model) -> MemoryProfile | None:
         """The shape of a model that was examined; None where no header was read."""
         verdict = self._verdict(model)
         return None if verdict is None else verdict.shape
@@ -124,7 +124,7 @@ class Preflight:
 
     async def _examine(self, model: Model) -> _Verdict:
         snapshot = await self._snapshot(model)
-        of_base = None if model.carrier is None else await self._snapshot(model.carrier)
+        of_base = None if model.base_model is None else await self._snapshot(model.base_model)
         loop = asyncio.get_running_loop()
         verdict = await loop.run_in_executor(
             self._judges, self._judge_where_it_lies, model, snapshot, of_base
@@ -154,8 +154,8 @@ class Preflight:
             self._check_disk(model.name, model.bytes)
         if self._backend is Backend.FAKE:  # nothing reads the insides of its models
             return self._judge_fake(model, reader)
-        if model.carrier is not None:
-            return self._judge_adapter(model, model.carrier, reader, of_base)
+        if model.base_model is not None:
+            return self._judge_adapter(model, model.base_model, reader, of_base)
         try:
             config = _document(CONFIG, model, reader)
             weights = self._weights(model, reader)
@@ -192,7 +192,7 @@ class Preflight:
         except BadDocument as error:
             raise ModelNotServable(adapter.name, f"{error}.") from error
         reason = why_malformed(config, tensors) or why_not_of(base.name, tensors, base_tensors)
-        return _Verdict(_examined(adapter), reason, Shape("", adapter.bytes))
+        return _Verdict(_examined(adapter), reason, MemoryProfile("", adapter.bytes))
 
     def _weights(self, model: Model, reader: Reader) -> Weights:
         """The tensors of all of a model's files; raises BadDocument."""
@@ -207,22 +207,22 @@ class Preflight:
         """An architecture, parser or quantisation that the engine does not have."""
         by_vllm = self._backend is Backend.VLLM
         architectures: list[str] = config.get("architectures") or []
-        known = vllm_names.architectures() if by_vllm else vllm_names.transformers_architectures()
+        known = source_tables.architectures() if by_vllm else source_tables.transformers_architectures()
         if known is not None and not known.intersection(architectures):
             named = ", ".join(architectures) or "no architecture"
             return f"config.json names {named}, which {self._backend} does not run."
         if not by_vllm:
             return _only_vllm(serving)
         for key, name, names in (
-            ("tool_call_parser", serving.tool_call_parser, vllm_names.tool_parsers()),
-            ("reasoning_parser", serving.reasoning_parser, vllm_names.reasoning_parsers()),
-            ("quantization", serving.quantization, vllm_names.quantizations()),
+            ("tool_call_parser", serving.tool_call_parser, source_tables.tool_parsers()),
+            ("reasoning_parser", serving.reasoning_parser, source_tables.reasoning_parsers()),
+            ("quantization", serving.quantization, source_tables.quantizations()),
         ):
             if name is not None and names is not None and name not in names:
                 return f"serving.json: {key}: '{name}' is none of {', '.join(sorted(names))}."
         return None
 
-    def _too_large(self, shape: Shape) -> str | None:
+    def _too_large(self, shape: MemoryProfile) -> str | None:
         device, settings = self._device, self._settings
         if not device.memory_bytes:
             return None
@@ -240,7 +240,7 @@ class Preflight:
 
 def _examined(model: Model) -> str:
     """What of a model is examined: its revision, and an adapter's base with it."""
-    return model.revision if model.carrier is None else f"{model.revision} on {model.carrier.reference}"
+    return model.revision if model.base_model is None else f"{model.revision} on {model.base_model.reference}"
 
 
 def _document(name: str, model: Model, reader: Reader) -> dict[str, Any]:

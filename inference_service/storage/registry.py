@@ -8,20 +8,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from inference_service.engines.base import Snapshot
+from inference_service.checkpoints.adapter_config import adapter_config, engine_rank
+from inference_service.checkpoints.memory_profile import MemoryProfile
+from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.errors import ModelNotServable, ObjectReplaced, ServiceError, SnapshotCorrupt
-from inference_service.storage.adapter import adapter_config, engine_rank
-from inference_service.storage.catalog import Catalog, RevisionNotFound
-from inference_service.storage.directory import DirectoryStore
-from inference_service.storage.documents import parse_object
-from inference_service.storage.layout import FileRecord, Layout, Manifest, disown
-from inference_service.storage.model import ADAPTER_CONFIG, Model, ModelKind
+from inference_service.storage.bucket.catalog import Catalog, RevisionNotFound
+from inference_service.storage.bucket.directory import DirectoryStore
+from inference_service.storage.bucket.documents import parse_object
+from inference_service.storage.bucket.model import ADAPTER_CONFIG, Model, ModelKind
+from inference_service.storage.bucket.store import Store, StoredObject
 from inference_service.storage.preflight import Preflight
-from inference_service.storage.progress import Progress
-from inference_service.storage.shape import Shape
-from inference_service.storage.store import Store, StoredObject
-from inference_service.storage.sync import Sync
-from inference_service.storage.verify import Verifier
+from inference_service.storage.snapshots.layout import FileRecord, Layout, Manifest, disown
+from inference_service.storage.snapshots.progress import Progress
+from inference_service.storage.snapshots.snapshots import SnapshotStore
+from inference_service.storage.snapshots.verify import Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def open_store(bucket: str) -> Store:
     if bucket.startswith(FILE_SCHEME):
         return DirectoryStore(Path(bucket.removeprefix(FILE_SCHEME)))
     # Imported only here: half a second that file:// does not need.
-    from inference_service.storage.gcs import GcsStore
+    from inference_service.storage.bucket.gcs import GcsStore
 
     return GcsStore(bucket)
 
@@ -42,10 +42,15 @@ class Registry:
     """The catalog, the preflight and the sync of one bucket, in the order in which a model needs them."""
 
     def __init__(
-        self, catalog: Catalog, preflight: Preflight, sync: Sync, layout: Layout, verifier: Verifier
+        self,
+        catalog: Catalog,
+        preflight: Preflight,
+        snapshots: SnapshotStore,
+        layout: Layout,
+        verifier: Verifier,
     ) -> None:
         self.catalog = catalog
-        self.sync = sync
+        self.snapshots = snapshots
         self._preflight = preflight
         self._layout = layout
         self._verifier = verifier
@@ -81,7 +86,7 @@ class Registry:
             return replace(model, rank=await self._rank(model))
         base = await self.catalog.base_of(model)
         rank = 0 if base.unservable else await self._rank(base)
-        return replace(model, carrier=replace(base, rank=rank))
+        return replace(model, base_model=replace(base, rank=rank))
 
     async def _rank(self, base: Model) -> int:
         limit = base.serving.max_lora_rank
@@ -119,9 +124,9 @@ class Registry:
         """Returns for a model that can be served; raises ModelNotServable, DiskFull and StoreError."""
         if model.unservable is not None:
             raise ModelNotServable(model.name, model.unservable)
-        if model.carrier is not None:
+        if model.base_model is not None:
             try:
-                await self.examine(model.carrier)
+                await self.examine(model.base_model)
             except ModelNotServable as error:
                 raise ModelNotServable(model.name, f"of its base: {error.message}") from error
         try:
@@ -130,9 +135,9 @@ class Registry:
             self.catalog.forget()
             raise
 
-    def shape(self, model: Model) -> Shape:
+    def shape(self, model: Model) -> MemoryProfile:
         """What the model takes in memory; where it was not examined, as much as on the disk."""
-        return self._preflight.shape(model) or Shape("", model.bytes)
+        return self._preflight.shape(model) or MemoryProfile("", model.bytes)
 
     def swap_key(self, model: Model) -> str | None:
         """Models with the same can take one another's place in an engine; None: it is loaded afresh."""
@@ -157,7 +162,7 @@ class Registry:
 
     def fetching(self, model: Model) -> Progress | None:
         """How far the fetch of the model is; None while none is under way."""
-        under_way = (progress for progress in self.sync.progress() if progress.model == model.name)
+        under_way = (progress for progress in self.snapshots.progress() if progress.model == model.name)
         return next(under_way, None)
 
     async def fetch(self, model: Model, entered: Callable[[str], None] = lambda phase: None) -> Snapshot:
@@ -182,8 +187,8 @@ class Registry:
 
     async def _verified(self, model: Model, entered: Callable[[str], None]) -> Snapshot:
         entered("sync")
-        kept = await self.sync.kept(model)
-        snapshot = await self.sync.snapshot(model)
+        kept = await self.snapshots.kept(model)
+        snapshot = await self.snapshots.snapshot(model)
         entered("verify")
         try:
             await self._verifier.verify(snapshot, arrived_now=kept is None)
@@ -196,13 +201,13 @@ class Registry:
 
     def stats(self) -> dict[str, Any]:
         """Fetches, the disk, the weights in memory. Walks the cache directory: call it in a thread."""
-        cache = self._verifier.host_cache
+        cache = self._verifier.page_lock
         locked = {"quota_bytes": cache.quota, "used_bytes": cache.bytes}
-        return {**self.sync.stats(), "host_cache": locked}
+        return {**self.snapshots.stats(), "host_cache": locked}
 
     def release(self, snapshot: Snapshot) -> None:
         """No engine uses the snapshot any more."""
-        self.sync.release(snapshot)
+        self.snapshots.release(snapshot)
 
 
 def _kept(newest: Model, revision: str, path: Path) -> Model | None:

@@ -9,9 +9,9 @@ import httpx2
 import pytest
 
 from inference_service.app import build_app
-from inference_service.config import Settings
-from inference_service.engines.device import Backend, Device, DeviceKind
+from inference_service.config import Backend, Settings
 from inference_service.engines.launcher import Launcher
+from inference_service.machine.device import Device, DeviceKind
 from tests.fixtures.fakes import Fakes
 
 HERE = "127.0.0.1"

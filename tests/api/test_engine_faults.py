@@ -76,7 +76,7 @@ def test_models_share_the_memory_that_there_is(fakes: Fakes) -> None:
 
 def _memory(gib: float) -> dict[str, str]:
     """The share of this machine's memory that makes so many GiB."""
-    from inference_service.engines.device import memory_bytes
+    from inference_service.machine.device import memory_bytes
 
     return {"GPU_MEMORY_UTILIZATION": str(gib * (1 << 30) / memory_bytes())}
 

@@ -11,18 +11,20 @@ from fastapi import Request
 from starlette.types import Message
 
 from inference_service.api.relay import Relay
+from inference_service.api.schemas.requests import CompletionBody
 from inference_service.api.service import Service
-from inference_service.config import Settings, WaitLimit
-from inference_service.engines.base import Footprint, Reply, Snapshot
-from inference_service.engines.device import Backend, Device, DeviceKind
+from inference_service.checkpoints.memory_profile import Footprint
+from inference_service.checkpoints.snapshot import Snapshot
+from inference_service.config import Backend, Settings, WaitLimit
+from inference_service.engines.base import Reply
+from inference_service.machine.device import Device, DeviceKind
 from inference_service.metrics import Metrics
-from inference_service.models.requests import CompletionBody
-from inference_service.pool.lives import Limits
-from inference_service.pool.loading import Parts
+from inference_service.pool.lifecycle import Limits
+from inference_service.pool.loader import Parts
 from inference_service.pool.pool import Pool
-from inference_service.pool.rollover import Rollover
-from inference_service.pool.views import Policy
-from inference_service.storage.model import Model
+from inference_service.revisions.rollout import Rollout
+from inference_service.scheduler.state import Policy
+from inference_service.storage.bucket.model import Model
 from inference_service.storage.registry import Registry
 from tests.pool.gated import GatedEngine, model
 
@@ -105,7 +107,7 @@ class Bench:
             Backend.FAKE,
             cast(Registry, None),
             self.pool,
-            Rollover(self.pool, cast(Registry, None), metrics, 1000),
+            Rollout(self.pool, cast(Registry, None), metrics, 1000),
             metrics,
         )
 

@@ -1,4 +1,4 @@
-"""Swaps, adapters and rollovers through HTTP, over engines whose script says how they behave."""
+"""Swaps, adapters and rollouts through HTTP, over engines whose script says how they behave."""
 
 import json
 import threading
@@ -60,8 +60,8 @@ def test_swaps_can_be_turned_off(fakes: Fakes) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [{"fail_swap": "no"}, {"wrong_canary": True}, {"die_in_swap": True}],
-    ids=["error", "canary", "death"],
+    [{"fail_swap": "no"}, {"wrong_weights": True}, {"die_in_swap": True}],
+    ids=["error", "weight-check", "death"],
 )
 def test_a_swap_that_fails_is_a_fresh_engine_and_an_answer(fakes: Fakes, fault: dict[str, object]) -> None:
     fakes.put("a", script=KIN)
@@ -206,9 +206,9 @@ def test_a_new_revision_takes_over_under_load(fakes: Fakes, slots: str, script: 
         crowd.goes_on()
         stats = service.stats()
         assert {status for status, _ in crowd.answers} == {200}
-        assert stats["rollovers"]["m"]["previous"] == [old]
+        assert stats["rollouts"]["m"]["previous"] == [old]
         service.wait_until(lambda: len(service.stats()["engines"]) == 1, 10)
-        assert 'inference_rollovers_total{model="m",status="ok"} 1.0' in service.http.get("/metrics").text
+        assert 'inference_rollouts_total{model="m",status="ok"} 1.0' in service.http.get("/metrics").text
 
 
 @pytest.mark.parametrize("slots", ["1", "2"], ids=["in its place", "beside it"])
@@ -218,15 +218,15 @@ def test_a_new_revision_that_does_not_load_never_replaces_the_old_one(fakes: Fak
         service.wait_until(lambda: len(crowd.answers) > 10, 10)
         old = crowd.revision
         fakes.put("m", fail_start="RuntimeError: broken weights")
-        service.wait_until(lambda: bool(service.stats()["rollovers"].get("m", {}).get("rejected")), 20)
-        rejected = service.stats()["rollovers"]["m"]
+        service.wait_until(lambda: bool(service.stats()["rollouts"].get("m", {}).get("rejected")), 20)
+        rejected = service.stats()["rollouts"]["m"]
         assert (rejected["serving"], list(rejected["rejected"])) == (old, [revision(service, "m")])
         assert "broken weights" in next(iter(rejected["rejected"].values()))
         service.wait_until(lambda: crowd.revision == old, 10)
         crowd.goes_on()
         assert set(crowd.answers) == {(200, old)}
         metrics = service.http.get("/metrics").text
-        assert 'inference_rollovers_total{model="m",status="rejected"} 1.0' in metrics
+        assert 'inference_rollouts_total{model="m",status="rejected"} 1.0' in metrics
 
 
 def test_back_to_the_previous_revision_and_on_to_the_next(fakes: Fakes) -> None:
@@ -276,7 +276,7 @@ def test_a_new_revision_of_an_adapter(fakes: Fakes) -> None:
         assert {status for status, _ in crowd.answers} == {200}
         assert process_of(service, "base") == process
         put_adapter(fakes, "t", "base", fail_adapter="no")
-        service.wait_until(lambda: bool(service.stats()["rollovers"]["t"]["rejected"]), 20)
+        service.wait_until(lambda: bool(service.stats()["rollouts"]["t"]["rejected"]), 20)
         crowd.goes_on()
         assert {status for status, _ in crowd.answers} == {200}
 
@@ -367,7 +367,7 @@ def test_what_is_on_the_disk_serves_where_the_newest_upload_cannot(fakes: Fakes)
     with fakes.service(**ONE) as service:
         answer = post(service, "m")
         assert (answer.status_code, answer.headers["x-model-revision"]) == (200, served)
-        assert service.stats()["rollovers"]["m"]["serving"] == served
+        assert service.stats()["rollouts"]["m"]["serving"] == served
 
 
 def test_an_adapter_asked_first_finds_the_base_that_serves(fakes: Fakes) -> None:
@@ -394,7 +394,7 @@ def test_an_adapter_is_not_at_fault_for_its_base(fakes: Fakes) -> None:
         assert answer.status_code == 200
         assert answer.headers["x-base-revision"] == served.headers["x-base-revision"]
         assert answer.headers["x-model-revision"] == revision(service, "t")
-        assert not service.stats()["rollovers"]["t"]["rejected"]
+        assert not service.stats()["rollouts"]["t"]["rejected"]
 
 
 def test_what_was_replaced_since_it_was_listed_is_served_at_once(fakes: Fakes) -> None:
@@ -453,7 +453,7 @@ def test_rollbacks_at_once_are_one(fakes: Fakes) -> None:
         assert [each["state"] for each in service.stats()["engines"]] == ["ready"]
 
 
-def test_a_stream_that_waits_through_a_rollover_is_answered(fakes: Fakes) -> None:
+def test_a_stream_that_waits_through_a_rollout_is_answered(fakes: Fakes) -> None:
     """It was opened before its revision was decided, and names it in a comment then."""
     fakes.put("m")
     settings = ONE | {"COLD_START_GRACE": "0.2", "MAX_CONCURRENT_REQUESTS": "1"}

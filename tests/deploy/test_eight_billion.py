@@ -14,19 +14,19 @@ from typing import Any
 import pytest
 
 from deploy.cloudrun.manifests import VARIANTS, Variant
-from inference_service.config import Settings
-from inference_service.engines.cuda import cuda_environment
-from inference_service.engines.device import Backend, Device, DeviceKind
+from inference_service.backends.cuda import cuda_environment
+from inference_service.config import Backend, Settings
+from inference_service.machine.device import Device, DeviceKind
 from inference_service.pool.budget import Budget
-from inference_service.pool.events import Load, Request
-from inference_service.pool.scheduler import Scheduler
-from inference_service.pool.views import Policy
-from inference_service.storage import disk as disks
-from inference_service.storage.directory import DirectoryStore
-from inference_service.storage.disk import open_cache
-from inference_service.storage.documents import Documents
-from inference_service.storage.model import Model, describe, models_in
+from inference_service.scheduler.events import Load, Request
+from inference_service.scheduler.scheduler import Scheduler
+from inference_service.scheduler.state import Policy
+from inference_service.storage.bucket.directory import DirectoryStore
+from inference_service.storage.bucket.documents import Documents
+from inference_service.storage.bucket.model import Model, describe, models_in
 from inference_service.storage.preflight import Preflight
+from inference_service.storage.snapshots import cache as disk_cache
+from inference_service.storage.snapshots.cache import open_cache
 
 GIB = 1 << 30
 L4 = Device(DeviceKind.CUDA, "NVIDIA L4", 1, int(22.5 * GIB), driver_cuda=(12, 2))
@@ -120,8 +120,8 @@ def instance(monkeypatch: pytest.MonkeyPatch, variant: Variant, tmp_path: Path) 
     # ext4 keeps some of a disk for itself; files beside it are memory.
     size = memory if variant.disk_gib is None else int(0.98 * variant.disk_gib * GIB)
     block = 4096
-    monkeypatch.setattr(disks, "memory_bytes", lambda: memory)
-    monkeypatch.setattr(disks, "_is_memory", lambda directory: variant.disk_gib is None)
+    monkeypatch.setattr(disk_cache, "memory_bytes", lambda: memory)
+    monkeypatch.setattr(disk_cache, "_is_memory", lambda directory: variant.disk_gib is None)
     blocks = SimpleNamespace(f_blocks=size // block, f_bavail=size // block, f_frsize=block)
     monkeypatch.setattr(os, "statvfs", lambda path: blocks)
     return variant.settings.model_copy(update={"local_model_cache": tmp_path / "cache"})
@@ -163,5 +163,5 @@ def test_its_driver_gets_forward_compatibility(monkeypatch: pytest.MonkeyPatch, 
     (compat / "libcuda.so.1").touch()
     monkeypatch.setenv("VLLM_CUDA_COMPATIBILITY_PATH", str(compat))
     monkeypatch.delenv("VLLM_ENABLE_CUDA_COMPATIBILITY", raising=False)
-    monkeypatch.setattr("inference_service.engines.cuda._wheel_cuda", lambda: (13, 0))
+    monkeypatch.setattr("inference_service.backends.cuda._wheel_cuda", lambda: (13, 0))
     assert cuda_environment(L4)["LD_LIBRARY_PATH"].split(os.pathsep)[0] == str(compat)

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from inference_service.engines.device import DeviceKind, find_device
+from inference_service.machine.device import DeviceKind, find_device
 from tests.e2e.conftest import real_service
 from tests.e2e.engines import ENGINES
 from tests.e2e.test_openai_client import BASE, TUNED, ask
@@ -76,7 +76,7 @@ def test_the_launcher_is_warm_and_touches_no_gpu(
     settings = {"MAX_CACHED_MODELS": "1", "GPU_MEMORY_UTILIZATION": "0.3", "ENGINE": "auto"}
     with real_service(bucket, tmp_path, ENGINES["vllm"], WARM_LAUNCHER="false", **settings) as spawning:
         assert ask(spawning, BASE) == answer
-        assert "inference_service.engines.cold_host" in host_command(spawning, BASE)
+        assert "inference_service.engines.spawned_host" in host_command(spawning, BASE)
 
 
 def host_command(service: ServiceProcess, model: str) -> list[str]:

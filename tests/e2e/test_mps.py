@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from inference_service.engines.device import DeviceKind, find_device
+from inference_service.machine.device import DeviceKind, find_device
 from tests.e2e.test_capabilities import PERSON, PROMPTS
 from tests.e2e.test_openai_client import BASE, TUNED, ask
 from tests.fixtures.checkpoints import Checkpoints

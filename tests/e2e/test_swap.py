@@ -124,7 +124,7 @@ def test_tied_embeddings_and_an_adapter(single: ServiceProcess) -> None:
     engine = single.engine(BASE)
     assert (engine["process_id"], engine["swapped"]) == (process, True)
     assert [adapter["model"] for adapter in engine["adapters"]] == [ADAPTER]
-    assert {"weights", "warm-up", "canary"} <= engine["phases"].keys()
+    assert {"weights", "warm-up", "weight-check"} <= engine["phases"].keys()
 
 
 def test_untied_embeddings(single: ServiceProcess) -> None:
@@ -213,9 +213,9 @@ def proportional_bytes(process: int) -> int:
     return sum(each.memory_full_info().pss for each in (host, *host.children(recursive=True)))
 
 
-def test_rollover_under_load(gcs_url: str, checkpoints: Checkpoints, tmp_path: Path, engine: Engine) -> None:
+def test_rollout_under_load(gcs_url: str, checkpoints: Checkpoints, tmp_path: Path, engine: Engine) -> None:
     """No request fails, and each answer is of the revision that its header names."""
-    with new_bucket(gcs_url, f"rollover-{engine.name}") as bucket:
+    with new_bucket(gcs_url, f"rollout-{engine.name}") as bucket:
         bucket.upload(checkpoints.base, "models/live")
         settings = {"MAX_CACHED_MODELS": "1", "CATALOG_TTL": "0"}
         with real_service(bucket, tmp_path, engine, **settings) as service:
@@ -230,7 +230,7 @@ def test_rollover_under_load(gcs_url: str, checkpoints: Checkpoints, tmp_path: P
             assert load.failed == []
             assert {old: {PARIS}, new: {ZUBROWKA}} == load.texts
             assert service.engine("live")["swapped"]
-            assert service.stats()["rollovers"]["live"]["previous"] == [old]
+            assert service.stats()["rollouts"]["live"]["previous"] == [old]
             rolled = service.http.post("/admin/rollback/live").raise_for_status().json()
             assert rolled["revision"] == old
             assert answer(service, "live", CAPITAL)[0] == PARIS

@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from inference_service.engines.base import HostSpec
-from inference_service.engines.hosted import HostedEngine
 from inference_service.engines.launcher import Launcher
+from inference_service.engines.process_engine import HostedEngine
 from inference_service.errors import EngineDied, EngineStartFailed
 
 
@@ -68,13 +68,13 @@ async def test_closing_a_reply_aborts_the_generation(launcher: Launcher, tmp_pat
     body = b'{"prompt": "x", "max_tokens": 10000, "stream": true}'
     reply = await host.forward("/v1/completions", body, "id")
     await anext(reply.chunks())
-    assert (await host.pulse()).running == 1
+    assert (await host.heartbeat()).running == 1
     reply.close()
     for _ in range(100):
-        if (await host.pulse()).running == 0:
+        if (await host.heartbeat()).running == 0:
             break
         await asyncio.sleep(0.01)
-    assert (await host.pulse()).running == 0
+    assert (await host.heartbeat()).running == 0
     await host.close()
 
 
@@ -354,7 +354,7 @@ async def test_the_backends_import_sees_no_gpu_and_a_spawned_host_sees_the_servi
     launcher.attach()
     try:
         by_host, command = await seen_by_host(launcher, tmp_path)
-        assert "inference_service.engines.cold_host" in command, "this vLLM lacks what a fork needs"
+        assert "inference_service.engines.spawned_host" in command, "this vLLM lacks what a fork needs"
         assert by_host == repr("1,2")
         assert seen.read_text() == "''\n"
     finally:
@@ -388,7 +388,7 @@ async def test_a_preload_that_forbids_a_fork_makes_the_next_hosts_import_by_them
         assert "inference_service.engines.launcher_process" in command
         launcher.preload(["starts_a_thread"])
         _, command = await seen_by_host(launcher, tmp_path)
-        assert "inference_service.engines.cold_host" in command
+        assert "inference_service.engines.spawned_host" in command
         assert "it has 2 threads, and a fork keeps one since starts_a_thread was imported" in caplog.text
     finally:
         launcher.close()
@@ -419,7 +419,7 @@ async def test_a_cold_launcher_starts_hosts_that_import_everything_themselves(tm
         await host.start()
         pid = host.process_id
         assert pid is not None
-        assert "inference_service.engines.cold_host" in psutil.Process(pid).cmdline()
+        assert "inference_service.engines.spawned_host" in psutil.Process(pid).cmdline()
         assert os.getpgid(pid) == pid
         assert psutil.Process(pid).environ()["SEEN_IN_HOST"] == "yes"
         reply = await host.forward("/v1/completions", b'{"prompt": "x", "max_tokens": 3}', "id")

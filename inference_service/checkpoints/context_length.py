@@ -1,0 +1,62 @@
+"""How many tokens a request of a model may have, as config.json, serving.json and the settings say. Pure."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from inference_service.checkpoints.serving_config import Serving
+from inference_service.config import Settings
+
+# The names that architectures give it; https://github.com/vllm-project/vllm (model_arch_config_convertor.py).
+_POSITIONS = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length"),
+    *("max_target_positions", "max_sequence_length", "max_seq_length", "seq_len"),
+)
+_MOST = 1 << 40
+# What these say is the stretched length already; of the others `factor` has to be counted.
+_STRETCHED_ALREADY = frozenset(
+    {"default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
+)
+
+
+def longest_request(config: dict[str, Any], serving: Serving, settings: Settings) -> int | None:
+    """Tokens of prompt and answer together; None: the engine finds it out.
+
+    What serving.json says was checked for this model; MAX_MODEL_LEN is for all models.
+    """
+    if serving.max_model_len is not None or settings.max_model_len is None:
+        return serving.max_model_len
+    return min(settings.max_model_len, positions(config) or settings.max_model_len)
+
+
+def positions(config: dict[str, Any]) -> int | None:
+    """Tokens that the model has positions for, stretched ones too; None where config.json does not tell."""
+    merged = config | (config.get("text_config") or {})
+    counts = {name: merged.get(name) for name in _POSITIONS}
+    found = {name: count for name, count in counts.items() if type(count) is int and 0 < count <= _MOST}
+    if not found:
+        return None
+    # Command-R's wins over the others, which are those of its training; among the rest the least.
+    trained = found.get("model_max_length") or min(found.values())
+    stretched = [] if "gemma3" in str(merged.get("model_type")) else list(_factors(merged))
+    return int(trained * max([1.0, *stretched]))
+
+
+def is_stretched(config: dict[str, Any]) -> bool:
+    """Whether positions beyond those of the training are interpolated."""
+    return any(kind != "default" for kind, _ in _ropes(config | (config.get("text_config") or {})))
+
+
+def _factors(merged: dict[str, Any]) -> Iterator[float]:
+    for kind, factor in _ropes(merged):
+        if kind not in _STRETCHED_ALREADY and type(factor) in (int, float) and 1 <= factor <= 1024:
+            yield float(factor)
+
+
+def _ropes(merged: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Kind and factor of each rope that the config describes; some have one for each type of layer."""
+    for name in ("rope_parameters", "rope_scaling"):
+        given = merged.get(name)
+        if isinstance(given, dict):
+            nested = [each for each in given.values() if isinstance(each, dict)]
+            for each in nested or [given]:
+                yield str(each.get("rope_type") or each.get("type") or "default"), each.get("factor")

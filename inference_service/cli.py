@@ -1,0 +1,138 @@
+"""`inference-service models` and `inference-service pull MODEL`: the bucket from a terminal.
+
+The same settings, catalog and sync as the service's; no engine, no server.
+"""
+
+import asyncio
+import json
+import sys
+import threading
+from datetime import UTC
+from typing import TextIO
+
+from tqdm import tqdm
+
+from inference_service.backends.base import BackendMissing, choose_backend
+from inference_service.config import Backend, EngineChoice, Settings
+from inference_service.errors import readable_bytes
+from inference_service.machine.device import Device, DeviceKind, find_device
+from inference_service.storage.bucket.catalog import Catalog
+from inference_service.storage.bucket.documents import Documents
+from inference_service.storage.bucket.model import Model
+from inference_service.storage.bucket.store import Store
+from inference_service.storage.preflight import Preflight
+from inference_service.storage.registry import Registry, open_store
+from inference_service.storage.snapshots.cache import Disk, open_cache
+from inference_service.storage.snapshots.layout import Layout
+from inference_service.storage.snapshots.page_lock import PageLock
+from inference_service.storage.snapshots.snapshots import SnapshotStore
+from inference_service.storage.snapshots.verify import Verifier
+
+BAR_SECONDS = 0.1
+LINE_SECONDS = 5.0
+
+
+def list_models(settings: Settings, output: TextIO, *, as_json: bool) -> None:
+    """Print the catalog; raises ServiceError."""
+    catalog = Catalog(open_store(settings.gcs_bucket), settings.gcs_model_prefix)
+    models = asyncio.run(catalog.described())
+    if as_json:
+        output.writelines(f"{json.dumps(_entry(model))}\n" for model in models)
+        return
+    if not models:
+        output.write(f"No models below {settings.gcs_model_prefix or '/'} in {settings.gcs_bucket}.\n")
+        return
+    rows = [("NAME", "KIND", "SIZE", "REVISION", "CREATED", "BASE", "STATUS"), *map(_row, models)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        output.write(f"{line.rstrip()}\n")
+
+
+def pull(settings: Settings, name: str, output: TextIO) -> None:
+    """Fetch a model into LOCAL_MODEL_CACHE and print where it lies; raises ServiceError."""
+    store = open_store(settings.gcs_bucket)
+    layout, disk = open_cache(settings)
+    snapshots = SnapshotStore(store, layout, disk)
+    model = asyncio.run(_registry(settings, store, layout, disk, snapshots).resolve(name))
+    _fetch(snapshots, model)
+    output.write(f"{layout.snapshot(model.name, model.revision)}\n")
+    base = model.base_model
+    if base is not None and not layout.snapshot(base.name, base.revision).exists():
+        sys.stderr.write(f"{model.name} is an adapter of {base.name}, which is not here: pull it too.\n")
+
+
+def _registry(
+    settings: Settings, store: Store, layout: Layout, disk: Disk, snapshots: SnapshotStore
+) -> Registry:
+    """The bucket's models, judged by all that does not depend on the device that will serve them."""
+    documents = Documents(store)
+    catalog = Catalog(store, settings.gcs_model_prefix, documents=documents)
+    anywhere = Device(DeviceKind.CPU, "any", memory_bytes=0)
+    preflight = Preflight(documents, settings, anywhere, _backend(settings), disk.check_fits, snapshots.kept)
+    return Registry(catalog, preflight, snapshots, layout, Verifier(PageLock(0)))
+
+
+def _backend(settings: Settings) -> Backend:
+    """The one that serves on this machine; where none is installed, the one that would be chosen."""
+    try:
+        return choose_backend(settings.engine, find_device(), int8=settings.quantizes)
+    except BackendMissing:
+        return Backend.VLLM if settings.engine is EngineChoice.AUTO else Backend(settings.engine.value)
+
+
+def _fetch(snapshots: SnapshotStore, model: Model) -> None:
+    ended = threading.Event()
+    drawing = threading.Thread(target=_draw, args=(snapshots, model, ended), daemon=True)
+    drawing.start()
+    try:
+        snapshots.ensure(model)
+    finally:
+        ended.set()
+        drawing.join()
+
+
+def _draw(snapshots: SnapshotStore, model: Model, ended: threading.Event) -> None:
+    """Progress on stderr while the fetch is under way: a bar on a terminal, else a line now and then."""
+    if sys.stderr.isatty():
+        _draw_bar(snapshots, model, ended)
+        return
+    while not ended.wait(LINE_SECONDS):
+        for progress in snapshots.progress():
+            rate = readable_bytes(progress.bytes_per_second)
+            sys.stderr.write(
+                f"{model.name}: {progress.percent} % of {readable_bytes(model.bytes)}, {rate}/s\n"
+            )
+
+
+def _draw_bar(snapshots: SnapshotStore, model: Model, ended: threading.Event) -> None:
+    with tqdm(
+        desc=model.name, total=model.bytes, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr
+    ) as bar:
+        latest = None
+        while not ended.wait(BAR_SECONDS):
+            latest = next(iter(snapshots.progress()), latest)
+            if latest is not None:
+                bar.update(latest.done - bar.n)
+        if latest is not None:
+            bar.update(latest.done - bar.n)
+
+
+def _entry(model: Model) -> dict[str, object]:
+    return {
+        "name": model.name,
+        "kind": model.kind,
+        "size": model.bytes,
+        "revision": model.revision,
+        "created": model.created.astimezone(UTC).isoformat(timespec="seconds"),
+        "base": model.base,
+        "aliases": model.serving.aliases,
+        "unservable": model.unservable,
+    }
+
+
+def _row(model: Model) -> tuple[str, ...]:
+    created = model.created.astimezone(UTC).strftime("%Y-%m-%d %H:%M")
+    status = "ok" if model.unservable is None else f"cannot be served: {model.unservable}"
+    size = readable_bytes(model.bytes)
+    return (model.name, model.kind, size, model.revision, created, model.base or "-", status)

@@ -1,0 +1,325 @@
+"""The one Engine implementation: a host process behind a unix socket.
+
+Owns the socket's file, the log pipe and the HTTP client. What is inside a body is the host's business.
+"""
+
+import asyncio
+import json
+import logging
+import shutil
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from inference_service.checkpoints.snapshot import Snapshot
+from inference_service.engines.base import GRACE_SECONDS, About, Fingerprint, Heartbeat, HostSpec, Swapped
+from inference_service.engines.error_hints import in_plain_words
+from inference_service.engines.host_log import HostLog
+from inference_service.engines.launcher import Host, Launcher, kill_group
+from inference_service.errors import (
+    AdapterRefused,
+    EngineDied,
+    EngineError,
+    EngineKilled,
+    EngineStartFailed,
+    LauncherGone,
+    ServiceError,
+    SwapFailed,
+)
+
+logger = logging.getLogger(__name__)
+
+# After SIGKILL only a launcher that hangs makes anyone wait.
+KILLED_SECONDS = 5.0
+# Below the 5 s after which vLLM's server closes an idle connection, so that a request is never sent
+# into a connection that is being closed.
+KEEP_ALIVE_SECONDS = 2.0
+HEARTBEAT_PATH = "/control/heartbeat"
+
+
+class HostedEngine:
+    """An engine in a host process of its own (see engines/base.py for the protocol)."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        spec: HostSpec,
+        directory: Path,
+        respecify: Callable[[Snapshot], HostSpec],
+    ) -> None:
+        """`directory` is private to the service; the engine makes its own room in it.
+
+        `respecify`: the order for a host that served another snapshot in the same way.
+        """
+        self._launcher = launcher
+        self._spec = spec
+        self._respecify = respecify
+        self._directory = directory
+        self._socket = directory / "host.sock"
+        self._log = HostLog(spec.model, self._enter)
+        self._phases: dict[str, float] = {}
+        self._host: Host | None = None
+        self._client: aiohttp.ClientSession | None = None
+        self._replies: set[HostReply] = set()
+        self._cut_with: ServiceError | None = None
+        self._disconnecting: asyncio.Future[None] | None = None
+        self.about = About()
+
+    @property
+    def process_id(self) -> int | None:
+        return None if self._host is None else self._host.pid
+
+    @property
+    def phases(self) -> Mapping[str, float]:
+        return self._phases
+
+    async def start(self) -> None:
+        self._enter("start")
+        self._log.attach()
+        self._host = await self._launch()
+        self._client = self._new_client()
+        await self._answer_or_death(self._host)
+
+    async def forward(self, path: str, body: bytes, request_id: str) -> "HostReply":
+        headers = {"content-type": "application/json", "x-request-id": request_id}
+        with self._translated():
+            response = await self._open_client.post(f"http://host{path}", data=body, headers=headers)
+        reply = HostReply(self, response, self._replies.discard)
+        self._replies.add(reply)
+        if self._cut_with is not None:  # in this very moment
+            reply.abort_all(self._cut_with)
+        return reply
+
+    async def heartbeat(self) -> Heartbeat:
+        with self._translated():
+            async with self._open_client.get(f"http://host{HEARTBEAT_PATH}") as response:
+                response.raise_for_status()
+                return Heartbeat(**await response.json())
+
+    async def weight_check(self) -> Fingerprint:
+        return _fingerprint(await self._order("GET", "/control/weight-check", None, SwapFailed))
+
+    async def swap(self, snapshot: Snapshot) -> Swapped:
+        spec = await asyncio.to_thread(self._respecify, snapshot)
+        self._log.model = spec.model
+        answer = await self._order("POST", "/control/swap", spec.to_json(), SwapFailed)
+        self._spec = spec
+        return Swapped(_fingerprint(answer), answer["seconds"])
+
+    async def add_adapter(self, name: str, number: int, adapter: Snapshot) -> None:
+        order = {"name": name, "id": number, "directory": str(adapter.path)}
+        await self._order("POST", "/control/adapters", order, AdapterRefused)
+
+    async def remove_adapter(self, name: str) -> None:
+        await self._order("DELETE", f"/control/adapters/{name}", None, AdapterRefused)
+
+    async def _order(
+        self, method: str, path: str, order: dict[str, Any] | None, failed: type[EngineError]
+    ) -> dict[str, Any]:
+        """The host's answer to an order of the service; raises `failed` with the host's reason."""
+        with self._translated():
+            async with self._open_client.request(method, f"http://host{path}", json=order) as response:
+                answer: dict[str, Any] = await response.json()
+                if response.status != 200:
+                    raise failed(f"{answer.get('error', answer)}")
+                return answer
+
+    def _enter(self, phase: str) -> None:
+        self._phases[phase] = time.monotonic()
+
+    async def wait_dead(self) -> str:
+        if self._host is None:
+            return "it was never started"
+        status = await self._host.wait()
+        if self._host.with_launcher:
+            return "the launcher ended, and its engines with it"
+        return self._death(status)
+
+    def abort_all(self, error: ServiceError) -> None:
+        self._cut_with = self._cut_with or error
+        for reply in list(self._replies):
+            reply.abort_all(error)
+        if self._client is not None and self._disconnecting is None:
+            # Those who wait for a reply to begin are woken by it too.
+            self._disconnecting = asyncio.ensure_future(self._client.close())
+
+    async def close(self, grace: float = GRACE_SECONDS) -> None:
+        self.abort_all(self.died())
+        if self._disconnecting is not None:
+            # Shielded: a teardown that is cancelled begins anew and waits for it again.
+            await asyncio.shield(self._disconnecting)
+        if self._host is not None:
+            await self._end(self._host, grace)
+        self._log.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    @property
+    def _open_client(self) -> aiohttp.ClientSession:
+        if self._client is None or self._client.closed:
+            raise self._cut_with or EngineDied(
+                f"The engine of '{self._spec.model}' is not running. Try again."
+            )
+        return self._client
+
+    async def _launch(self) -> Host:
+        self._directory.mkdir(mode=0o700)
+        with _listen(self._socket) as listener:
+            try:
+                return await self._launcher.launch(self._spec, listener, self._log.writer)
+            finally:
+                self._log.close_writer()
+
+    def _new_client(self) -> aiohttp.ClientSession:
+        connector = aiohttp.UnixConnector(str(self._socket), limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
+        return aiohttp.ClientSession(
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("user-agent", "accept-encoding"),
+        )
+
+    async def _answer_or_death(self, host: Host) -> None:
+        """Wait for the host's first answer.
+
+        The socket listens since before the fork, so the request waits in its queue until the engine
+        is up: there is nothing to poll, and no time is lost.
+        """
+        answer = asyncio.ensure_future(self._first_answer())
+        death = asyncio.ensure_future(host.wait())
+        try:
+            await asyncio.wait({answer, death}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done() or answer.exception() is not None:
+                host.kill(signal.SIGKILL)
+                raise self._start_failure(host, await death)
+        finally:
+            answer.cancel()
+            death.cancel()
+
+    async def _first_answer(self) -> None:
+        async with self._open_client.get("http://host/health") as response:
+            response.raise_for_status()
+            self.about = _about(await response.read(), self._spec)
+
+    def _start_failure(self, host: Host, status: int) -> EngineError:
+        if host.with_launcher:
+            return LauncherGone(
+                f"The engine of '{self._spec.model}' did not start: the launcher ended meanwhile. Try again.",
+                retry_after=1,
+            )
+        reason = self._death(status)
+        kind = EngineKilled if status < 0 and self._log.last_error() is None else EngineStartFailed
+        return kind(f"The engine of '{self._spec.model}' did not start: {reason}", param="model")
+
+    def _death(self, status: int) -> str:
+        self._log.close()
+        return in_plain_words(self._log.last_error(), status)
+
+    async def _end(self, host: Host, grace: float) -> None:
+        if grace > 0:
+            host.kill(signal.SIGTERM)
+            try:
+                async with asyncio.timeout(grace):
+                    await host.wait()
+                    return
+            except TimeoutError:
+                logger.warning("host does not end, killing it", extra={"model": self._spec.model})
+        await self._kill(host)
+
+    async def _kill(self, host: Host) -> None:
+        host.kill(signal.SIGKILL)
+        try:
+            async with asyncio.timeout(KILLED_SECONDS):
+                await host.wait()
+        except TimeoutError:
+            # The launcher does not answer: its orders are carried out for it.
+            logger.error("host is not reported dead, going on", extra={"model": self._spec.model})
+            kill_group(host.pid)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._cut_with or self.died() from error
+
+    def died(self) -> EngineDied:
+        return EngineDied(
+            f"The engine of '{self._spec.model}' went away while it worked on this request. "
+            "Send the request again: a fresh engine will be started.",
+            retry_after=1,
+        )
+
+
+class HostReply:
+    """A host's HTTP response while it arrives (see engines/base.py for the protocol)."""
+
+    def __init__(
+        self,
+        engine: HostedEngine,
+        response: aiohttp.ClientResponse,
+        closed: Callable[["HostReply"], None],
+    ) -> None:
+        self._engine = engine
+        self._response = response
+        self._closed = closed
+        self._cut: ServiceError | None = None
+
+    @property
+    def status(self) -> int:
+        return self._response.status
+
+    @property
+    def content_type(self) -> str:
+        return self._response.headers.get("content-type", "application/octet-stream")
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._response.content.iter_any():
+                yield chunk
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            raise self._cut or self._engine.died() from error
+
+    async def read(self) -> bytes:
+        try:
+            return await self._response.read()
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            raise self._cut or self._engine.died() from error
+
+    def close(self) -> None:
+        self._closed(self)
+        self._response.close()
+
+    def abort_all(self, error: ServiceError) -> None:
+        """Wake whoever reads with `error`: closing the client alone would leave him waiting."""
+        self._cut = self._cut or error
+        self._response.content.set_exception(aiohttp.ClientConnectionError("the engine is closed"))
+
+
+def _about(body: bytes, spec: HostSpec) -> About:
+    """vLLM's own server answers with an empty body: it is what was ordered."""
+    answer = json.loads(body) if body else {}
+    return About(answer.get("backend", spec.program.rpartition(".")[2]), tuple(answer.get("notes", ())))
+
+
+def _fingerprint(answer: dict[str, Any]) -> Fingerprint:
+    return Fingerprint(tuple((int(token), float(logprob)) for token, logprob in answer["fingerprint"]))
+
+
+@contextmanager
+def _listen(path: Path) -> Iterator[socket.socket]:
+    """A unix socket that listens at once and that only this user can open."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(2048)
+        yield listener
+    finally:
+        listener.close()

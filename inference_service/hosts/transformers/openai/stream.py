@@ -1,0 +1,141 @@
+"""A request's answers from the engine, and their way to a client that may leave at any time."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from inference_service.hosts.transformers.generation.runner import RunnerDead
+from inference_service.hosts.transformers.generation.sequence import Failure, Sequence, Token
+from inference_service.hosts.transformers.openai.choice import Choice, TextChunk
+from inference_service.hosts.transformers.openai.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+Begin = Callable[[Callable[[Token | Failure], None]], Sequence]
+
+
+async def pieces(
+    begins: list[tuple[Choice, Begin]], cancel: Callable[[Sequence], None]
+) -> AsyncIterator[tuple[Choice, TextChunk]]:
+    """The pieces of all choices as they come; whatever ends this ends their sequences.
+
+    Raises RequestError where the engine fails.
+    """
+    news: asyncio.Queue[tuple[Choice, Token | Failure]] = asyncio.Queue()
+    sequences: dict[int, Sequence] = {}
+    try:
+        for choice, begin in begins:
+            sequences[choice.index] = begin(_into(news, choice))
+        left = len(begins)
+        while left:
+            choice, told = await news.get()
+            if choice.finished:
+                continue
+            if isinstance(told, Failure):
+                raise _refusal(told)
+            piece = choice.take(told)
+            if choice.finished:
+                left -= 1
+                cancel(sequences[choice.index])
+            if piece is not None:
+                yield choice, piece
+    except RunnerDead as error:
+        raise RequestError(f"The engine failed: {error}", status=500) from error
+    finally:
+        for sequence in sequences.values():
+            cancel(sequence)
+
+
+def _refusal(failure: Failure) -> RequestError:
+    if failure.refused:
+        return RequestError(f"The request cannot be followed: {failure.reason}")
+    return RequestError(f"The engine failed: {failure.reason}", status=500)
+
+
+def _unforeseen(error: Exception) -> RequestError:
+    """A fault of ours: this request's alone, and told in full in the log."""
+    logger.exception("a request failed", exc_info=error)
+    return RequestError(f"The engine failed at this request: {type(error).__name__}: {error}", status=500)
+
+
+def _into(
+    news: "asyncio.Queue[tuple[Choice, Token | Failure]]", choice: Choice
+) -> Callable[[Token | Failure], None]:
+    return lambda told: news.put_nowait((choice, told))
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """What `work` returns; where the client leaves it is cancelled, and with it what it has begun."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            return Response(status_code=499)
+        return await working
+    except RequestError as refused:
+        return refused.response()
+    except Exception as error:
+        return _unforeseen(error).response()
+    finally:
+        leaving.cancel()
+        working.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await working
+
+
+class EventStream(Response):
+    """Server-sent events; an error is the last of them. Ends `events` whichever way it ends itself."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes]) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(send))
+        leaving = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                await sending
+        finally:
+            for task in (sending, leaving):
+                task.cancel()
+            await asyncio.gather(sending, leaving, return_exceptions=True)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        events = self._told()
+        try:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    async def _told(self) -> AsyncIterator[bytes]:
+        try:
+            async for event in self._events:
+                yield event
+            yield DONE
+        except RequestError as refused:
+            yield refused.event()
+        except Exception as error:
+            yield _unforeseen(error).event()
+        finally:
+            await self._events.aclose()  # type: ignore[attr-defined]
+
+
+async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,219 @@
+"""The control routes of a vLLM host: heartbeat, weight check, swaps, adapters.
+
+The service sends no request while the weights change, so nothing here guards against one. Whatever fails in a
+swap leaves an engine that nobody may use; the service ends it.
+"""
+
+import asyncio
+import dataclasses
+import math
+import time
+import uuid
+from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request
+from starlette.responses import JSONResponse
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.lora.request import LoRARequest
+from vllm.renderers import renderer_from_config
+from vllm.sampling_params import SamplingParams
+from vllm.tokenizers import registry as tokenizers
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.metrics.loggers import StatLoggerManager
+
+from inference_service.engines.base import HostSpec
+from inference_service.hosts.control_replies import answered
+from inference_service.hosts.tokenizer_files import tokenize_alike
+
+WEIGHT_CHECK_TOKENS = 12
+WEIGHT_CHECK_TOP = 20
+
+control = APIRouter(prefix="/control")
+_reserved_tokens = CompletionRequest.build_tok_params
+
+
+def parse_arguments(spec: HostSpec) -> Namespace:
+    """vLLM's own reading of its command line."""
+    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(list(spec.arguments))
+    validate_parsed_serve_args(args)
+    return args
+
+
+async def serve_model(state: Any, engine: EngineClient, args: Namespace, spec: HostSpec) -> None:
+    """(Re)build what serves the model that the engine holds now, under its name and with its defaults."""
+    await init_app_state(engine, state, args, state.supported_tasks)
+    _apply_default_max_tokens(state, spec.default_max_tokens)
+    models = state.openai_serving_models
+    # vLLM tells adapters apart by their name, which holds the revision; the client knows the plain one.
+    own_name = models.model_name
+    models.model_name = lambda lora_request=None: own_name(lora_request).partition("@")[0]
+
+
+def _apply_default_max_tokens(state: Any, default_max_tokens: int) -> None:
+    """Where a request names no limit: a default that gives way to a long prompt.
+
+    vLLM takes the smaller of this and what the context has left, so a silent request never fails for
+    a limit that its client did not set.
+    """
+    for serving in (
+        state.openai_serving_chat,
+        state.openai_serving_completion,
+        state.openai_serving_responses,
+    ):
+        if serving is not None:
+            serving.default_sampling_params["max_tokens"] = default_max_tokens
+    # A silent completion: vLLM fills in this field's default (OpenAI's old 16 tokens) before it looks.
+    CompletionRequest.model_fields["max_tokens"].default = default_max_tokens
+
+    def build_tok_params(request: Any, model_config: Any) -> Any:
+        params = _reserved_tokens(request, model_config)
+        if request.max_tokens != default_max_tokens:
+            return params
+        return dataclasses.replace(params, max_output_tokens=0)
+
+    CompletionRequest.build_tok_params = build_tok_params
+
+
+def count_steps(engine: Any, state: Any) -> None:
+    """Count what the engine core sends, once a step, also while a long prompt yields no token yet."""
+    state.steps = 0
+    processor = engine.output_processor
+    updating = processor.update_scheduler_stats
+
+    def update_scheduler_stats(stats: Any) -> None:
+        state.steps += 1
+        updating(stats)
+
+    processor.update_scheduler_stats = update_scheduler_stats
+
+
+@control.get("/heartbeat")
+async def heartbeat(request: Request) -> dict[str, int]:
+    """Requests that are neither finished nor aborted, and the steps of the engine core so far."""
+    state = request.app.state
+    if state.engine_client.errored:
+        raise HTTPException(503, "the engine core is dead")
+    return {
+        "running": state.engine_client.output_processor.get_num_unfinished_requests(),
+        "steps": state.steps,
+    }
+
+
+@control.get("/weight-check")
+async def weight_check(request: Request) -> JSONResponse:
+    """The highest logits of a fixed prompt, as the weights compute them now."""
+    return await answered(lambda: _weight_check(request.app.state.engine_client))
+
+
+@control.post("/swap")
+async def swap(request: Request) -> JSONResponse:
+    """Serve the snapshot that the HostSpec in the body names, with weights of the same shapes."""
+    spec = HostSpec.from_json(await request.json())
+    return await answered(lambda: _swap(request.app.state, spec))
+
+
+@control.post("/adapters")
+async def add_adapter(request: Request) -> JSONResponse:
+    """Read an adapter: `name` (with its revision), `id` (never used before) and `directory`."""
+    order, state = await request.json(), request.app.state
+
+    async def add() -> dict[str, Any]:
+        adapter = LoRARequest(order["name"], order["id"], order["directory"])
+        await state.engine_client.add_lora(adapter)
+        state.openai_serving_models.lora_requests[order["name"]] = adapter
+        return {}
+
+    return await answered(add)
+
+
+@control.delete("/adapters/{name}")
+async def remove_adapter(request: Request, name: str) -> JSONResponse:
+    """Forget an adapter that no request uses."""
+    state = request.app.state
+
+    async def remove() -> dict[str, Any]:
+        adapter = state.openai_serving_models.lora_requests.pop(name, None)
+        if adapter is not None:
+            await state.engine_client.remove_lora(adapter.lora_int_id)
+        return {}
+
+    return await answered(remove)
+
+
+async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
+    engine, args = state.engine_client, parse_arguments(spec)
+    before = Path(engine.model_config.model)
+    started = time.monotonic()
+    await engine.pause_generation(mode="wait")  # drops what the old weights have left in the prefix cache
+    for adapter in list(state.openai_serving_models.lora_requests.values()):
+        await engine.remove_lora(adapter.lora_int_id)
+    await engine.collective_rpc("swap_weights", kwargs={"directory": spec.directory})
+    await engine.resume_generation()
+    weights = time.monotonic()
+    _take_over(engine, args, rendered_alike=tokenize_alike(before, Path(spec.directory)))
+    # The engine core computes the weight check while its front is rebuilt.
+    weight_check, _ = await asyncio.gather(_weight_check(engine), serve_model(state, engine, args, spec))
+    seconds = {"weights": weights - started, "warm-up": time.monotonic() - weights}
+    return {**weight_check, "seconds": seconds}
+
+
+def _take_over(engine: Any, args: Namespace, *, rendered_alike: bool) -> None:
+    """The front of the engine: tokenizer, template, generation config and metric labels of the new model."""
+    config = engine.vllm_config.model_config
+    config.model = config.tokenizer = args.model
+    config.hf_config_path = None
+    config.served_model_name = args.served_model_name[0]
+    config.override_generation_config = args.override_generation_config
+    if not rendered_alike:
+        _render_anew(engine)
+    engine.input_processor = InputProcessor(engine.vllm_config, engine.renderer)
+    if engine.logger_manager is not None:
+        engine.logger_manager = StatLoggerManager(
+            engine.vllm_config, engine_idxs=engine.engine_core.engine_ranks_managed
+        )
+        engine._logger_ref[0] = engine.logger_manager
+
+
+def _render_anew(engine: Any) -> None:
+    # Kept by path, of which each swap brings another.
+    for cached in (tokenizers.cached_get_tokenizer, tokenizers.cached_resolve_tokenizer_args):
+        cached.cache_clear()
+    old, engine.renderer = engine.renderer, renderer_from_config(engine.vllm_config)
+    engine.output_processor.tokenizer = engine.renderer.tokenizer
+    old.shutdown()
+
+
+async def warm_up(engine: Any) -> None:
+    """Run the weight check once: its kernels, among them that of log probabilities, compile on first use.
+
+    What it finds, damaged weights too, is reported when the service asks for it.
+    """
+    with suppress(ValueError):
+        await _weight_check(engine)
+
+
+async def _weight_check(engine: Any) -> dict[str, Any]:
+    """Token ids with their log probabilities, highest first; raises ValueError where one is no number."""
+    config = engine.vllm_config.model_config
+    vocabulary, count = config.get_vocab_size(), min(WEIGHT_CHECK_TOKENS, config.max_model_len - 1)
+    prompt = {"prompt_token_ids": [(7919 * (number + 1)) % vocabulary for number in range(count)]}
+    params = SamplingParams(
+        max_tokens=1, temperature=0, logprobs=min(WEIGHT_CHECK_TOP, vocabulary), detokenize=False
+    )
+    last = None
+    async for output in engine.generate(prompt, params, f"weight-check-{uuid.uuid4().hex}"):
+        last = output
+    if last is None or not last.outputs[0].logprobs:
+        raise ValueError("the weight check brought no token")
+    found = last.outputs[0].logprobs[0].items()
+    top = sorted(((token, each.logprob) for token, each in found), key=lambda pair: (-pair[1], pair[0]))
+    if not all(math.isfinite(logprob) for _, logprob in top):
+        raise ValueError("the weight check brought logits that are no numbers: the weights are damaged")
+    return {"fingerprint": top}

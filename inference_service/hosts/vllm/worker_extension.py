@@ -1,0 +1,111 @@
+"""What this project adds to vLLM's workers (`--worker-extension-cls`).
+
+vLLM's engine core outlives a parent that was killed (SIGKILL of the host), with all its memory. This
+module is imported in every process that holds a worker and ends it with its parent. It says when weights are
+read and when the engine warms up, and puts another checkpoint's weights into the live model.
+"""
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_worker import Worker
+
+from inference_service.hosts.phases import enter_phase
+
+_PHASES = {"load_model": "weights", "compile_or_warm_up_model": "warm-up"}
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class."""
+
+    model_runner: Any
+
+    def swap_weights(self, directory: str) -> None:
+        """Read the weights in `directory`, of the same shapes, into the live model.
+
+        Whatever it raises leaves the model unusable: the engine must go.
+        """
+        if current_platform.is_cpu():
+            _embed_only(self.model_runner.get_model())
+        self.model_runner.reload_weights(weights_path=directory)
+        if current_platform.is_cpu():
+            _tie_again(self.model_runner.get_model())
+
+
+def _embed_only(model: Any) -> None:
+    """On the CPU embeddings are packed for products too, which only an output layer needs; it has its own."""
+    head, embeddings = _unwrapped(getattr(model, "lm_head", None)), _embeddings(model)
+    if head is None or embeddings is None or head is embeddings:
+        return
+    embeddings.quant_method.process_weights_after_loading = lambda layer: None
+    vars(embeddings).pop("cpu_linear", None)
+
+
+def _tie_again(model: Any) -> None:
+    """On the CPU a tied output layer keeps a packed copy of the old embeddings, and answers with it."""
+    config = getattr(model, "config", None)
+    head = _unwrapped(getattr(model, "lm_head", None))
+    embeddings = _embeddings(model)
+    if not getattr(config, "tie_word_embeddings", False) or head is None or embeddings is None:
+        return
+    if head is not embeddings:
+        head.weight = embeddings.weight
+    head.quant_method.process_weights_after_loading(head)
+
+
+def _embeddings(model: Any) -> Any:
+    return _unwrapped(getattr(getattr(model, "model", None), "embed_tokens", None))
+
+
+def _unwrapped(layer: Any) -> Any:
+    """The layer itself, where LoRA has wrapped it."""
+    return getattr(layer, "base_layer", layer)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watchdog", daemon=True).start()
+
+
+def _tell_phases(worker: type[Any]) -> None:
+    """Say that a phase begins when the worker's method for it is called."""
+    for name, phase in _PHASES.items():
+        if name in vars(worker):
+            setattr(worker, name, _telling(vars(worker)[name], phase))
+
+
+def _telling(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
+    @wraps(method)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        enter_phase(phase)
+        return method(*args, **kwargs)
+
+    return told
+
+
+_end_with_parent()
+_tell_phases(Worker)
+# A tied output layer and rotary embeddings have no tensor of their own in a checkpoint: nothing is missing.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from inference_service.hosts.vllm import lora_cpu, sampler_cpu
+
+    _tell_phases(CPUWorker)
+    lora_cpu.install()
+    sampler_cpu.install()

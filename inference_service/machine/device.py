@@ -1,0 +1,190 @@
+"""Which device this machine offers, and which backend serves on it.
+
+Decided without torch, which the service never imports: CUDA through NVML (the driver's library, which
+creates no CUDA context), MPS and the CPU from the platform.
+"""
+
+import itertools
+import os
+import platform
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from inference_service.config import Backend, DtypeChoice, Settings
+
+# x86 (AVX-512 and AMX) and Arm.
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+class DeviceKind(StrEnum):
+    CUDA = "cuda"
+    MPS = "mps"
+    CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where engines run. `count` devices, `memory_bytes` each (0 where it is not known).
+
+    `bfloat16`: a processor that multiplies it faster than float32. Of GPUs, `driver_cuda` is the newest CUDA
+    that the driver supports, None where that is not known, and `like_first` whether all of them are of the
+    kind of the machine's first one.
+    """
+
+    kind: DeviceKind
+    name: str
+    count: int = 1
+    memory_bytes: int = 0
+    bfloat16: bool = False
+    driver_cuda: tuple[int, int] | None = None
+    like_first: bool = True
+
+
+def find_device() -> Device:
+    """CUDA if the driver shows a GPU, then Apple's MPS, then the CPU."""
+    return _cuda() or _mps() or _cpu()
+
+
+def resolve_dtype(choice: DtypeChoice, device: Device, backend: Backend, checkpoint_dtype: str | None) -> str:
+    """The weights' type for one checkpoint: 16 bit on CUDA, float32 elsewhere, unless chosen.
+
+    The transformers backend on a processor with instructions for bfloat16 keeps a checkpoint's bfloat16: it
+    reads half the bytes a token (docs/engines.md has the figures).
+    """
+    if choice is not DtypeChoice.AUTO:
+        return choice.value
+    if device.kind is DeviceKind.CUDA:
+        return "bfloat16" if checkpoint_dtype == "bfloat16" else "float16"
+    faster = device.bfloat16 and backend is Backend.TRANSFORMERS and checkpoint_dtype == "bfloat16"
+    return "bfloat16" if faster else "float32"
+
+
+def tensor_parallel_size(settings: Settings, device: Device) -> int:
+    """GPUs per engine."""
+    if settings.tensor_parallel_size == "auto":
+        return device.count if device.kind is DeviceKind.CUDA else 1
+    return settings.tensor_parallel_size
+
+
+def _cuda() -> Device | None:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        gpus = visible_gpus(pynvml)
+        if not gpus:
+            return None
+        return Device(
+            DeviceKind.CUDA,
+            str(pynvml.nvmlDeviceGetName(gpus[0])),
+            len(gpus),
+            min(int(pynvml.nvmlDeviceGetMemoryInfo(gpu).total) for gpu in gpus),
+            driver_cuda=_driver_cuda(pynvml),
+            like_first=_like_first(pynvml, gpus),
+        )
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def visible_gpus(nvml: Any) -> list[Any]:
+    """NVML's handles of the GPUs that CUDA shows to a process; NVML itself shows all of them.
+
+    CUDA_VISIBLE_DEVICES holds indices, or UUIDs and beginnings of them; the first entry that names no GPU
+    ends the list. https://docs.nvidia.com/cuda/cuda-c-programming-guide/#env-vars
+    """
+    present = _present(nvml)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return [gpu for gpu in present if gpu is not None]
+    named = (_named(nvml, entry.strip(), present) for entry in chosen.split(","))
+    return list(itertools.takewhile(lambda gpu: gpu is not None, named))
+
+
+def _present(nvml: Any) -> list[Any]:
+    """Every GPU of the machine in NVML's order; None for one that is broken."""
+    found: list[Any] = []
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            found.append(nvml.nvmlDeviceGetHandleByIndex(index))
+        except nvml.NVMLError:
+            found.append(None)
+    return found
+
+
+def _named(nvml: Any, entry: str, present: list[Any]) -> Any:
+    """The GPU, or the part of one (MIG), that an entry of CUDA_VISIBLE_DEVICES names; None for none."""
+    if entry.isascii() and entry.isdigit():
+        return present[int(entry)] if int(entry) < len(present) else None
+    if entry.startswith("MIG-"):
+        try:
+            return nvml.nvmlDeviceGetHandleByUUID(entry)
+        except nvml.NVMLError:
+            return None
+    working = (gpu for gpu in present if gpu is not None)
+    found = [gpu for gpu in working if entry and str(nvml.nvmlDeviceGetUUID(gpu)).startswith(entry)]
+    return found[0] if len(found) == 1 else None
+
+
+def _like_first(nvml: Any, gpus: list[Any]) -> bool:
+    """Whether the GPUs are of the kind of the machine's first one, which is what an import is told of.
+
+    Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA counts the fastest first and NVML does not: where a machine has
+    several kinds, an index may mean another one.
+    """
+    everyone = _present(nvml)
+    ordered = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    compared = [everyone[0], *(gpus if ordered else everyone)]
+    try:
+        # A part of a GPU (MIG) is called like the whole one, with its size after it.
+        kinds = {gpu and str(nvml.nvmlDeviceGetName(gpu)).partition(" MIG ")[0] for gpu in compared}
+    except nvml.NVMLError:
+        return False
+    return len(kinds) == 1
+
+
+def _driver_cuda(nvml: Any) -> tuple[int, int] | None:
+    try:
+        version = int(nvml.nvmlSystemGetCudaDriverVersion())
+    except (nvml.NVMLError, AttributeError):
+        return None
+    return version // 1000, version % 1000 // 10
+
+
+def _mps() -> Device | None:
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return Device(DeviceKind.MPS, "Apple Silicon", 1, memory_bytes())
+    return None
+
+
+def _cpu() -> Device:
+    about = _cpu_info()
+    name = about.get("model name") or platform.processor() or platform.machine()
+    fast = not _BFLOAT16_FLAGS.isdisjoint(about.get("flags", about.get("Features", "")).split())
+    return Device(DeviceKind.CPU, name, 1, memory_bytes(), bfloat16=fast)
+
+
+def _cpu_info() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def memory_bytes() -> int:
+    """The machine's memory, or the container's limit where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total

@@ -1,0 +1,56 @@
+"""How much memory is free on the device right now, measured.
+
+CUDA through NVML (no CUDA context); on the CPU what the system or the container has left, files that it
+could drop counted as free.
+"""
+
+from pathlib import Path
+
+from inference_service.machine.device import Device, DeviceKind, visible_gpus
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: Device) -> int | None:
+    """The least that any of the devices has free; None where it cannot be told. Blocks for milliseconds."""
+    if device.kind is DeviceKind.CUDA:
+        return _free_on_gpus()
+    found = [free for free in (_available(), _left_in_cgroup(_CGROUP)) if free is not None]
+    return min(found, default=None)
+
+
+def _free_on_gpus() -> int | None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            free = (int(pynvml.nvmlDeviceGetMemoryInfo(gpu).free) for gpu in visible_gpus(pynvml))
+            return min(free, default=None)
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+
+
+def _available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def _left_in_cgroup(cgroup: Path) -> int | None:
+    """Up to the container's limit; pages of files are given up before anything is killed."""
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if not limit.isdigit():
+        return None
+    files = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+    return max(0, int(limit) - used + files)

@@ -1,0 +1,343 @@
+"""The life of each engine: its load or its swap, the watch over it, its end.
+
+Carries out what the pool wants of one engine and tells it, as events, what has come of it. How a load and a
+teardown are done is loading.py's.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from inference_service.checkpoints.snapshot import Snapshot
+from inference_service.config import WaitLimit
+from inference_service.engines.base import Engine
+from inference_service.errors import (
+    EngineDied,
+    EngineError,
+    EngineStartFailed,
+    LoadTimedOut,
+    OutOfMemory,
+    ServiceError,
+    SnapshotCorrupt,
+)
+from inference_service.metrics import Metrics
+from inference_service.pool import refusals
+from inference_service.pool.adapters import Adapters
+from inference_service.pool.backoff import LoadBackoff
+from inference_service.pool.estimates import Estimates
+from inference_service.pool.leases import Lease, Slot
+from inference_service.pool.loader import EngineLoader, Parts
+from inference_service.pool.phases import Phases
+from inference_service.pool.prefetch import Prefetcher
+from inference_service.scheduler.events import Died, Event, Failed, Gone, Loaded, Starting
+from inference_service.scheduler.scheduler import Scheduler
+from inference_service.scheduler.state import EngineState
+from inference_service.storage.bucket.model import Model
+
+logger = logging.getLogger(__name__)
+
+# Errors of a load that are no better a moment later; those of a bucket or a disk may be.
+_LASTING = (EngineStartFailed, OutOfMemory, SnapshotCorrupt)
+SUSPECT_SECONDS = 0.5
+_LEAVING = (EngineState.DRAINING, EngineState.STOPPING, EngineState.FAILED)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a request waits for a load and for a place in a loaded engine; in seconds, how long a load
+    may take and how long an engine may do nothing.
+
+    `adapters`: how many an engine knows at once.
+    """
+
+    load_wait: WaitLimit
+    place_wait: WaitLimit
+    load_timeout: float
+    stall_timeout: float = 60.0
+    adapters: int = 64
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Who is told every event and each fetch that ended ahead of its engine; what the pool knows of models.
+
+    `wanted`: whether somebody waits for a reference.
+    """
+
+    tell: Callable[[Event], None]
+    fetched: Callable[[Model, Exception | None], None]
+    wanted: Callable[[str], bool]
+    pinned: Callable[[Model], bool]
+
+
+class EngineLifecycle:
+    """The slots in use, by their models' references.
+
+    The state of each engine is the scheduler's.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        metrics: Metrics,
+        scheduler: Scheduler,
+        limits: Limits,
+        clock: Callable[[], float],
+        hooks: Hooks,
+    ) -> None:
+        self.footprint = parts.footprint
+        self.slots: dict[str, Slot] = {}
+        self.prefetcher = Prefetcher(
+            parts.fetch, parts.release, clock, hooks.fetched, hooks.wanted, limits.load_timeout
+        )
+        self.backoff = LoadBackoff()
+        self.estimates = Estimates()
+        # What those who waited are told, while a failed load, or fetch, is being told of.
+        self.errors: dict[str, ServiceError] = {}
+        self.ending = False
+        self._parts = parts
+        self._metrics = metrics
+        self._scheduler = scheduler
+        self._limits = limits
+        self._clock = clock
+        self._tell = hooks.tell
+        self._pinned = hooks.pinned
+        self.loading = EngineLoader(
+            parts,
+            self.prefetcher,
+            (limits.load_timeout, limits.stall_timeout),
+            clock,
+            self._starting,
+            self._departure,
+            self._make_room,
+        )
+
+    def state(self, reference: str) -> EngineState:
+        """The state of an engine."""
+        engine = self._scheduler.engines.get(reference)
+        return EngineState.STOPPED if engine is None else engine.state
+
+    def ready(self) -> list[Slot]:
+        """The slots whose engines serve."""
+        return [slot for key, slot in self.slots.items() if self.state(key) is EngineState.READY]
+
+    def load(self, model: Model) -> None:
+        """Begin to load the model into a free slot."""
+        slot = Slot(model, self.footprint(model), self._clock(), Phases(self._clock))
+        self.slots[slot.key] = slot
+        self._run(slot, self._serve(slot, self.loading.load(slot)))
+
+    def swap(self, model: Model, key: str) -> None:
+        """Begin to put the model into the engine of the slot `key`, which nobody uses."""
+        old = self.slots.pop(key)
+        slot = Slot(model, old.footprint, self._clock(), Phases(self._clock), swapped=True)
+        slot.engine, old.engine = old.engine, None
+        self.slots[slot.key] = slot
+        for watch in old.tasks:
+            watch.cancel()
+        if old.adapters is not None:
+            old.adapters.close()
+        self._run(slot, self._serve(slot, self._swapped_or_loaded(slot, old)))
+        old.gone.set()
+
+    def evict(self, key: str) -> None:
+        """Tear an engine down that no lease holds."""
+        slot = self.slots[key]
+        self._metrics.evictions.labels(slot.model.name).inc()
+        logger.info("evicting", extra={"model": slot.model.name})
+        self._tear_down(slot)
+
+    def cancel(self, key: str) -> None:
+        """Stop a load that nobody wants any more."""
+        logger.info("nobody waits for the load any more", extra={"model": self.slots[key].model.name})
+        self._tear_down(self.slots[key])
+
+    def abort_all(self, slot: Slot, error: ServiceError) -> None:
+        """Void the leases on a slot and end their replies with `error`."""
+        slot.leases.clear()
+        if slot.engine is not None:
+            slot.engine.abort_all(error)
+
+    def failed(self, model: Model, error: Exception) -> ServiceError:
+        """Count a load, or a fetch ahead of one, that failed; what those who waited are told."""
+        self._metrics.loads.labels(model.name, "failed").inc()
+        told = error if isinstance(error, ServiceError) else refusals.unexplained(model.name, error)
+        if isinstance(told, _LASTING):
+            told.retry_after = self.backoff.failed(model.name, model.revision, told, self._clock())
+        return told
+
+    def refusal(self, model: Model) -> ServiceError | None:
+        """Why the model is not tried again yet: it failed lately."""
+        return self.backoff.refusal(model.name, model.revision, self._clock())
+
+    async def suspect(self, lease: Lease) -> EngineDied | None:
+        """A request met an error of its engine's: if that is dead, nobody else is sent to it.
+
+        Returns what is to be told of an engine that is dead.
+        """
+        slot = lease.slot
+        if lease not in slot.leases or slot.engine is None:
+            return None
+        try:
+            async with asyncio.timeout(SUSPECT_SECONDS):
+                await slot.engine.heartbeat()
+        except TimeoutError:
+            return None  # it hangs, or has much to do: the watch over it will tell
+        except EngineError:
+            return self._died(slot, "its process ended or its core is dead; the log has the reason")
+        return None
+
+    async def close(self) -> None:
+        """Tear every engine down, busy or not; returns when no process is left."""
+        slots = list(self.slots.values())
+        if not self.ending:
+            self.ending = True
+            for slot in slots:
+                self.abort_all(slot, refusals.shutting_down())
+                # Those that are ending already get less time for it.
+                self._tear_down(slot)
+            self.prefetcher.close()
+        await asyncio.gather(*(slot.gone.wait() for slot in slots))
+
+    async def _swapped_or_loaded(self, slot: Slot, old: Slot) -> None:
+        """The slot's model in the engine of `old`, or in a fresh one where that fails."""
+        name = slot.model.name
+        fields = {"model": name, "revision": slot.model.revision, "instead_of": old.model.reference}
+        logger.info("swapping", extra=fields)
+        try:
+            await self.loading.swap(slot, old.snapshot, old.fingerprint)
+        except Exception as error:
+            self._metrics.swaps.labels(name, "failed").inc()
+            logger.warning("swap failed, loading afresh: %s", error, extra={"model": name})
+            slot.swapped = False
+            await self.loading.discard(slot)
+            await self.loading.load(slot)
+        else:
+            self._metrics.swaps.labels(name, "ok").inc()
+        finally:
+            if old.snapshot is not None:
+                self._parts.release(old.snapshot)
+
+    async def _serve(self, slot: Slot, loading: Coroutine[Any, Any, None]) -> None:
+        """An engine's life: its load, and the watch over it until it is torn down or dies."""
+        name, started = slot.model.name, time.monotonic()
+        logger.info("loading", extra={"model": name, "revision": slot.model.revision})
+        try:
+            await loading
+        except Exception as error:
+            self._load_failed(slot, error)
+            return
+        if self._is(slot, EngineState.STARTING) and slot.engine is not None:
+            self._loaded(slot, slot.engine, round(time.monotonic() - started, 3))
+            reason = await self.loading.watch(slot, slot.engine)
+            self._died(slot, reason)
+
+    def _starting(self, slot: Slot, snapshot: Snapshot) -> None:
+        self._tell(Starting(slot.key, slot.footprint.total))
+
+    def _loaded(self, slot: Slot, engine: Engine, seconds: float) -> None:
+        name = slot.model.name
+        slot.load_seconds = seconds
+        slot.adapters = Adapters(
+            engine,
+            self.prefetcher.take,
+            self._parts.release,
+            self._adapter_added,
+            self._pinned,
+            self._limits.adapters,
+            self._clock,
+        )
+        start_seconds = slot.phases.start_seconds
+        if not slot.swapped:
+            self.estimates.loaded(name, seconds, start_seconds)
+        self.backoff.succeeded(name, slot.model.revision)
+        self._metrics.loaded(name, seconds, slot.phases.seconds)
+        fields = {"revision": slot.model.revision, "seconds": seconds, "swapped": slot.swapped}
+        logger.info("loaded", extra={"model": name, **fields, **slot.phases.describe()})
+        self._tell(Loaded(slot.key, start_seconds))
+
+    def _adapter_added(self, model: Model, phases: Phases) -> None:
+        self.backoff.succeeded(model.name, model.revision)
+        seconds = round(sum(phases.seconds.values()), 3)
+        self._metrics.loaded(model.name, seconds, phases.seconds)
+        fields = {"model": model.name, "revision": model.revision, "seconds": seconds}
+        logger.info("adapter added", extra={**fields, **phases.describe()})
+
+    def _load_failed(self, slot: Slot, error: Exception) -> None:
+        name = slot.model.name
+        if not self._is(slot, EngineState.STARTING):  # it failed because it was being unloaded
+            return
+        expected = isinstance(error, ServiceError)
+        logger.error("load failed: %s", error, extra={"model": name}, exc_info=not expected)
+        told = self.errors[slot.key] = self.failed(slot.model, error)
+        self._tell(Failed(slot.key))
+        del self.errors[slot.key]
+        self._tear_down(slot, hurry=isinstance(told, LoadTimedOut))
+
+    def _died(self, slot: Slot, reason: str) -> EngineDied | None:
+        name = slot.model.name
+        if not self._is(slot, EngineState.READY, EngineState.DRAINING):
+            return None
+        logger.error("engine died: %s", reason, extra={"model": name})
+        self._metrics.deaths.labels(name).inc()
+        told = refusals.died(name, reason)
+        self.abort_all(slot, told)
+        self._tell(Died(slot.key))
+        self._tear_down(slot, hurry=True)
+        return told
+
+    def _is(self, slot: Slot, *states: EngineState) -> bool:
+        """Whether this very slot is still the model's, in one of these states."""
+        return self.slots.get(slot.key) is slot and self.state(slot.key) in states
+
+    async def _departure(self) -> bool:
+        """Wait until an engine that is leaving anyway has left; False where none is."""
+        leaving = [slot for key, slot in self.slots.items() if self.state(key) in _LEAVING]
+        gone = [asyncio.ensure_future(slot.gone.wait()) for slot in leaving]
+        if not gone:
+            return False
+        try:
+            await asyncio.wait(gone, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for waiting in gone:
+                waiting.cancel()
+        return True
+
+    async def _make_room(self, missing: int) -> bool:
+        """Tear an idle engine down for the sake of its snapshot or memory; False where it would not help."""
+        idle = [self.slots[key] for key in self._scheduler.capacity.idle()]
+        if sum(slot.snapshot.bytes for slot in idle if slot.snapshot is not None) < missing:
+            return False
+        evict = None if self.ending else self._scheduler.give_way()
+        if evict is None:
+            return False
+        slot = self.slots[evict.key]
+        self.evict(evict.key)
+        await slot.gone.wait()
+        return True
+
+    def _tear_down(self, slot: Slot, *, hurry: bool = False) -> None:
+        self._run(slot, self._end(slot, set(slot.tasks), hurry=hurry))
+
+    async def _end(self, slot: Slot, running: set[asyncio.Task[None]], *, hurry: bool) -> None:
+        """End what runs for the slot, then its engine; only then is the slot free."""
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        name = slot.model.name
+        if slot.adapters is not None:
+            slot.adapters.close()
+        await self.loading.end(slot, hurry=hurry, last=self.ending)
+        del self.slots[slot.key]
+        slot.engine = None
+        slot.gone.set()
+        logger.info("unloaded", extra={"model": name})
+        self._tell(Gone(slot.key))
+
+    def _run(self, slot: Slot, work: Coroutine[Any, Any, None]) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        slot.tasks.add(task)
+        task.add_done_callback(slot.tasks.discard)

@@ -1,0 +1,295 @@
+"""Carries out loads, swaps and teardowns: fetch, memory, start, weight check; then the watch; then the end.
+
+One engine of a device starts or ends at a time, and none starts before its memory is measured to be free.
+Nothing here decides; it tells the pool by returning or raising.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from inference_service.checkpoints.memory_profile import Footprint
+from inference_service.checkpoints.snapshot import Snapshot
+from inference_service.engines.base import Engine, Fingerprint
+from inference_service.errors import (
+    DiskFull,
+    EngineDied,
+    EngineError,
+    EngineStartFailed,
+    LoadTimedOut,
+    OutOfMemory,
+    SwapFailed,
+    readable_bytes,
+)
+from inference_service.pool.leases import LoadProgress, Slot
+from inference_service.pool.phases import FETCH_PHASES, Phase
+from inference_service.pool.prefetch import FetchModel, Prefetcher
+from inference_service.pool.weight_check import WeightChecks, implausible
+from inference_service.storage.bucket.model import Model
+from inference_service.storage.snapshots.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+LAST_GRACE_SECONDS = 0.6
+# The driver gives memory back a moment after the process is gone.
+MEMORY_SECONDS = 5.0
+# So many times ENGINE_STALL_TIMEOUT a swap may take.
+SWAP_STALLS = 2
+_MEMORY_POLL_INTERVAL = 0.1
+_HEARTBEAT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a load is made of. `free_bytes`: what the device has free; None where that cannot be told.
+
+    `footprint`: what a model's engine would take on it.
+    `swap_key`: models with the same can take one another's place in an engine; None: it is loaded afresh.
+    `weight_checks`: None where no fingerprint is kept.
+    """
+
+    fetch: FetchModel
+    release: Callable[[Snapshot], None]
+    make_engine: Callable[[Snapshot, Footprint], Engine]
+    free_bytes: Callable[[], Awaitable[int | None]]
+    footprint: Callable[[Model], Footprint]
+    fetching: Callable[[Model], Progress | None] = lambda model: None
+    swap_key: Callable[[Model], str | None] = lambda model: None
+    weight_checks: WeightChecks | None = None
+
+
+class EngineLoader:
+    """The loads and teardowns of one device.
+
+    `starting` is told that the device's turn is a slot's, and of which snapshot. `departure` waits for an
+    engine that is leaving anyway, False where none is. `make_room` is asked where so many bytes on the disk,
+    or memory (0), are missing: it tears one idle engine down and returns once it is gone, or False where that
+    would not help. `timeouts`: seconds of a load, and of an engine with work and no progress.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        prefetcher: Prefetcher,
+        timeouts: tuple[float, float],
+        clock: Callable[[], float],
+        starting: Callable[[Slot, Snapshot], None],
+        departure: Callable[[], Awaitable[bool]],
+        make_room: Callable[[int], Awaitable[bool]],
+    ) -> None:
+        self._parts = parts
+        self._prefetcher = prefetcher
+        self._load_timeout, self._stall_timeout = timeouts
+        self._clock = clock
+        self._starting = starting
+        self._departure = departure
+        self._make_room = make_room
+        self._device_turn = asyncio.Lock()
+
+    async def load(self, slot: Slot) -> None:
+        """Returns once the engine answers; raises what the fetch raised, EngineStartFailed, OutOfMemory."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._load_timeout) as limit:
+                if slot.snapshot is None:
+                    slot.snapshot = await self._fetched(slot)
+                left = (limit.when() or 0.0) - loop.time()
+                slot.phases.enter(Phase.MEMORY)
+                while True:
+                    limit.reschedule(None)  # what others take in the device's turn is not this load's time
+                    async with self._device_turn:
+                        self._starting(slot, slot.snapshot)
+                        missing = await self._missing_memory(slot)
+                        if missing <= 0:
+                            limit.reschedule(loop.time() + left)
+                            return await self._start_and_try(slot, slot.snapshot)
+                    # Outside the turn, which the teardown of another needs.
+                    await self._find_memory(slot, missing)
+        except TimeoutError as error:
+            raise LoadTimedOut(
+                f"'{slot.model.name}' did not load within {self._load_timeout:g} s (LOAD_TIMEOUT); it was in "
+                f"the phase '{_phase(slot)}'."
+            ) from error
+
+    async def swap(self, slot: Slot, before: Snapshot | None, fingerprint: Fingerprint | None) -> None:
+        """Put the slot's model into its engine, which held the snapshot `before`.
+
+        Raises SwapFailed, EngineDied, and what the fetch raises: the engine is of no use then.
+        """
+        try:
+            slot.snapshot, fetched = await self._prefetcher.take(slot.model)
+            slot.phases.seconds |= fetched.seconds
+            # Nothing is slower than a host that hangs; a fresh one is faster.
+            seconds = min(self._load_timeout, SWAP_STALLS * self._stall_timeout)
+            async with asyncio.timeout(seconds):
+                engine = slot.engine
+                if engine is None:
+                    raise SwapFailed("there is no engine")
+                slot.phases.enter(Phase.WEIGHTS)
+                swapped = await engine.swap(slot.snapshot)
+        except TimeoutError as error:
+            raise SwapFailed(f"it took longer than {seconds:g} s") from error
+        slot.phases.enter(None)
+        spent = slot.phases.seconds.pop(Phase.WEIGHTS)
+        for phase, seconds in swapped.seconds.items():
+            slot.phases.add(phase, seconds)
+        slot.phases.add(Phase.WEIGHT_CHECK, max(0.0, spent - sum(swapped.seconds.values())))
+        first, same = None, False
+        if self._parts.weight_checks is not None:
+            first, same = await self._parts.weight_checks.of_swap(before, slot.snapshot)
+        reason = implausible(swapped.fingerprint, first, fingerprint, same_weights=same)
+        if reason is not None:
+            raise SwapFailed(reason)
+        slot.fingerprint = swapped.fingerprint
+
+    def progress(self, slot: Slot, start_seconds: float) -> LoadProgress:
+        """How far a load is, if its start takes `start_seconds`."""
+        phase = _phase(slot)
+        if phase in FETCH_PHASES or slot.phases.current is None:
+            return self.fetch_progress(slot.model, start_seconds)
+        if slot.phases.current is Phase.MEMORY:
+            return LoadProgress(phase, None, start_seconds)
+        spent = self._clock() - slot.phases.began
+        percent = min(99, int(100 * spent / start_seconds))
+        return LoadProgress(phase, percent, start_seconds - spent if spent < start_seconds else None)
+
+    def fetch_progress(self, model: Model, start_seconds: float) -> LoadProgress:
+        """How far the files of a model are."""
+        fetch, under_way = self._prefetcher.get(model.reference), self._parts.fetching(model)
+        phase = fetch.phases.current or Phase.VERIFY if fetch is not None else Phase.SYNC
+        if under_way is None:
+            return LoadProgress(phase, None, start_seconds)
+        left = under_way.eta_seconds
+        return LoadProgress(phase, under_way.percent, None if left is None else left + start_seconds)
+
+    async def watch(self, slot: Slot, engine: Engine) -> str:
+        """Why the engine is of no use any more, once it is not: its process ended, or it hangs."""
+        death = asyncio.ensure_future(engine.wait_dead())
+        stall = asyncio.ensure_future(self._stall(slot, engine))
+        try:
+            await asyncio.wait({death, stall}, return_when=asyncio.FIRST_COMPLETED)
+            return death.result() if death.done() else stall.result()
+        finally:
+            death.cancel()
+            stall.cancel()
+
+    async def end(self, slot: Slot, *, hurry: bool, last: bool) -> None:
+        """Tear the slot's engine down; nothing of it is left then.
+
+        `hurry`: it is dead or hangs, so nothing is asked of it; `last`: the service itself ends. These and
+        what the operator has ordered do not wait for the device's turn.
+        """
+        try:
+            if slot.engine is None:
+                pass  # it was still being fetched
+            elif hurry or last:
+                await slot.engine.close(0.0 if hurry else LAST_GRACE_SECONDS)
+            elif slot.unloaded:
+                await slot.engine.close()
+            else:
+                async with self._device_turn:
+                    await slot.engine.close()
+        except Exception:
+            logger.exception("engine did not close cleanly", extra={"model": slot.model.name})
+        # Not where the teardown was cancelled: it begins anew, in more of a hurry.
+        if slot.snapshot is not None:
+            self._parts.release(slot.snapshot)
+
+    async def discard(self, slot: Slot) -> None:
+        """End the slot's engine, which could not take other weights, so that a fresh one can be loaded."""
+        if slot.engine is not None:
+            await slot.engine.close(0.0)
+            slot.engine = None
+
+    async def _fetched(self, slot: Slot) -> Snapshot:
+        """The snapshot; where the disk is full of others', idle engines give theirs up."""
+        while True:
+            try:
+                snapshot, phases = await self._prefetcher.take(slot.model)
+                slot.phases.seconds |= phases.seconds
+                return snapshot
+            except DiskFull as error:
+                if error.missing is None:
+                    raise
+                if not await self._departure() and not await self._make_room(error.missing):
+                    raise
+
+    async def _start_and_try(self, slot: Slot, snapshot: Snapshot) -> None:
+        slot.phases.enter(Phase.START)
+        slot.engine = self._parts.make_engine(snapshot, slot.footprint)
+        await slot.engine.start()
+        slot.phases.enter(Phase.WEIGHT_CHECK)
+        slot.phases.replace(Phase.START, slot.engine.phases, time.monotonic())
+        try:
+            slot.fingerprint = await slot.engine.weight_check()
+        except SwapFailed as error:
+            raise EngineStartFailed(
+                f"The engine of '{slot.model.name}' does not compute: {error.message}", param="model"
+            ) from error
+        slot.phases.enter(None)
+        if self._parts.weight_checks is None:
+            return
+        first = await self._parts.weight_checks.of_load(snapshot, slot.fingerprint)
+        reason = implausible(slot.fingerprint, first, None, same_weights=True)
+        if reason is not None:
+            logger.warning("%s; a fresh load is believed", reason, extra={"model": slot.model.name})
+
+    async def _missing_memory(self, slot: Slot) -> int:
+        """Bytes that the device lacks at this moment; 0 where that cannot be measured."""
+        free = await self._parts.free_bytes()
+        return 0 if free is None else max(0, slot.footprint.total - free)
+
+    async def _find_memory(self, slot: Slot, missing: int) -> None:
+        """Returns when it is worth another look: who leaves has left, memory came back, an idle engine went.
+
+        Raises OutOfMemory where nobody of this service holds any.
+        """
+        if await self._departure():
+            return
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + MEMORY_SECONDS
+        while loop.time() < deadline:
+            await asyncio.sleep(_MEMORY_POLL_INTERVAL)
+            if await self._missing_memory(slot) == 0:
+                return
+        if not await self._make_room(0):
+            raise _out_of_memory(slot, missing)
+
+    async def _stall(self, slot: Slot, engine: Engine) -> str:
+        """Returns when the engine has had work and made no step of it for `stall_timeout`."""
+        steps, since = -1, self._clock()
+        while True:
+            await asyncio.sleep(min(1.0, self._stall_timeout / 8))
+            found = await self._steps(engine) if slot.leases else 0
+            if found is None or (found == steps and slot.leases):
+                if self._clock() - since >= self._stall_timeout:
+                    return f"it has made no progress for {self._stall_timeout:g} s (ENGINE_STALL_TIMEOUT)"
+                continue
+            steps, since = found or -1, self._clock()
+
+    async def _steps(self, engine: Engine) -> int | None:
+        """The steps of an engine that is at work, 0 of one that is not; None where it does not answer."""
+        try:
+            async with asyncio.timeout(min(_HEARTBEAT_SECONDS, self._stall_timeout)):
+                heartbeat = await engine.heartbeat()
+        except (TimeoutError, EngineDied, EngineError):
+            return None
+        return heartbeat.steps + 1 if heartbeat.running else 0
+
+
+def _phase(slot: Slot) -> str:
+    """What the slot's load is at; while its engine starts, what that says."""
+    if slot.phases.current is Phase.START and slot.engine is not None and slot.engine.phases:
+        return list(slot.engine.phases)[-1]
+    return slot.phases.current or Phase.SYNC
+
+
+def _out_of_memory(slot: Slot, missing: int) -> OutOfMemory:
+    return OutOfMemory(
+        f"The engine of '{slot.model.name}' needs {slot.footprint}, of which the device lacks "
+        f"{readable_bytes(missing)}: something else than this service uses it. Free it, or lower "
+        "GPU_MEMORY_UTILIZATION, and try again.",
+        param="model",
+    )

@@ -1,0 +1,125 @@
+"""Where a wanted model goes: whether it fits, which engine takes its weights, which engines give way."""
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+
+from inference_service.scheduler.state import EngineState, EngineView, Policy, Queue
+
+
+class Verdict(StrEnum):
+    """An engine fits now, once others have given way, or beside the pinned ones never."""
+
+    FITS = "fits"
+    LATER = "later"
+    NEVER = "never"
+
+
+class Capacity:
+    """The room of one pool, and who holds it; looks at engines and queues and changes neither.
+
+    `blocked` are always the models that have waited for room for longer: theirs is not to be taken.
+    """
+
+    def __init__(
+        self, policy: Policy, engines: Mapping[str, EngineView], queues: Mapping[str, Queue]
+    ) -> None:
+        self._policy = policy
+        self._engines = engines
+        self._queues = queues
+
+    def victims(self, now: float) -> list[str]:
+        """Idle engines in the order in which they would give way."""
+        free = [engine for engine in self._engines.values() if engine.idle and self._settled(engine, now)]
+        return [engine.key for engine in sorted(free, key=lambda engine: engine.age)]
+
+    def idle(self) -> list[str]:
+        """Engines that nobody uses or waits for, however young, in the order in which they would go."""
+        free = [engine for engine in self._engines.values() if engine.idle and engine.key not in self._queues]
+        return [engine.key for engine in sorted(free, key=lambda engine: engine.age)]
+
+    def verdict(self, key: str, blocked: Sequence[str]) -> Verdict:
+        """Whether an engine for `key` has room beside those that are there."""
+        queue = self._queues[key]
+        pinned = [
+            engine
+            for engine in self._engines.values()
+            if engine.pinned and engine.state in (EngineState.STARTING, EngineState.READY)
+            if engine.key != queue.wish.instead_of
+        ]
+        if not self._fits(queue.bytes, pinned, ()):
+            return Verdict.NEVER
+        if self._fits(queue.bytes, list(self._engines.values()), blocked):
+            return Verdict.FITS
+        return Verdict.LATER
+
+    def takes(self, key: str) -> EngineView | None:
+        """Case 14: the idle engine that gets the weights of `key`; its own last revision's, or the oldest."""
+        queue = self._queues[key]
+        own = self._engines.get(queue.wish.instead_of or "")
+        able = [self._engines[name] for name in self.idle() if queue.fits_into(self._engines[name])]
+        # What takes adapters is kept for who needs them.
+        able.sort(key=lambda engine: engine.adapters)
+        if own is not None and own.key not in self._queues and queue.fits_into(own):
+            able = [own] if own.state is EngineState.READY and own.leases == 0 else able
+        return able[0] if able else None
+
+    def giving_way(self, key: str, blocked: Sequence[str], now: float, running: int) -> list[EngineView]:
+        """Cases 4 and 5: who gives way for `key`, none where that would not be enough.
+
+        `running`: the leases that are out.
+        """
+        queue = self._queues[key]
+        candidates = [self._engines[name] for name in self.victims(now) if name not in self._queues]
+        if now - queue.oldest.since >= self._policy.fairness_wait:
+            candidates += [engine for engine in self._busy(now, running) if engine not in candidates]
+        return self._enough(queue.bytes, blocked, candidates)
+
+    def _enough(self, count: int, blocked: Sequence[str], candidates: list[EngineView]) -> list[EngineView]:
+        """As few of the candidates, in their order, as make room; none where all would not."""
+        staying = [engine for engine in self._engines.values() if not engine.leaving]
+        chosen: list[EngineView] = []
+        for candidate in candidates:
+            if self._fits(count, staying, blocked):
+                break
+            chosen.append(candidate)
+            staying.remove(candidate)
+        if not self._fits(count, staying, blocked):
+            return []
+        for candidate in list(reversed(chosen)):
+            if self._fits(count, [*staying, candidate], blocked):
+                chosen.remove(candidate)
+                staying.append(candidate)
+        return chosen
+
+    def _busy(self, now: float, running: int) -> list[EngineView]:
+        """Ready engines that could be drained, the least valuable first."""
+        candidates = [
+            engine
+            for engine in self._engines.values()
+            if engine.state is EngineState.READY
+            and not engine.pinned
+            and self._settled(engine, now)
+            and not self._kept_waiting(engine, running)
+        ]
+        return sorted(candidates, key=lambda engine: (self._requests(engine), engine.last_used))
+
+    def _requests(self, engine: EngineView) -> int:
+        """Those that run on it and those that wait for it."""
+        queue = self._queues.get(engine.key)
+        return engine.leases + (0 if queue is None else len(queue.waiters))
+
+    def _kept_waiting(self, engine: EngineView, running: int) -> bool:
+        """It has served nobody for want of a lease, which another engine in its place would want as well."""
+        return engine.leases == 0 and running >= self._policy.concurrency
+
+    def _fits(self, count: int, engines: Sequence[EngineView], blocked: Sequence[str]) -> bool:
+        """Whether so many bytes fit beside these engines and those that older waiters need."""
+        if len(engines) + len(blocked) >= self._policy.slots:
+            return False
+        if self._policy.memory is None:
+            return True
+        needed = sum(self._queues[key].bytes for key in blocked)
+        return sum(engine.bytes for engine in engines) + needed + count <= self._policy.memory
+
+    def _settled(self, engine: EngineView, now: float) -> bool:
+        return now - engine.ready_at >= self._policy.min_residency

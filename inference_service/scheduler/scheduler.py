@@ -1,0 +1,399 @@
+"""Decides, does nothing: an event and the time in, actions out.
+
+Pure: no clock, no asyncio, no logging. It alone knows which engine is in which state and who waits; the
+pool tells it every event and carries its actions out, so every policy is tested as a plain sequence.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from inference_service.scheduler.capacity import Capacity, Verdict
+from inference_service.scheduler.events import (
+    Action,
+    CancelLoad,
+    Died,
+    Drain,
+    EngineEvent,
+    Event,
+    Evict,
+    Failed,
+    Fetched,
+    FetchFailed,
+    Gone,
+    Grant,
+    Left,
+    Load,
+    Loaded,
+    Pinned,
+    Reason,
+    Reject,
+    Released,
+    Request,
+    Starting,
+    Swap,
+    TimePassed,
+    Unload,
+)
+from inference_service.scheduler.state import NEVER, EngineState, EngineView, Policy, Queue, Waiting
+
+
+class Scheduler:
+    """The engines and waiters of one pool.
+
+    1. A request for a ready engine is granted it, oldest first, while fewer than `concurrency` leases
+       are out. Warm models never wait behind a load. Who wants an adapter is granted nothing, and keeps
+       nobody waiting, before its files are there.
+    2. A request for a model whose engine is on its way joins it: nothing to do.
+    3. A wanted model without an engine is loaded where a slot is free and its bytes fit, the one that
+       has waited longest first; who comes later does not take the room that an older one waits for.
+    4. No room: the least recently used idle engines that no waiter wants, nobody has pinned and that have
+       served for `min_residency` give way, as many as are needed.
+    5. Not enough of them, and the oldest waiter has waited for `fairness_wait`: the least valuable busy
+       engines (fewest requests, then least recently used) drain and give way too. An engine with leases is
+       never torn down, and one whose waiters only lack a lease, all being out, is left to serve them.
+    6. A load that nobody waits for any more is cancelled.
+    7. An engine that has been idle for `idle_ttl` is torn down.
+    8. A request beyond those that run and those that may wait is rejected, and so is one whose model
+       cannot fit beside the pinned engines.
+    9. A load that failed rejects all who waited for it. An engine that died has no leases any more.
+    10. An unloaded engine drains; forced, it goes at once.
+    11. An engine that drains for a waiter admits again once no cold model is waited for any more, or once it
+       is pinned.
+
+    12. While an engine is being started none gives way: it would have to wait for the device's turn, and
+        serves meanwhile.
+    13. No engine gives way for a model whose files are not there yet, nor for the base of an adapter whose
+        are not; such a base is loaded where room is free.
+    14. Before any engine gives way: the weights of a wanted model are put into an idle engine that can take
+        them, however young it is, or into the one that has drained for it. That needs no turn.
+    15. A revision that is to replace another does so where no room is free beside it: in its idle engine, or
+        once that has drained. Being pinned is no protection against one's own next revision.
+
+    Slots and bytes count until an engine is gone, so an engine that is stopping or draining still holds
+    them, but also promises them: no second engine goes for the same waiter.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.engines: dict[str, EngineView] = {}
+        self.running = 0
+        self.waiting = 0
+        self._queues: dict[str, Queue] = {}
+        self.capacity = Capacity(policy, self.engines, self._queues)
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event in; what to do for it, in this order."""
+        return [*self._take(event, now), *self._decide(now)]
+
+    def next_look(self, now: float) -> float | None:
+        """When time alone may change the decision; None: only an event does."""
+        return min((moment for moment in self._moments() if now < moment < NEVER), default=None)
+
+    def give_way(self) -> Evict | None:
+        """The idle engine that goes where something other than a slot is short, however young it is."""
+        idle = self.capacity.idle()
+        return self._evict(self.engines[idle[0]]) if idle else None
+
+    def _take(self, event: Event, now: float) -> Iterator[Action]:
+        match event:
+            case Request():
+                yield from self._request(event, now)
+            case Fetched(key):
+                self._fetched(key)
+            case FetchFailed(key):
+                yield from self._reject_all(key, Reason.LOAD_FAILED)
+                yield from self._reject_all_of_adapter(key)
+            case Left(number, linger):
+                self._left(number, now + linger)
+            case Pinned(key, pinned):
+                self._pin(key, pinned=pinned)
+            case TimePassed():
+                pass
+            case _:
+                yield from self._take_of_engine(event, self.engines[event.key], now)
+
+    def _take_of_engine(self, event: EngineEvent, engine: EngineView, now: float) -> Iterator[Action]:
+        match event:
+            case Released():
+                yield from self._released(engine, now)
+            case Starting(_, count):
+                engine.bytes, engine.has_turn = count, True
+                self._is_awaited_as_any(engine, now)
+            case Loaded(_, seconds):
+                self._loaded(engine, seconds, now)
+            case Failed(key):
+                engine.state = EngineState.FAILED
+                yield from self._reject_all(key, Reason.LOAD_FAILED)
+            case Died():
+                self._void(engine)
+                engine.state = EngineState.FAILED
+            case Gone(key):
+                self._void(engine)
+                del self.engines[key]
+            case Unload(_, force):
+                yield from self._unload(engine, force=force)
+
+    def _request(self, request: Request, now: float) -> Iterator[Action]:
+        engine = self.engines.get(request.key)
+        warm = engine is not None and engine.state is EngineState.READY
+        full = self.waiting >= self.policy.queued and not request.order
+        waits = not warm or request.adapter is not None or self.running >= self.policy.concurrency
+        if full and waits:
+            yield Reject(request.number, Reason.OVERLOADED)
+            return
+        queue = self._queues.setdefault(request.key, Queue(request))
+        # Who joins an order to replace an engine does not change that.
+        instead_of = request.instead_of or queue.wish.instead_of
+        queue.wish = replace(request, instead_of=instead_of)
+        queue.pinned, queue.fetched = request.pinned, request.fetched
+        queue.waiters[request.number] = Waiting(request.number, now, request.order, request.adapter)
+        self.waiting += not request.order
+
+    def _fetched(self, key: str) -> None:
+        if key in self._queues:
+            self._queues[key].fetched = True
+        for queue in self._queues.values():
+            for waiter in queue.waiters.values():
+                if waiter.adapter == key:
+                    waiter.adapter = None
+
+    def _left(self, number: int, awaited_until: float) -> None:
+        for key, queue in self._queues.items():
+            if number in queue.waiters:
+                self._forget(key, number)
+                engine = self.engines.get(key)
+                if engine is not None:
+                    engine.awaited_until = max(engine.awaited_until, awaited_until)
+                return
+
+    def _released(self, engine: EngineView, now: float) -> Iterator[Action]:
+        engine.leases -= 1
+        engine.last_used = now
+        self.running -= 1
+        if engine.state is EngineState.DRAINING and engine.leases == 0:
+            yield self._swap_or_evict(engine, now)
+
+    def _loaded(self, engine: EngineView, seconds: float, now: float) -> None:
+        engine.state = EngineState.READY
+        engine.has_turn = False
+        engine.load_seconds = seconds
+        engine.last_used = now
+        self._is_awaited_as_any(engine, now)
+        # An engine that has only taken other weights is as old as it was.
+        engine.ready_at = engine.ready_at or now
+
+    def _is_awaited_as_any(self, engine: EngineView, now: float) -> None:
+        """A swap is over, for good or ill: from now on it counts who waits."""
+        if engine.awaited_until == NEVER:
+            engine.awaited_until = now
+
+    def _unload(self, engine: EngineView, *, force: bool) -> Iterator[Action]:
+        if engine.state is EngineState.STARTING:
+            yield from self._reject_all(engine.key, Reason.UNLOADED)
+            yield self._cancel(engine)
+            return
+        if engine.state is EngineState.READY:
+            engine.state = EngineState.DRAINING
+        engine.gives_way, engine.successor = False, None
+        if engine.state is not EngineState.DRAINING:
+            return
+        if force:
+            self._void(engine)
+        if engine.leases == 0:
+            yield self._evict(engine)
+
+    def _pin(self, key: str, *, pinned: bool) -> None:
+        if key in self.engines:
+            self.engines[key].pinned = pinned
+        if key in self._queues:
+            self._queues[key].pinned = pinned
+
+    def _decide(self, now: float) -> Iterator[Action]:
+        self._call_off_drains()
+        if self._queues:
+            yield from self._grant(now)
+            yield from self._make_room(now)
+        for engine in list(self.engines.values()):
+            if engine.key in self._queues:
+                continue
+            if engine.state is EngineState.STARTING and engine.awaited_until <= now:
+                yield self._cancel(engine)
+            elif engine.idle and self._expired(engine, now) and not self._turn_is_taken():
+                yield self._evict(engine)
+
+    def _turn_is_taken(self) -> bool:
+        """Case 12."""
+        return any(
+            engine.has_turn and engine.state is EngineState.STARTING for engine in self.engines.values()
+        )
+
+    def _call_off_drains(self) -> None:
+        """Case 11."""
+        cold = bool(self._cold())
+        for engine in self.engines.values():
+            if not engine.gives_way or engine.state is not EngineState.DRAINING:
+                continue
+            pinned = engine.pinned and engine.successor is None
+            abandoned = engine.successor is not None and engine.successor not in self._queues
+            if pinned or abandoned or not cold:
+                engine.state = EngineState.READY
+                engine.gives_way, engine.successor = False, None
+
+    def _grant(self, now: float) -> Iterator[Grant]:
+        """Case 1."""
+        while self.running < self.policy.concurrency:
+            first = [
+                (waiter.number, key)
+                for key, queue in self._queues.items()
+                if self._state(key) is EngineState.READY and (waiter := queue.first) is not None
+            ]
+            if not first:
+                return
+            number, key = min(first)
+            self._forget(key, number)
+            self.engines[key].leases += 1
+            self.engines[key].last_used = now
+            self.running += 1
+            yield Grant(number, key)
+
+    def _make_room(self, now: float) -> Iterator[Action]:
+        """Cases 3 to 5 and 8, for each cold model in the order of its oldest waiter."""
+        blocked: list[str] = []
+        for key in [*self._cold(), *self._cold(claims=False)]:
+            match self.capacity.verdict(key, blocked):
+                case Verdict.NEVER:
+                    yield from self._reject_all(key, Reason.NO_ROOM)
+                case Verdict.FITS:
+                    yield self._load(key, now)
+                case Verdict.LATER if self._queues[key].first is None:
+                    pass  # room beside the others it may have, none of theirs
+                case Verdict.LATER:
+                    engine = self.capacity.takes(key)
+                    if engine is not None:
+                        yield self._swap(key, engine, now)
+                        continue
+                    if self._queues[key].fetched and not self._turn_is_taken():
+                        yield from self._give_way_for(key, blocked, now)
+                    blocked.append(key)
+
+    def _swap(self, key: str, engine: EngineView, now: float) -> Swap:
+        queue = self._queues[key]
+        del self.engines[engine.key]
+        self.engines[key] = EngineView(
+            key,
+            engine.bytes,
+            queue.pinned,
+            last_used=now,
+            ready_at=engine.ready_at,
+            # To its end, whoever waits for it: it is done in a moment.
+            awaited_until=NEVER,
+            swap=engine.swap,
+            adapters=engine.adapters,
+        )
+        return Swap(key, engine.key)
+
+    def _swap_or_evict(self, engine: EngineView, now: float) -> Action:
+        """The end of an engine that has drained, or of its model only: the first in line may take it."""
+        cold = self._cold()
+        heir = engine.successor if engine.successor in cold else next(iter(cold), None)
+        if engine.gives_way and heir is not None and self._queues[heir].fits_into(engine):
+            return self._swap(heir, engine, now)
+        return self._evict(engine)
+
+    def _cold(self, *, claims: bool = True) -> list[str]:
+        """Wanted models without an engine, the longest awaited first: those that claim room, or the others.
+
+        Nobody gives way for one whose every waiter wants an adapter whose files are not there.
+        """
+        found = [
+            key
+            for key, queue in self._queues.items()
+            if key not in self.engines and (queue.first is not None) is claims
+        ]
+        return sorted(found, key=lambda key: self._queues[key].oldest.number)
+
+    def _replace(self, key: str, old: EngineView) -> Iterator[Action]:
+        """Case 15: `old` makes room for its own next revision."""
+        if old.state is EngineState.READY:
+            old.successor = key
+            yield from self._drain(old)
+
+    def _give_way_for(self, key: str, blocked: Sequence[str], now: float) -> Iterator[Action]:
+        queue = self._queues[key]
+        old = self.engines.get(queue.wish.instead_of or "")
+        if old is not None:
+            yield from self._replace(key, old)
+            return
+        for engine in self.capacity.giving_way(key, blocked, now, self.running):
+            if engine.idle and engine.key not in self._queues:
+                yield self._evict(engine)
+            else:
+                yield from self._drain(engine)
+
+    def _load(self, key: str, now: float) -> Load:
+        queue = self._queues[key]
+        self.engines[key] = EngineView(
+            key,
+            queue.bytes,
+            queue.pinned,
+            last_used=now,
+            swap=queue.wish.swap,
+            adapters=queue.wish.adapters,
+        )
+        return Load(key)
+
+    def _drain(self, engine: EngineView) -> Iterator[Action]:
+        engine.state = EngineState.DRAINING
+        engine.gives_way = True
+        yield Drain(engine.key)
+        if engine.leases == 0:
+            yield self._evict(engine)
+
+    def _evict(self, engine: EngineView) -> Evict:
+        engine.state = EngineState.STOPPING
+        return Evict(engine.key)
+
+    def _cancel(self, engine: EngineView) -> CancelLoad:
+        engine.state = EngineState.STOPPING
+        return CancelLoad(engine.key)
+
+    def _reject_all(self, key: str, reason: Reason) -> Iterator[Reject]:
+        for number in list(self._queues[key].waiters) if key in self._queues else ():
+            self._forget(key, number)
+            yield Reject(number, reason)
+
+    def _reject_all_of_adapter(self, adapter: str) -> Iterator[Reject]:
+        for key, queue in list(self._queues.items()):
+            for waiter in list(queue.waiters.values()):
+                if waiter.adapter == adapter:
+                    self._forget(key, waiter.number)
+                    yield Reject(waiter.number, Reason.LOAD_FAILED)
+
+    def _forget(self, key: str, number: int) -> None:
+        queue = self._queues[key]
+        self.waiting -= not queue.waiters.pop(number).order
+        if not queue.waiters:
+            del self._queues[key]
+
+    def _void(self, engine: EngineView) -> None:
+        """Its leases end with it."""
+        self.running -= engine.leases
+        engine.leases = 0
+
+    def _state(self, key: str) -> EngineState:
+        engine = self.engines.get(key)
+        return EngineState.STOPPED if engine is None else engine.state
+
+    def _expired(self, engine: EngineView, now: float) -> bool:
+        return self.policy.idle_ttl is not None and now - engine.last_used >= self.policy.idle_ttl
+
+    def _moments(self) -> Iterator[float]:
+        cold = [queue for key, queue in self._queues.items() if self._state(key) is not EngineState.READY]
+        yield from (queue.oldest.since + self.policy.fairness_wait for queue in cold)
+        for engine in self.engines.values():
+            if cold:
+                yield engine.ready_at + self.policy.min_residency
+            if engine.state is EngineState.STARTING:
+                yield engine.awaited_until
+            elif self.policy.idle_ttl is not None and engine.idle:
+                yield engine.last_used + self.policy.idle_ttl

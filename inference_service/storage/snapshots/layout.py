@@ -1,0 +1,199 @@
+"""The tree in LOCAL_MODEL_CACHE, and what in it counts.
+
+    LOCAL_MODEL_CACHE/
+      my-model/
+        3f2a9c0d1e5b/                        a snapshot: one revision, complete and verified
+          config.json  model.safetensors  ...
+          .weight_check.json                 what its weights make of a fixed prompt (pool/weight_check.py)
+          .manifest.json                     written last; its time is when the snapshot was last used
+        .incomplete-3f2a9c0d1e5b-k3x0a1/     a fetch under way, or what a killed one left
+          .journal                           which stretches have arrived, with their crc32c
+          .promised                          how many bytes it will take on the disk
+        .3f2a9c0d1e5b.lock                   held by the process that fetches the revision
+      .evicted-9fj2k1/                       an evicted snapshot on its way out
+      .room.lock                             held while room is made or promised
+      .vllm/                                 what vLLM keeps: compiled kernels, start-up plans (factory.py)
+      .triton/                               Triton's compiled kernels (factory.py)
+
+That a file exists proves nothing; only the manifest does.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from inference_service.storage.bucket.store import StoredObject
+
+MANIFEST = ".manifest.json"
+JOURNAL = ".journal"
+PROMISE = ".promised"
+INCOMPLETE = ".incomplete-"
+EVICTED = ".evicted-"
+ROOM_LOCK = ".room.lock"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One verified file: the object that it is a copy of. `crc32c` of all its bytes.
+
+    `modified_ns`: the file's own time; another one means that somebody has written to it since.
+    """
+
+    object: str
+    generation: str
+    size: int
+    crc32c: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a snapshot holds, by file name."""
+
+    files: dict[str, FileRecord]
+
+    @classmethod
+    def read(cls, snapshot: Path) -> Self | None:
+        """The manifest in `snapshot`; None where there is none that can be read."""
+        try:
+            content = json.loads((snapshot / MANIFEST).read_bytes())
+            return cls({name: FileRecord(**record) for name, record in content["files"].items()})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+
+    def write(self, directory: Path) -> None:
+        """Durably; raises OSError."""
+        content = {"files": {name: asdict(record) for name, record in self.files.items()}}
+        with (directory / MANIFEST).open("wb") as file:
+            file.write(json.dumps(content, indent=1).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def covers(self, objects: Iterable[StoredObject]) -> bool:
+        """Whether it names exactly these objects at these generations."""
+        return {name: (record.object, record.generation) for name, record in self.files.items()} == {
+            stored.filename: (stored.name, stored.generation) for stored in objects
+        }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The cache directory `root`."""
+
+    root: Path
+
+    def snapshot(self, model: str, revision: str) -> Path:
+        return self.root / model / revision
+
+    def snapshots(self) -> list[Path]:
+        """Every directory with a manifest, whole or not."""
+        below = [path for model in _visible(self.root) for path in _visible(model)]
+        return [path for path in below if (path / MANIFEST).exists()]
+
+    def revisions(self, model: str) -> list[str]:
+        """Revisions of a model that have a manifest, the one that was used last first."""
+        found = [path for path in _visible(self.root / model) if (path / MANIFEST).exists()]
+        return [path.name for path in sorted(found, key=last_used, reverse=True)]
+
+    def leftovers(self) -> list[Path]:
+        """Staging directories of every model, and snapshots that were being evicted."""
+        stagings = [staging for model in _visible(self.root) for staging in stagings_of(model)]
+        return [*stagings, *_named(self.root, EVICTED)]
+
+
+def _visible(directory: Path) -> list[Path]:
+    return [path for path in _named(directory, "") if not path.name.startswith(".")]
+
+
+def _named(directory: Path, prefix: str) -> list[Path]:
+    """Entries of the directory by name; none where it is gone. (`glob` fails where others remove.)"""
+    try:
+        return sorted(path for path in directory.iterdir() if path.name.startswith(prefix))
+    except OSError:
+        return []
+
+
+def stagings_of(model: Path) -> list[Path]:
+    """What fetches of any revision of a model have left or are writing."""
+    return _named(model, INCOMPLETE)
+
+
+def stagings(snapshot: Path) -> list[Path]:
+    """What fetches of this revision have left or are writing."""
+    return [staging for staging in stagings_of(snapshot.parent) if revision_of(staging) == snapshot.name]
+
+
+def revision_of(staging: Path) -> str:
+    """The revision that a staging directory is of."""
+    return staging.name.removeprefix(INCOMPLETE).rpartition("-")[0]
+
+
+def last_used(snapshot: Path) -> float:
+    """When an engine was last loaded from it; 0 where it is gone."""
+    try:
+        return (snapshot / MANIFEST).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def disown(snapshot: Path) -> None:
+    """What lies there is no snapshot any more: the next that wants it fetches it anew."""
+    with suppress(OSError):
+        (snapshot / MANIFEST).unlink()
+
+
+def lock_of(snapshot: Path) -> Path:
+    return snapshot.parent / f".{snapshot.name}.lock"
+
+
+def is_whole(snapshot: Path, objects: Iterable[StoredObject]) -> bool:
+    """A snapshot of these objects: it has its manifest, and nobody has touched a file of it since."""
+    manifest = Manifest.read(snapshot)
+    if manifest is None or not manifest.covers(objects):
+        return False
+    with suppress(OSError):
+        return all(_untouched(snapshot / name, record) for name, record in manifest.files.items())
+    return False
+
+
+def _untouched(path: Path, record: FileRecord) -> bool:
+    status = path.stat()
+    return (status.st_size, status.st_mtime_ns) == (record.size, record.modified_ns)
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is what lies at `path` now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def sync_directory(path: Path) -> None:
+    """Make the directory's entries durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def allocated_bytes(directory: Path) -> int:
+    """What the files below take on the disk, each once however many names it has.
+
+    A file that vanishes meanwhile counts nothing.
+    """
+    total, seen = 0, set()
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with suppress(OSError):
+                status = Path(parent, name).lstat()
+                if status.st_nlink > 1 and status.st_ino in seen:
+                    continue
+                seen.add(status.st_ino)
+                total += status.st_blocks * 512
+    return total

