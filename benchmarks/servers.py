@@ -21,7 +21,7 @@ import psutil
 from inference_service.backends.base import choose_backend
 from inference_service.backends.environment import launcher_environment
 from inference_service.backends.vllm import vllm_arguments
-from inference_service.checkpoints.memory_profile import Footprint, Weights, shape_of
+from inference_service.checkpoints.memory_profile import Footprint, Weights, memory_profile_of
 from inference_service.checkpoints.safetensors import LENGTH_BYTES, header_bytes, parse_header
 from inference_service.checkpoints.serving_config import Serving
 from inference_service.checkpoints.snapshot import Snapshot
@@ -135,7 +135,7 @@ def _footprint(settings: Settings, device: Device, model: Path) -> Footprint:
             weights.tensors.update(parse_header(opened.read(length), size))
     config = json.loads((model / "config.json").read_text())
     budget = Budget(device, Backend.VLLM, settings.gpu_memory_utilization, settings.max_cached_models)
-    return budget.footprint(shape_of(config, Serving(), weights, settings, device, Backend.VLLM))
+    return budget.footprint(memory_profile_of(config, Serving(), weights, settings, device, Backend.VLLM))
 
 
 def free_port() -> int:

@@ -19,7 +19,7 @@ from inference_service.backends import source_tables
 from inference_service.config import Backend, Settings, WeightSwap
 from inference_service.engines.factory import EngineFactory
 from inference_service.engines.launcher import Launcher
-from inference_service.errors import InvalidRequest, ModelNotServable, ServiceError, error_envelope
+from inference_service.errors import InvalidRequest, ServiceError, error_envelope
 from inference_service.machine.device import Device
 from inference_service.machine.memory import free_bytes
 from inference_service.metrics import Metrics
@@ -28,11 +28,12 @@ from inference_service.pool.lifecycle import Limits
 from inference_service.pool.loader import Parts
 from inference_service.pool.pool import Pool
 from inference_service.pool.weight_check import WeightChecks
+from inference_service.revisions.resolver import Resolver
 from inference_service.revisions.rollout import Rollout
 from inference_service.scheduler.state import Policy
 from inference_service.storage.bucket.catalog import Catalog
 from inference_service.storage.bucket.documents import Documents
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.model import Checkpoint
 from inference_service.storage.preflight import Preflight
 from inference_service.storage.registry import Registry, open_store
 from inference_service.storage.snapshots.cache import open_cache
@@ -55,19 +56,29 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
         device, backend, settings.gpu_memory_utilization, settings.max_cached_models, settings.max_adapters
     )
     parts = Parts(
-        registry.fetch,
-        registry.release,
-        factory.make,
-        partial(asyncio.to_thread, free_bytes, device),
-        lambda model: budget.footprint(registry.shape(model), model.rank),
-        registry.fetching,
-        registry.swap_key if settings.weight_swap is WeightSwap.AUTO else _no_swap,
-        WeightChecks(factory.conditions()),
+        fetch=registry.fetch,
+        release=registry.release,
+        make_engine=factory.make,
+        free_bytes=partial(asyncio.to_thread, free_bytes, device),
+        footprint=lambda model: budget.footprint(registry.memory_profile(model), model.adapter_rank),
+        fetching=registry.fetching,
+        swap_key=registry.swap_key if settings.weight_swap is WeightSwap.AUTO else _no_swap,
+        weight_checks=WeightChecks(factory.conditions()),
     )
     pool = Pool(parts, metrics, policy=_policy(settings, budget), limits=_limits(settings))
     metrics.watch_engines(pool.count_by_state)
     rollout = Rollout(pool, registry, metrics, settings.catalog_ttl)
-    service = Service(settings, device, backend, registry, pool, rollout, metrics)
+    resolver = Resolver(registry, pool, rollout)
+    service = Service(
+        settings=settings,
+        device=device,
+        backend=backend,
+        registry=registry,
+        pool=pool,
+        rollout=rollout,
+        resolver=resolver,
+        metrics=metrics,
+    )
     app = FastAPI(
         title="inference-service",
         redirect_slashes=False,
@@ -86,7 +97,7 @@ def _registry(settings: Settings, device: Device, backend: Backend) -> Registry:
     store = open_store(settings.gcs_bucket)
     documents = Documents(store)
     catalog = Catalog(store, settings.gcs_model_prefix, settings.catalog_ttl, documents)
-    layout, disk = open_cache(settings)
+    layout, disk = open_cache(settings.local_model_cache, settings.disk_cache_gib)
     snapshots = SnapshotStore(store, layout, disk)
     preflight = Preflight(documents, settings, device, backend, disk.check_fits, snapshots.kept)
     page_lock = PageLock(int(settings.host_cache_gib * _GIB))
@@ -94,7 +105,7 @@ def _registry(settings: Settings, device: Device, backend: Backend) -> Registry:
     return Registry(catalog, preflight, snapshots, layout, Verifier(page_lock))
 
 
-def _no_swap(model: Model) -> None:
+def _no_swap(model: Checkpoint) -> None:
     """WEIGHT_SWAP=off: every model is loaded afresh."""
 
 
@@ -159,9 +170,7 @@ def _render_errors(app: FastAPI) -> None:
     @app.exception_handler(ServiceError)
     async def service_error(request: Request, error: ServiceError) -> Response:
         service: Service = request.app.state.service
-        # Otherwise no model label: the name is the client's, and may be none of the catalog's.
-        name = error.model if isinstance(error, ModelNotServable) else ""
-        service.metrics.requests.labels(name, str(error.status)).inc()
+        service.metrics.requests.labels(error.model, str(error.status)).inc()
         return JSONResponse(error.envelope(), error.status, error.headers())
 
     @app.exception_handler(HTTPException)

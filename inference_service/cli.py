@@ -18,8 +18,9 @@ from inference_service.errors import readable_bytes
 from inference_service.machine.device import Device, DeviceKind, find_device
 from inference_service.storage.bucket.catalog import Catalog
 from inference_service.storage.bucket.documents import Documents
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.bucket.model import DescribedModel, ListedModel
 from inference_service.storage.bucket.store import Store
+from inference_service.storage.model import Model
 from inference_service.storage.preflight import Preflight
 from inference_service.storage.registry import Registry, open_store
 from inference_service.storage.snapshots.cache import Disk, open_cache
@@ -52,14 +53,19 @@ def list_models(settings: Settings, output: TextIO, *, as_json: bool) -> None:
 def pull(settings: Settings, name: str, output: TextIO) -> None:
     """Fetch a model into LOCAL_MODEL_CACHE and print where it lies; raises ServiceError."""
     store = open_store(settings.gcs_bucket)
-    layout, disk = open_cache(settings)
+    layout, disk = open_cache(settings.local_model_cache, settings.disk_cache_gib)
     snapshots = SnapshotStore(store, layout, disk)
-    model = asyncio.run(_registry(settings, store, layout, disk, snapshots).resolve(name))
-    _fetch(snapshots, model)
+    model = asyncio.run(_servable(_registry(settings, store, layout, disk, snapshots), name))
+    _fetch(snapshots, model.described)
     output.write(f"{layout.snapshot(model.name, model.revision)}\n")
-    base = model.base_model
-    if base is not None and not layout.snapshot(base.name, base.revision).exists():
+    base = model.engine_model
+    if base is not model and not layout.snapshot(base.name, base.revision).exists():
         sys.stderr.write(f"{model.name} is an adapter of {base.name}, which is not here: pull it too.\n")
+
+
+async def _servable(registry: Registry, name: str) -> Model:
+    """The model of that name, found servable before anything of it is downloaded; raises ServiceError."""
+    return await registry.examine((await registry.find(name)).model)
 
 
 def _registry(
@@ -81,7 +87,7 @@ def _backend(settings: Settings) -> Backend:
         return Backend.VLLM if settings.engine is EngineChoice.AUTO else Backend(settings.engine.value)
 
 
-def _fetch(snapshots: SnapshotStore, model: Model) -> None:
+def _fetch(snapshots: SnapshotStore, model: ListedModel) -> None:
     ended = threading.Event()
     drawing = threading.Thread(target=_draw, args=(snapshots, model, ended), daemon=True)
     drawing.start()
@@ -92,7 +98,7 @@ def _fetch(snapshots: SnapshotStore, model: Model) -> None:
         drawing.join()
 
 
-def _draw(snapshots: SnapshotStore, model: Model, ended: threading.Event) -> None:
+def _draw(snapshots: SnapshotStore, model: ListedModel, ended: threading.Event) -> None:
     """Progress on stderr while the fetch is under way: a bar on a terminal, else a line now and then."""
     if sys.stderr.isatty():
         _draw_bar(snapshots, model, ended)
@@ -105,7 +111,7 @@ def _draw(snapshots: SnapshotStore, model: Model, ended: threading.Event) -> Non
             )
 
 
-def _draw_bar(snapshots: SnapshotStore, model: Model, ended: threading.Event) -> None:
+def _draw_bar(snapshots: SnapshotStore, model: ListedModel, ended: threading.Event) -> None:
     with tqdm(
         desc=model.name, total=model.bytes, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr
     ) as bar:
@@ -118,21 +124,26 @@ def _draw_bar(snapshots: SnapshotStore, model: Model, ended: threading.Event) ->
             bar.update(latest.done - bar.n)
 
 
-def _entry(model: Model) -> dict[str, object]:
+def _entry(model: ListedModel) -> dict[str, object]:
     return {
         "name": model.name,
         "kind": model.kind,
         "size": model.bytes,
         "revision": model.revision,
         "created": model.created.astimezone(UTC).isoformat(timespec="seconds"),
-        "base": model.base,
-        "aliases": model.serving.aliases,
+        "base": _base_name(model),
+        "aliases": model.serving.aliases if isinstance(model, DescribedModel) else (),
         "unservable": model.unservable,
     }
 
 
-def _row(model: Model) -> tuple[str, ...]:
+def _row(model: ListedModel) -> tuple[str, ...]:
     created = model.created.astimezone(UTC).strftime("%Y-%m-%d %H:%M")
     status = "ok" if model.unservable is None else f"cannot be served: {model.unservable}"
     size = readable_bytes(model.bytes)
-    return (model.name, model.kind, size, model.revision, created, model.base or "-", status)
+    return (model.name, model.kind, size, model.revision, created, _base_name(model) or "-", status)
+
+
+def _base_name(model: ListedModel) -> str | None:
+    """An adapter's base, as the adapter names it."""
+    return model.base_name if isinstance(model, DescribedModel) else None

@@ -45,7 +45,8 @@ class ServiceError(Exception):
     """Base of every error with an answer for the client.
 
     `param` names the request's field that is at fault, `retry_after` (seconds) is sent as Retry-After.
-    `reference`: the model's that could not be loaded, which for an adapter may be its base's.
+    `model` is the catalog's name of the model that it is about, empty where that is not known; `reference`
+    the reference of what could not be loaded, for an adapter perhaps its base's.
     """
 
     status: ClassVar[int] = 500
@@ -57,6 +58,7 @@ class ServiceError(Exception):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+        self.model = ""
         self.reference: str | None = None
 
     def again(self, message: str, *, retry_after: int | None) -> "ServiceError":

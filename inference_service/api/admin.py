@@ -9,7 +9,8 @@ from inference_service.api.admin_access import admit_operator
 from inference_service.api.process_stats import process_stats
 from inference_service.api.schemas.responses import Placement, Unloaded
 from inference_service.api.service import Service, ServiceDep
-from inference_service.storage.bucket.model import Model, canonical_name
+from inference_service.storage.bucket.model import canonical_name
+from inference_service.storage.model import AnyModel
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(admit_operator)])
 
@@ -17,13 +18,13 @@ router = APIRouter(prefix="/admin", dependencies=[Depends(admit_operator)])
 @router.post("/load/{name:path}")
 async def load(name: str, service: ServiceDep, response: Response, wait: bool = True) -> Placement:
     """Load the model; answers once it is ready, or with 202 at once where `wait` is false."""
-    model = await service.resolve(name)
+    requested = await service.resolve(name)
     if wait:
-        await service.load(model)
+        await service.resolver.load(requested)
     else:
-        service.load_soon(model)
+        service.resolver.load_soon(requested.model)
         response.status_code = status.HTTP_202_ACCEPTED
-    return _placement(service, model)
+    return _placement(service, service.resolver.meant(requested))
 
 
 @router.post("/unload/{name:path}")
@@ -34,7 +35,7 @@ async def unload(name: str, service: ServiceDep, force: bool = False) -> Unloade
     """
     name = canonical_name(name)
     if name not in service.pool.names():
-        name = (await service.find(name)).name  # an alias, a revision; nobody's name is a 404
+        name = (await service.find(name)).model.name  # an alias or a revision; an unknown name is a 404
     return Unloaded(model=name, unloaded=await service.pool.unload(name, force=force))
 
 
@@ -44,23 +45,20 @@ async def rollback(name: str, service: ServiceDep) -> Placement:
 
     The revision that served until now does not come back by itself; the next upload takes over again.
     """
-    return _placement(service, await service.rollout.rollback(await service.find(name)))
+    requested = await service.find(name)
+    return _placement(service, await service.rollout.rollback(requested.model))
 
 
 @router.post("/pin/{name:path}")
 async def pin(name: str, service: ServiceDep) -> Placement:
     """Never tear the model's engine down for another model; does not load it."""
-    model = await service.find(name)
-    service.pool.pin(model, pinned=True)
-    return _placement(service, model)
+    return await _pin(service, name, pinned=True)
 
 
 @router.post("/unpin/{name:path}")
 async def unpin(name: str, service: ServiceDep) -> Placement:
     """Let the model's engine give way to others again, whatever its serving.json says."""
-    model = await service.find(name)
-    service.pool.pin(model, pinned=False)
-    return _placement(service, model)
+    return await _pin(service, name, pinned=False)
 
 
 @router.get("/stats")
@@ -79,8 +77,13 @@ async def stats(service: ServiceDep) -> dict[str, Any]:
     }
 
 
-def _placement(service: Service, model: Model) -> Placement:
-    model = service.rollout.meant(model)
+async def _pin(service: Service, name: str, *, pinned: bool) -> Placement:
+    requested = await service.find(name)
+    service.pool.pin(requested.model, pinned=pinned)
+    return _placement(service, service.resolver.meant(requested))
+
+
+def _placement(service: Service, model: AnyModel) -> Placement:
     return Placement(
         model=model.name,
         revision=model.revision,

@@ -1,6 +1,5 @@
 """OpenAI's routes."""
 
-import time
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -11,7 +10,7 @@ from inference_service.api.schemas.requests import ChatBody, CompletionBody
 from inference_service.api.schemas.responses import ModelCard, ModelList
 from inference_service.api.service import Service, ServiceDep
 from inference_service.errors import ModelNotServable
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.bucket.model import DescribedModel, ListedModel
 
 router = APIRouter(prefix="/v1")
 
@@ -21,8 +20,7 @@ async def chat_completions(
     body: Annotated[ChatBody, Depends(chat_body)], service: ServiceDep, request: Request
 ) -> Response:
     """A chat completion, streamed as server-sent events where `stream` is true."""
-    model = await service.resolve(body.model, time.monotonic() - request.state.arrived)
-    return Relay(service, model, body, request)
+    return Relay(service, body, request)
 
 
 @router.post("/completions")
@@ -32,8 +30,7 @@ async def completions(
     request: Request,
 ) -> Response:
     """A text completion, streamed as server-sent events where `stream` is true."""
-    model = await service.resolve(body.model, time.monotonic() - request.state.arrived)
-    return Relay(service, model, body, request)
+    return Relay(service, body, request)
 
 
 @router.get("/models")
@@ -46,24 +43,25 @@ async def list_models(service: ServiceDep) -> ModelList:
 @router.get("/models/{name:path}")
 async def retrieve_model(name: str, service: ServiceDep) -> ModelCard:
     """One model; its name may hold slashes."""
-    model = await service.find(name)
+    model = (await service.find(name)).model.described
     if model.unservable is not None and not _is_served(service, model):
         raise ModelNotServable(model.name, model.unservable)
     return _card(service, model)
 
 
-def _is_served(service: Service, model: Model) -> bool:
+def _is_served(service: Service, model: ListedModel) -> bool:
     return model.unservable is None or service.rollout.serving_revision(model) != model.revision
 
 
-def _card(service: Service, model: Model) -> ModelCard:
+def _card(service: Service, model: ListedModel) -> ModelCard:
+    described = model if isinstance(model, DescribedModel) else None
     return ModelCard(
         id=model.name,
         created=int(model.created.timestamp()),
         kind=model.kind,
-        parent=service.catalog.parent(model),
+        parent=None if described is None else service.catalog.parent(described),
         revision=model.revision,
         serving_revision=service.rollout.serving_revision(model),
         size=model.bytes,
-        aliases=model.serving.aliases,
+        aliases=() if described is None else described.serving.aliases,
     )

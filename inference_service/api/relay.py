@@ -25,7 +25,7 @@ from inference_service.errors import (
     ShuttingDown,
 )
 from inference_service.pool.leases import ANSWERING, Lease
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.model import Model
 
 # A client that does not read would hold its error, and this task, for ever.
 LAST_WORD_SECONDS = 2.0
@@ -42,11 +42,12 @@ _STREAM_HEADERS = [
 class Relay(Response):
     """The response of a generation request; runs when Starlette calls it."""
 
-    def __init__(self, service: Service, model: Model, body: GenerationBody, request: Request) -> None:
+    def __init__(self, service: Service, body: GenerationBody, request: Request) -> None:
         self.background = None
         self._service = service
-        self._model = model
         self._body = body
+        # None until the name in the body is resolved.
+        self._model: Model | None = None
         self._path = request.url.path
         self._engine_request_id: str = request.state.engine_request_id
         self._arrived: float = request.state.arrived
@@ -84,8 +85,10 @@ class Relay(Response):
 
     def end_by(self, deadline: float) -> None:
         """End at `deadline` (the event loop's time) at the latest: the service shuts down."""
+        if self._model is None:  # it waits for the bucket, which may be slow, and has no engine yet
+            deadline = asyncio.get_running_loop().time()
         if deadline < self._deadline:
-            self._cut(deadline, ShuttingDown("The service is shutting down. Try again."))
+            self._cut(deadline, ShuttingDown("The service is shutting down. Try again.", retry_after=5))
 
     async def _run_within_limit(self, send: Send) -> ServiceError | None:
         """The error that ended the request, None if it was answered."""
@@ -107,9 +110,12 @@ class Relay(Response):
         return await self._service.pool.suspect(self._lease)
 
     async def _run(self, send: Send) -> None:
-        if self._body.stream:
-            self._comment_after_grace(send)
-        self._lease = await self._service.lease(self._model, self._arrived)
+        def resolved(model: Model) -> None:
+            self._model = model
+            if self._body.stream:
+                self._comment_after_grace(send, model)
+
+        self._lease = await self._service.resolver.lease(self._body.model, self._arrived, resolved)
         self._reply = await self._lease.engine.forward(
             self._path, self._body.forwarded(self._lease.served_name), self._engine_request_id
         )
@@ -184,21 +190,21 @@ class Relay(Response):
     def _revision_comment(self) -> bytes:
         return b"".join(b": " + name + b" " + value + b"\n\n" for name, value in self._revisions())
 
-    def _comment_after_grace(self, send: Send) -> None:
-        """From COLD_START_GRACE to the first token the client is told how far its model is."""
+    def _comment_after_grace(self, send: Send, model: Model) -> None:
+        """From COLD_START_GRACE to the first token, comments tell the client how far its model is."""
 
         def begin() -> None:
-            self._comments = asyncio.create_task(self._comment(send))
+            self._comments = asyncio.create_task(self._comment(send, model))
 
         waited = time.monotonic() - self._arrived
         left = max(0.0, self._service.settings.cold_start_grace - waited)
         self._grace = asyncio.get_running_loop().call_later(left, begin)
 
-    async def _comment(self, send: Send) -> None:
+    async def _comment(self, send: Send, model: Model) -> None:
         while True:
             await self._open(send)
-            progress = ANSWERING if self._lease is not None else self._service.pool.progress(self._model)
-            comment = progress_comment(self._model.name, progress)
+            progress = ANSWERING if self._lease is not None else self._service.pool.progress(model)
+            comment = progress_comment(model.name, progress)
             await send({"type": "http.response.body", "body": comment, "more_body": True})
             await asyncio.sleep(COMMENT_SECONDS)
 
@@ -251,12 +257,12 @@ class Relay(Response):
 
     def _first_byte(self) -> None:
         waited = time.monotonic() - self._arrived
-        self._service.metrics.first_token_seconds.labels(self._model.name).observe(waited)
+        self._service.metrics.first_token_seconds.labels(self._label).observe(waited)
 
     def _count_tokens(self, usage: dict[str, int] | None) -> None:
         if not usage:
             return
-        metrics, name = self._service.metrics, self._model.name
+        metrics, name = self._service.metrics, self._label
         metrics.prompt_tokens.labels(name).inc(usage.get("prompt_tokens") or 0)
         metrics.generated_tokens.labels(name).inc(usage.get("completion_tokens") or 0)
 
@@ -265,6 +271,12 @@ class Relay(Response):
             status = ClientLeft.status
         else:
             status = error.status if error is not None else (self._status or 500)
-        metrics, name = self._service.metrics, self._model.name
-        metrics.requests.labels(name, str(status)).inc()
-        metrics.request_seconds.labels(name).observe(time.monotonic() - self._arrived)
+        metrics = self._service.metrics
+        metrics.requests.labels(self._label or (error.model if error is not None else ""), str(status)).inc()
+        if self._model is not None:
+            metrics.request_seconds.labels(self._label).observe(time.monotonic() - self._arrived)
+
+    @property
+    def _label(self) -> str:
+        """The model in metrics; a name that is not resolved is the client's own, and may be any."""
+        return "" if self._model is None else self._model.name

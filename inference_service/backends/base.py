@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from inference_service.checkpoints.snapshot import Snapshot
-from inference_service.config import Backend, EngineChoice, Settings
+from inference_service.config import Backend, DtypeChoice, EngineChoice, Settings
 from inference_service.machine.device import Device, DeviceKind, resolve_dtype
 
 # What the transformers backend imports besides what the service itself needs.
@@ -98,10 +98,10 @@ def _vllm_build() -> str | None:
     return "vllm"
 
 
-def compute_dtype(settings: Settings, device: Device, backend: Backend, snapshot: Snapshot) -> str:
+def compute_dtype(choice: DtypeChoice, device: Device, backend: Backend, snapshot: Snapshot) -> str:
     config = text_config(snapshot.path)
     stored = config.get("dtype") or config.get("torch_dtype")
-    return snapshot.serving.dtype or resolve_dtype(settings.dtype, device, backend, stored)
+    return snapshot.serving.dtype or resolve_dtype(choice, device, backend, stored)
 
 
 def text_config(directory: Path) -> dict[str, Any]:

@@ -22,12 +22,12 @@ def transformers_arguments(
     sampling = {"temperature": settings.default_temperature} | serving.sampling_defaults.generation_config()
     arguments = [
         *("--device", device.kind.value),
-        *("--dtype", compute_dtype(settings, device, Backend.TRANSFORMERS, snapshot)),
+        *("--dtype", compute_dtype(settings.dtype, device, Backend.TRANSFORMERS, snapshot)),
         *("--kv-cache-bytes", str(footprint.kv_cache)),
         *("--max-num-seqs", str(serving.max_num_seqs or TRANSFORMERS_SEQUENCES)),
         *("--sampling-defaults", json.dumps(sampling)),
     ]
-    length = longest_request(text_config(snapshot.path), serving, settings)
+    length = longest_request(text_config(snapshot.path), serving, settings.max_model_len)
     if length is not None:
         arguments += ["--max-model-len", str(length)]
     if _needs_several(settings, device, footprint, serving):
@@ -43,6 +43,6 @@ def transformers_arguments(
 
 def _needs_several(settings: Settings, device: Device, footprint: Footprint, serving: Serving) -> bool:
     """Whether the model is too large for one GPU: a batch can be shared on one only."""
-    gpus = serving.tensor_parallel_size or tensor_parallel_size(settings, device)
+    gpus = serving.tensor_parallel_size or tensor_parallel_size(settings.tensor_parallel_size, device)
     whole = footprint.weights * gpus + footprint.kv_cache + footprint.overhead
     return gpus > 1 and whole > device.memory_bytes * settings.gpu_memory_utilization

@@ -37,13 +37,13 @@ def vllm_arguments(
 ) -> tuple[str, ...]:
     """vLLM's command line for one snapshot; what its serving.json says wins over the settings."""
     serving = snapshot.serving
-    length = longest_request(text_config(snapshot.path), serving, settings)
-    gpus = serving.tensor_parallel_size or tensor_parallel_size(settings, device)
+    length = longest_request(text_config(snapshot.path), serving, settings.max_model_len)
+    gpus = serving.tensor_parallel_size or tensor_parallel_size(settings.tensor_parallel_size, device)
     sampling = {"temperature": settings.default_temperature} | serving.sampling_defaults.generation_config()
     arguments = [
         *("--model", str(snapshot.path)),
         *("--served-model-name", snapshot.model),
-        *("--dtype", compute_dtype(settings, device, Backend.VLLM, snapshot)),
+        *("--dtype", compute_dtype(settings.dtype, device, Backend.VLLM, snapshot)),
         *("--load-format", "safetensors"),
         # Mapped from the page cache, where the service has read them already: no copy is faster.
         *("--safetensors-load-strategy", "lazy"),
@@ -59,7 +59,7 @@ def vllm_arguments(
         *_serving_arguments(serving),
         *_adapter_arguments(settings, snapshot),
     ]
-    if _eager(settings, device):
+    if _eager(settings.engine_eager, device):
         arguments.append("--enforce-eager")
     return tuple(arguments)
 
@@ -101,8 +101,8 @@ def _memory_arguments(device: Device, footprint: Footprint, gpus: int) -> list[s
     return arguments
 
 
-def _eager(settings: Settings, device: Device) -> bool:
-    if settings.engine_eager is not None:
-        return settings.engine_eager
+def _eager(choice: bool | None, device: Device) -> bool:
+    if choice is not None:
+        return choice
     # Compiling for the CPU takes half a minute at every start and needs a compiler on the machine.
     return device.kind is DeviceKind.CPU

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from inference_service.checkpoints.serving_config import Serving
-from inference_service.config import Settings
 
 # The names that architectures give it; https://github.com/vllm-project/vllm (model_arch_config_convertor.py).
 _POSITIONS = (
@@ -18,14 +17,14 @@ _STRETCHED_ALREADY = frozenset(
 )
 
 
-def longest_request(config: dict[str, Any], serving: Serving, settings: Settings) -> int | None:
+def longest_request(config: dict[str, Any], serving: Serving, longest: int | None) -> int | None:
     """Tokens of prompt and answer together; None: the engine finds it out.
 
     What serving.json says was checked for this model; MAX_MODEL_LEN is for all models.
     """
-    if serving.max_model_len is not None or settings.max_model_len is None:
+    if serving.max_model_len is not None or longest is None:
         return serving.max_model_len
-    return min(settings.max_model_len, positions(config) or settings.max_model_len)
+    return min(longest, positions(config) or longest)
 
 
 def positions(config: dict[str, Any]) -> int | None:

@@ -39,7 +39,7 @@ class MemoryProfile:
     """Bytes of weights as `dtype` and of the KV cache of one token, on all of its `gpus` together.
 
     `context` is the longest request in tokens, `token_bytes` 0 where config.json does not tell;
-    `kv_cache_bytes` is what serving.json wishes, `adapter_bytes` what a LoRA adapter of rank 1 takes at most.
+    `kv_cache_bytes` is what serving.json asks for, `adapter_bytes` the most of a LoRA adapter of rank 1.
     """
 
     dtype: str
@@ -51,7 +51,7 @@ class MemoryProfile:
     adapter_bytes: int = 0
 
 
-def shape_of(
+def memory_profile_of(
     config: dict[str, Any],
     serving: Serving,
     weights: Weights,
@@ -59,18 +59,18 @@ def shape_of(
     device: Device,
     backend: Backend,
 ) -> MemoryProfile:
-    """The shape of a checkpoint as this service would load it on `device`."""
+    """What a checkpoint takes as this service would load it on `device`."""
     merged = config | (config.get("text_config") or {})
     stored_dtype = merged.get("dtype") or merged.get("torch_dtype")
     dtype = serving.dtype or resolve_dtype(settings.dtype, device, backend, stored_dtype)
-    wish = serving.kv_cache_gib
+    kv_cache_gib = serving.kv_cache_gib
     return MemoryProfile(
         dtype=dtype,
         weights_bytes=weights.bytes_as(dtype) + _packed_head_bytes(merged, weights, dtype, device, backend),
         token_bytes=_token_bytes(merged, dtype),
-        context=longest_request(merged, serving, settings) or positions(merged) or 0,
-        gpus=serving.tensor_parallel_size or tensor_parallel_size(settings, device),
-        kv_cache_bytes=None if wish is None else int(wish * _GIB),
+        context=longest_request(merged, serving, settings.max_model_len) or positions(merged) or 0,
+        gpus=serving.tensor_parallel_size or tensor_parallel_size(settings.tensor_parallel_size, device),
+        kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * _GIB),
         adapter_bytes=_DTYPE_BYTES[dtype] * sum(map(_sides, weights.tensors.values())),
     )
 
@@ -93,7 +93,7 @@ def _sides(tensor: Tensor) -> int:
     return sum(tensor.shape) if len(tensor.shape) == 2 else 0
 
 
-def shape_of_fake(count: int, serving: Serving) -> MemoryProfile:
+def memory_profile_of_fake(count: int, serving: Serving) -> MemoryProfile:
     """As if each byte of its files were one in memory: ENGINE=fake is for trying the service out."""
     return MemoryProfile("", count, kv_cache_bytes=int((serving.kv_cache_gib or 0) * _GIB))
 

@@ -81,8 +81,8 @@ class EngineFactory:
             arguments=arguments,
             environment=environment,
             fallback=fallback,
-            default_max_tokens=_chosen(sampling.max_tokens, self._settings.default_max_tokens),
-            default_temperature=_chosen(sampling.temperature, self._settings.default_temperature),
+            default_max_tokens=_or_default(sampling.max_tokens, self._settings.default_max_tokens),
+            default_temperature=_or_default(sampling.temperature, self._settings.default_temperature),
         )
 
 
@@ -105,5 +105,5 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _chosen(wish: _Number | None, default: _Number) -> _Number:
-    return default if wish is None else wish
+def _or_default(value: _Number | None, default: _Number) -> _Number:
+    return default if value is None else value

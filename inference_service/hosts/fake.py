@@ -25,6 +25,7 @@ from fastapi import FastAPI, Request
 from pydantic_core import to_json
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from inference_service.checkpoints.reference import model_of
 from inference_service.engines.base import HostSpec
 
 _WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog")
@@ -183,7 +184,7 @@ class _Fake:
         head = {
             "id": f"{shape.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": name.partition("@")[0],
+            "model": model_of(name),
         }
         usage = {
             "prompt_tokens": len(prompt.split()),

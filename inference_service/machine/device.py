@@ -10,9 +10,9 @@ import platform
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from inference_service.config import Backend, DtypeChoice, Settings
+from inference_service.config import Backend, DtypeChoice
 
 # x86 (AVX-512 and AMX) and Arm.
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
@@ -61,11 +61,11 @@ def resolve_dtype(choice: DtypeChoice, device: Device, backend: Backend, checkpo
     return "bfloat16" if faster else "float32"
 
 
-def tensor_parallel_size(settings: Settings, device: Device) -> int:
+def tensor_parallel_size(choice: int | Literal["auto"], device: Device) -> int:
     """GPUs per engine."""
-    if settings.tensor_parallel_size == "auto":
+    if choice == "auto":
         return device.count if device.kind is DeviceKind.CUDA else 1
-    return settings.tensor_parallel_size
+    return choice
 
 
 def _cuda() -> Device | None:

@@ -10,11 +10,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from inference_service.checkpoints.reference import Reference
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.engines.base import Engine
 from inference_service.errors import AdapterRefused, EngineDied, EngineError
 from inference_service.pool.phases import Phase, Phases
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.model import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +24,10 @@ _numbers = itertools.count(1)
 
 
 @dataclass(eq=False)
-class Adapter:
+class LoadedAdapter:
     """One revision of an adapter on an engine. `users`: leases that hold it; times on the pool's clock."""
 
-    model: Model
+    model: Adapter
     number: int
     last_used: float
     users: int = 0
@@ -35,8 +36,8 @@ class Adapter:
 
     @property
     def served_name(self) -> str:
-        """Unique, and the part before `@` is what clients are shown."""
-        return f"{self.model.reference}.{self.number}"
+        """Unique; clients are shown the model's own name, which it begins with."""
+        return str(Reference(self.model.name, self.model.revision, number=self.number))
 
 
 class Adapters:
@@ -49,10 +50,11 @@ class Adapters:
     def __init__(
         self,
         engine: Engine,
-        take: Callable[[Model], Awaitable[tuple[Snapshot, Phases]]],
+        *,
+        take: Callable[[Adapter], Awaitable[tuple[Snapshot, Phases]]],
         release: Callable[[Snapshot], None],
-        added: Callable[[Model, Phases], None],
-        pinned: Callable[[Model], bool],
+        added: Callable[[Adapter, Phases], None],
+        pinned: Callable[[Adapter], bool],
         limit: int,
         clock: Callable[[], float],
     ) -> None:
@@ -63,22 +65,22 @@ class Adapters:
         self._pinned = pinned
         self._limit = limit
         self._clock = clock
-        self._known: dict[str, Adapter] = {}
+        self._known: dict[str, LoadedAdapter] = {}
         self._tidying: asyncio.Task[None] | None = None
 
-    def get(self, reference: str) -> Adapter | None:
+    def get(self, reference: str) -> LoadedAdapter | None:
         """The adapter, if the engine has it."""
         adapter = self._known.get(reference)
         return adapter if adapter is not None and adapter.snapshot is not None else None
 
-    async def hold(self, model: Model) -> Adapter:
+    async def hold(self, model: Adapter) -> LoadedAdapter:
         """The adapter, added if need be, in use until `give_back`.
 
         Raises AdapterRefused, EngineDied and what the fetch raises.
         """
         adapter = self._known.get(model.reference)
         if adapter is None:
-            adapter = Adapter(model, next(_numbers), self._clock())
+            adapter = LoadedAdapter(model, next(_numbers), self._clock())
             self._known[model.reference] = adapter
             adapter.loading = asyncio.create_task(self._load(adapter))
             adapter.loading.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -100,7 +102,7 @@ class Adapters:
             raise
         return adapter
 
-    def give_back(self, adapter: Adapter) -> None:
+    def give_back(self, adapter: LoadedAdapter) -> None:
         """One request less uses it."""
         adapter.users -= 1
         adapter.last_used = self._clock()
@@ -125,7 +127,7 @@ class Adapters:
         """The models that the engine has adapters of."""
         return {adapter.model.name for adapter in self._known.values() if adapter.snapshot is not None}
 
-    def models(self) -> list[Model]:
+    def models(self) -> list[Adapter]:
         """Every adapter that the engine has."""
         return [adapter.model for adapter in self._known.values() if adapter.snapshot is not None]
 
@@ -156,7 +158,7 @@ class Adapters:
             if adapter.snapshot is not None
         ]
 
-    async def _load(self, adapter: Adapter) -> None:
+    async def _load(self, adapter: LoadedAdapter) -> None:
         name = adapter.model.name
         snapshot = None
         try:
@@ -184,10 +186,10 @@ class Adapters:
                 return  # the engine reads what it has no room for from the disk whenever it is used
             await self._forget(min(idle, key=lambda each: each.last_used))
 
-    def _may_go(self, adapter: Adapter) -> bool:
+    def _may_go(self, adapter: LoadedAdapter) -> bool:
         return not adapter.users and adapter.snapshot is not None and not self._pinned(adapter.model)
 
-    async def _forget(self, adapter: Adapter) -> None:
+    async def _forget(self, adapter: LoadedAdapter) -> None:
         logger.info("adapter removed", extra={"model": adapter.model.name})
         # First out of sight: who wants it from now on adds it anew, under another name.
         del self._known[adapter.model.reference]

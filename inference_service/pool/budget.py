@@ -28,32 +28,33 @@ class Budget:
         self._slots = slots
         self._adapters = adapters
 
-    def footprint(self, shape: MemoryProfile, adapter_rank: int = 0) -> Footprint:
-        """What an engine of this shape, with room for adapters of that rank, gets on each of its devices.
+    def footprint(self, profile: MemoryProfile, adapter_rank: int = 0) -> Footprint:
+        """What an engine with this profile gets on each of its devices, with room for adapters of that rank.
 
         An equal share where the model fits into one; else what it needs, and fewer engines fit together.
         Never more than `total`: alone, every engine may be tried.
         """
-        weights = shape.weights_bytes // shape.gpus
+        weights = profile.weights_bytes // profile.gpus
         overhead = self._cost.fixed + int(weights * self._cost.per_weight)
-        overhead += self._cost.prompts * min(shape.context, ENOUGH_TOKENS) * shape.token_bytes // shape.gpus
-        overhead += self._adapters * adapter_rank * shape.adapter_bytes // shape.gpus
-        kv_cache = self._kv_cache(shape, weights + overhead)
+        prompt_bytes = min(profile.context, ENOUGH_TOKENS) * profile.token_bytes
+        overhead += self._cost.prompts * prompt_bytes // profile.gpus
+        overhead += self._adapters * adapter_rank * profile.adapter_bytes // profile.gpus
+        kv_cache = self._kv_cache(profile, weights + overhead)
         overhead += int(kv_cache * self._cost.per_cache)
         if self.total is not None:
             overhead = max(0, min(overhead, self.total - weights - kv_cache))
         return Footprint(weights, kv_cache, overhead)
 
-    def _kv_cache(self, shape: MemoryProfile, others: int) -> int:
-        if shape.kv_cache_bytes is not None:
-            return shape.kv_cache_bytes // shape.gpus
-        token_bytes = shape.token_bytes // shape.gpus
-        wanted = token_bytes * shape.context * FULL_LENGTH_REQUESTS or UNKNOWN_KV_CACHE_BYTES
+    def _kv_cache(self, profile: MemoryProfile, others: int) -> int:
+        if profile.kv_cache_bytes is not None:
+            return profile.kv_cache_bytes // profile.gpus
+        token_bytes = profile.token_bytes // profile.gpus
+        wanted = token_bytes * profile.context * FULL_LENGTH_REQUESTS or UNKNOWN_KV_CACHE_BYTES
         if self.total is None:
             return max(MIN_KV_CACHE_BYTES, wanted)
         rooms = (self.total // self._slots - others, self.total - others)
         share, whole = (int(room / (1 + self._cost.per_cache)) for room in rooms)
-        if share < max(MIN_KV_CACHE_BYTES, token_bytes * min(shape.context, ENOUGH_TOKENS)):
+        if share < max(MIN_KV_CACHE_BYTES, token_bytes * min(profile.context, ENOUGH_TOKENS)):
             return max(MIN_KV_CACHE_BYTES, min(wanted, whole))
         # On the CPU vLLM touches all of its cache at the start: no more than a few requests can use.
         return max(MIN_KV_CACHE_BYTES, min(wanted, share)) if self._touched_at_start else share

@@ -10,9 +10,9 @@ from inference_service.checkpoints.memory_profile import Footprint
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.engines.base import Engine, Fingerprint
 from inference_service.errors import EngineDied
-from inference_service.pool.adapters import Adapter, Adapters
+from inference_service.pool.adapters import Adapters, LoadedAdapter
 from inference_service.pool.phases import Phases
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.model import Checkpoint, Model
 
 
 @dataclass(eq=False)
@@ -24,7 +24,7 @@ class Slot:
     another model before. `fingerprint`: the weight check's.
     """
 
-    model: Model
+    model: Checkpoint
     footprint: Footprint
     began: float
     phases: Phases
@@ -50,7 +50,7 @@ class Lease:
 
     def __init__(self, slot: Slot, released: Callable[["Lease"], None]) -> None:
         self.slot = slot
-        self.adapter: Adapter | None = None
+        self.adapter: LoadedAdapter | None = None
         self._released = released
 
     @property
@@ -87,7 +87,8 @@ class Waiter:
     wanted: Model
     since: float
     lease: asyncio.Future[Lease]
-    order: bool = False
+    by_operator: bool = False
+    exact: bool = False
     load_by: float = math.inf
     place_by: float = math.inf
     alarm: asyncio.TimerHandle | None = None
@@ -98,9 +99,9 @@ class Waiter:
             self.alarm.cancel()
 
     @property
-    def model(self) -> Model:
+    def model(self) -> Checkpoint:
         """The model whose engine serves it: what is wanted, or an adapter's base."""
-        return self.wanted.base_model or self.wanted
+        return self.wanted.engine_model
 
 
 @dataclass(frozen=True)

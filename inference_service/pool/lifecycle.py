@@ -29,13 +29,13 @@ from inference_service.pool.adapters import Adapters
 from inference_service.pool.backoff import LoadBackoff
 from inference_service.pool.estimates import Estimates
 from inference_service.pool.leases import Lease, Slot
-from inference_service.pool.loader import EngineLoader, Parts
+from inference_service.pool.loader import EngineLoader, Parts, Timeouts
 from inference_service.pool.phases import Phases
 from inference_service.pool.prefetch import Prefetcher
-from inference_service.scheduler.events import Died, Event, Failed, Gone, Loaded, Starting
+from inference_service.scheduler.events import Died, Event, Failed, Gone, Loaded, RoomWanted, Starting
 from inference_service.scheduler.scheduler import Scheduler
 from inference_service.scheduler.state import EngineState
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.model import Adapter, Checkpoint, Model
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Hooks:
     `wanted`: whether somebody waits for a reference.
     """
 
-    tell: Callable[[Event], None]
+    dispatch: Callable[[Event], None]
     fetched: Callable[[Model, Exception | None], None]
     wanted: Callable[[str], bool]
     pinned: Callable[[Model], bool]
@@ -91,28 +91,31 @@ class EngineLifecycle:
         self.footprint = parts.footprint
         self.slots: dict[str, Slot] = {}
         self.prefetcher = Prefetcher(
-            parts.fetch, parts.release, clock, hooks.fetched, hooks.wanted, limits.load_timeout
+            parts.fetch,
+            parts.release,
+            clock=clock,
+            ended=hooks.fetched,
+            wanted=hooks.wanted,
+            seconds=limits.load_timeout,
         )
         self.backoff = LoadBackoff()
         self.estimates = Estimates()
-        # What those who waited are told, while a failed load, or fetch, is being told of.
-        self.errors: dict[str, ServiceError] = {}
         self.ending = False
         self._parts = parts
         self._metrics = metrics
         self._scheduler = scheduler
         self._limits = limits
         self._clock = clock
-        self._tell = hooks.tell
+        self._dispatch = hooks.dispatch
         self._pinned = hooks.pinned
         self.loading = EngineLoader(
             parts,
             self.prefetcher,
-            (limits.load_timeout, limits.stall_timeout),
-            clock,
-            self._starting,
-            self._departure,
-            self._make_room,
+            timeouts=Timeouts(limits.load_timeout, limits.stall_timeout),
+            clock=clock,
+            starting=self._starting,
+            departure=self._departure,
+            make_room=self._make_room,
         )
 
     def state(self, reference: str) -> EngineState:
@@ -124,13 +127,13 @@ class EngineLifecycle:
         """The slots whose engines serve."""
         return [slot for key, slot in self.slots.items() if self.state(key) is EngineState.READY]
 
-    def load(self, model: Model) -> None:
+    def load(self, model: Checkpoint) -> None:
         """Begin to load the model into a free slot."""
         slot = Slot(model, self.footprint(model), self._clock(), Phases(self._clock))
         self.slots[slot.key] = slot
         self._run(slot, self._serve(slot, self.loading.load(slot)))
 
-    def swap(self, model: Model, key: str) -> None:
+    def swap(self, model: Checkpoint, key: str) -> None:
         """Begin to put the model into the engine of the slot `key`, which nobody uses."""
         old = self.slots.pop(key)
         slot = Slot(model, old.footprint, self._clock(), Phases(self._clock), swapped=True)
@@ -236,19 +239,19 @@ class EngineLifecycle:
             self._died(slot, reason)
 
     def _starting(self, slot: Slot, snapshot: Snapshot) -> None:
-        self._tell(Starting(slot.key, slot.footprint.total))
+        self._dispatch(Starting(slot.key, slot.footprint.total))
 
     def _loaded(self, slot: Slot, engine: Engine, seconds: float) -> None:
         name = slot.model.name
         slot.load_seconds = seconds
         slot.adapters = Adapters(
             engine,
-            self.prefetcher.take,
-            self._parts.release,
-            self._adapter_added,
-            self._pinned,
-            self._limits.adapters,
-            self._clock,
+            take=self.prefetcher.take,
+            release=self._parts.release,
+            added=self._adapter_added,
+            pinned=self._pinned,
+            limit=self._limits.adapters,
+            clock=self._clock,
         )
         start_seconds = slot.phases.start_seconds
         if not slot.swapped:
@@ -257,9 +260,9 @@ class EngineLifecycle:
         self._metrics.loaded(name, seconds, slot.phases.seconds)
         fields = {"revision": slot.model.revision, "seconds": seconds, "swapped": slot.swapped}
         logger.info("loaded", extra={"model": name, **fields, **slot.phases.describe()})
-        self._tell(Loaded(slot.key, start_seconds))
+        self._dispatch(Loaded(slot.key, start_seconds))
 
-    def _adapter_added(self, model: Model, phases: Phases) -> None:
+    def _adapter_added(self, model: Adapter, phases: Phases) -> None:
         self.backoff.succeeded(model.name, model.revision)
         seconds = round(sum(phases.seconds.values()), 3)
         self._metrics.loaded(model.name, seconds, phases.seconds)
@@ -272,10 +275,9 @@ class EngineLifecycle:
             return
         expected = isinstance(error, ServiceError)
         logger.error("load failed: %s", error, extra={"model": name}, exc_info=not expected)
-        told = self.errors[slot.key] = self.failed(slot.model, error)
-        self._tell(Failed(slot.key))
-        del self.errors[slot.key]
-        self._tear_down(slot, hurry=isinstance(told, LoadTimedOut))
+        failure = self.failed(slot.model, error)
+        self._dispatch(Failed(slot.key, failure))
+        self._tear_down(slot, hurry=isinstance(failure, LoadTimedOut))
 
     def _died(self, slot: Slot, reason: str) -> EngineDied | None:
         name = slot.model.name
@@ -285,7 +287,7 @@ class EngineLifecycle:
         self._metrics.deaths.labels(name).inc()
         told = refusals.died(name, reason)
         self.abort_all(slot, told)
-        self._tell(Died(slot.key))
+        self._dispatch(Died(slot.key))
         self._tear_down(slot, hurry=True)
         return told
 
@@ -309,14 +311,11 @@ class EngineLifecycle:
     async def _make_room(self, missing: int) -> bool:
         """Tear an idle engine down for the sake of its snapshot or memory; False where it would not help."""
         idle = [self.slots[key] for key in self._scheduler.capacity.idle()]
-        if sum(slot.snapshot.bytes for slot in idle if slot.snapshot is not None) < missing:
+        held = sum(slot.snapshot.bytes for slot in idle if slot.snapshot is not None)
+        if self.ending or not idle or held < missing:
             return False
-        evict = None if self.ending else self._scheduler.give_way()
-        if evict is None:
-            return False
-        slot = self.slots[evict.key]
-        self.evict(evict.key)
-        await slot.gone.wait()
+        self._dispatch(RoomWanted())
+        await idle[0].gone.wait()
         return True
 
     def _tear_down(self, slot: Slot, *, hurry: bool = False) -> None:
@@ -335,7 +334,7 @@ class EngineLifecycle:
         slot.engine = None
         slot.gone.set()
         logger.info("unloaded", extra={"model": name})
-        self._tell(Gone(slot.key))
+        self._dispatch(Gone(slot.key))
 
     def _run(self, slot: Slot, work: Coroutine[Any, Any, None]) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work)

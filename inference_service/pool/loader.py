@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from inference_service.checkpoints.memory_profile import Footprint
 from inference_service.checkpoints.snapshot import Snapshot
@@ -27,7 +28,7 @@ from inference_service.pool.leases import LoadProgress, Slot
 from inference_service.pool.phases import FETCH_PHASES, Phase
 from inference_service.pool.prefetch import FetchModel, Prefetcher
 from inference_service.pool.weight_check import WeightChecks, implausible
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.model import Checkpoint, Model
 from inference_service.storage.snapshots.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -54,10 +55,17 @@ class Parts:
     release: Callable[[Snapshot], None]
     make_engine: Callable[[Snapshot, Footprint], Engine]
     free_bytes: Callable[[], Awaitable[int | None]]
-    footprint: Callable[[Model], Footprint]
+    footprint: Callable[[Checkpoint], Footprint]
     fetching: Callable[[Model], Progress | None] = lambda model: None
-    swap_key: Callable[[Model], str | None] = lambda model: None
+    swap_key: Callable[[Checkpoint], str | None] = lambda model: None
     weight_checks: WeightChecks | None = None
+
+
+class Timeouts(NamedTuple):
+    """Seconds that a load may take, and that an engine with work may make no progress."""
+
+    load: float
+    stall: float
 
 
 class EngineLoader:
@@ -66,14 +74,15 @@ class EngineLoader:
     `starting` is told that the device's turn is a slot's, and of which snapshot. `departure` waits for an
     engine that is leaving anyway, False where none is. `make_room` is asked where so many bytes on the disk,
     or memory (0), are missing: it tears one idle engine down and returns once it is gone, or False where that
-    would not help. `timeouts`: seconds of a load, and of an engine with work and no progress.
+    would not help.
     """
 
     def __init__(
         self,
         parts: Parts,
         prefetcher: Prefetcher,
-        timeouts: tuple[float, float],
+        *,
+        timeouts: Timeouts,
         clock: Callable[[], float],
         starting: Callable[[Slot, Snapshot], None],
         departure: Callable[[], Awaitable[bool]],

@@ -1,11 +1,11 @@
-"""The operator's orders: models that are to be loaded although no request waits for them."""
+"""The operator's loads: models that are loaded although no request waits for them."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from inference_service.pool.leases import Lease
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.model import Model
 
 
 class OperatorLoads:
@@ -28,13 +28,13 @@ class OperatorLoads:
 
     def begin(self, model: Model, instead_of: str | None) -> asyncio.Task[None]:
         """The task is done once the model's engine is ready, or raises what its load raised."""
-        order = asyncio.create_task(self._until_ready(model, instead_of))
-        self._under_way[model.reference] = order
-        order.add_done_callback(lambda done: self._ended(model.reference, done))
-        return order
+        load = asyncio.create_task(self._until_ready(model, instead_of))
+        self._under_way[model.reference] = load
+        load.add_done_callback(lambda done: self._ended(model.reference, done))
+        return load
 
     def loaded(self, reference: str) -> None:
-        """An engine is ready: its order does not wait for a lease on it."""
+        """An engine is ready: its load does not wait for a lease on it."""
         ready = self._ready.get(reference)
         if ready is not None and not ready.done():
             ready.set_result(None)
@@ -53,7 +53,7 @@ class OperatorLoads:
             del self._ready[model.reference]
             asked.cancel()
 
-    def _ended(self, reference: str, order: asyncio.Task[None]) -> None:
+    def _ended(self, reference: str, load: asyncio.Task[None]) -> None:
         del self._under_way[reference]
-        if not order.cancelled():
-            order.exception()  # whoever ordered it may have gone
+        if not load.cancelled():
+            load.exception()  # the operator's request may be gone

@@ -12,12 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from inference_service.errors import DiskFull, EngineDied, QueueTimedOut, ServiceError
 from inference_service.metrics import Metrics
 from inference_service.pool import refusals
-from inference_service.pool.adapters import Adapter
+from inference_service.pool.adapters import LoadedAdapter
 from inference_service.pool.leases import Lease, LoadProgress, Slot, Waiter
 from inference_service.pool.lifecycle import EngineLifecycle, Hooks, Limits
 from inference_service.pool.loader import Parts
@@ -29,6 +29,7 @@ from inference_service.scheduler.events import (
     Drain,
     Event,
     Evict,
+    Failed,
     Fetched,
     FetchFailed,
     Grant,
@@ -38,6 +39,7 @@ from inference_service.scheduler.events import (
     Pinned,
     Reason,
     Reject,
+    RejectFailed,
     Released,
     Request,
     Swap,
@@ -46,7 +48,7 @@ from inference_service.scheduler.events import (
 )
 from inference_service.scheduler.scheduler import Scheduler
 from inference_service.scheduler.state import EngineState, Policy
-from inference_service.storage.bucket.model import Model, ModelKind
+from inference_service.storage.model import Adapter, AnyModel, Checkpoint, Model
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class Superseded(ServiceError):
 class Pool:
     """At most `policy.slots` engines and `policy.concurrency` leases at once.
 
-    Engines are known by their models' references; an adapter is served on the engine of its carrier.
+    Engines are known by their models' references; an adapter is served on its base's engine.
     """
 
     def __init__(
@@ -78,39 +80,39 @@ class Pool:
         self._limits = limits
         self._clock = clock
         self._scheduler = Scheduler(policy)
-        hooks = Hooks(self._tell, self._fetched, self._is_waited_for, self.pinned)
+        hooks = Hooks(self._dispatch, self._fetched, self._is_waited_for, self.pinned)
         self._lifecycle = EngineLifecycle(parts, metrics, self._scheduler, limits, clock, hooks)
         self._waiters: dict[int, Waiter] = {}
         self._numbers = itertools.count(1)
         self._pins: dict[str, bool] = {}
-        self._orders = OperatorLoads(partial(self._lease, None, order=True), self.is_live)
+        self._operator_loads = OperatorLoads(partial(self._lease, None, by_operator=True), self.is_live)
         self._report = Report(self._scheduler, self._lifecycle, self._waiters, self._pins, clock)
         self._events: deque[Event] = deque()
-        self._telling = False
-        self._told_at = clock()
+        self._dispatching = False
+        self._dispatched_at = clock()
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
 
-    def order(self, model: Model, *, instead_of: str | None = None) -> asyncio.Task[None]:
-        """Load the model for the operator: one order a model, beside the clients' queue and its timeout.
+    def operator_load(self, model: Model, *, instead_of: str | None = None) -> asyncio.Task[None]:
+        """Load the model for the operator: one load a model, beside the clients' queue and its timeout.
 
         The task is done once the engine is ready, and raises as `lease` does. Raises ShuttingDown, and the
         error of a load that failed lately, at once. `instead_of`: the reference that it is to replace.
         """
-        order = self._orders.get(model.reference)
-        if order is None:
+        load = self._operator_loads.get(model.reference)
+        if load is None:
             self._admit(model)
-            order = self._orders.begin(model, instead_of)
-        return order
+            load = self._operator_loads.begin(model, instead_of)
+        return load
 
-    async def lease(self, model: Model, waited: float = 0.0) -> Lease:
+    async def lease(self, model: Model, waited: float = 0.0, *, exact: bool = False) -> Lease:
         """A lease on the model's engine, loaded if need be; an adapter is added to that.
 
-        `waited`: seconds of the request so far. Raises Overloaded, NoRoom and ShuttingDown at once,
-        QueueTimedOut, Superseded, and what the load raised (StoreError, EngineStartFailed, OutOfMemory,
-        AdapterRefused) to everyone who waited for it.
+        `waited`: seconds of the request so far; `exact`: it asks for this very revision. Raises Overloaded,
+        NoRoom and ShuttingDown at once, QueueTimedOut, Superseded, and to every request that waited for a
+        load what that raised (StoreError, EngineStartFailed, OutOfMemory, AdapterRefused).
         """
-        return await self._lease(waited, model)
+        return await self._lease(waited, model, exact=exact)
 
     async def _lease(
         self,
@@ -118,13 +120,14 @@ class Pool:
         wanted: Model,
         instead_of: str | None = None,
         *,
-        order: bool = False,
+        by_operator: bool = False,
+        exact: bool = False,
     ) -> Lease:
         self._admit(wanted)
         future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        waiter = Waiter(next(self._numbers), wanted, self._clock(), future, order)
+        waiter = Waiter(next(self._numbers), wanted, self._clock(), future, by_operator, exact)
         self._waiters[waiter.number] = waiter
-        self._tell(self._request(waiter, instead_of))
+        self._dispatch(self._request(waiter, instead_of))
         self._begin_fetches(waiter)
         if waited is not None:
             self._limit(waiter, waited)
@@ -135,7 +138,7 @@ class Pool:
             raise
         finally:
             waiter.calm()
-        return lease if wanted.base_model is None else await self._with_adapter(lease, wanted)
+        return await self._with_adapter(lease, wanted) if isinstance(wanted, Adapter) else lease
 
     def _limit(self, waiter: Waiter, waited: float) -> None:
         """Bound the wait: for the load since the request came, for a place from now on."""
@@ -175,14 +178,14 @@ class Pool:
                 waiter.place_by = place_by
                 self._set_alarm(waiter)
 
-    async def _with_adapter(self, lease: Lease, model: Model) -> Lease:
+    async def _with_adapter(self, lease: Lease, model: Adapter) -> Lease:
         """The lease, with the adapter on its engine; given back where that fails."""
         try:
             if lease.slot.adapters is None:
                 raise refusals.died(lease.slot.model.name, "it went while the adapter was added")
             lease.adapter = await lease.slot.adapters.hold(model)
             if self.pinned(model) and lease in lease.slot.leases:
-                self._tell(Pinned(lease.slot.key, True))
+                self._dispatch(Pinned(lease.slot.key, True))
         except BaseException:
             lease.release()
             raise
@@ -197,14 +200,14 @@ class Pool:
         return Request(
             waiter.number,
             model.reference,
-            self._lifecycle.footprint(model).total,
-            self._wants_pinned(waiter),
-            waiter.order,
-            self._parts.swap_key(model),
-            model.rank,
-            model.reference in self._lifecycle.slots or prefetcher.is_there(model.reference),
-            instead_of,
-            None if there else wanted.reference,
+            bytes=self._lifecycle.footprint(model).total,
+            pinned=self._wants_pinned(waiter),
+            by_operator=waiter.by_operator,
+            swap=self._parts.swap_key(model),
+            adapters=model.adapter_rank,
+            fetched=model.reference in self._lifecycle.slots or prefetcher.is_there(model.reference),
+            instead_of=instead_of,
+            adapter=None if there else wanted.reference,
         )
 
     def _begin_fetches(self, waiter: Waiter) -> None:
@@ -218,8 +221,8 @@ class Pool:
 
     def _has(self, adapter: Model) -> bool:
         """Whether an engine that takes requests has the adapter."""
-        base_model = adapter.base_model or adapter
-        return self.state(base_model.reference) is EngineState.READY and self.adapter(adapter) is not None
+        ready = self.state(adapter.engine_model.reference) is EngineState.READY
+        return ready and self.adapter(adapter) is not None
 
     def _fetched(self, model: Model, error: Exception | None) -> None:
         """A fetch ahead of the engine has ended; what a slot waits for is the slot's own concern."""
@@ -227,14 +230,12 @@ class Pool:
         if key in self._lifecycle.slots:
             return
         # A disk that is full may have room once an engine has given its snapshot up.
-        full = isinstance(error, DiskFull) and error.missing is not None and model.base_model is None
+        full = isinstance(error, DiskFull) and error.missing is not None and isinstance(model, Checkpoint)
         if error is not None and not full:
             logger.error("fetch failed: %s", error, extra={"model": model.name})
-            self._lifecycle.errors[key] = self._lifecycle.failed(model, error)
-            self._tell(FetchFailed(key))
-            del self._lifecycle.errors[key]
+            self._dispatch(FetchFailed(key, self._lifecycle.failed(model, error)))
         elif self._is_waited_for(key):
-            self._tell(Fetched(key))
+            self._dispatch(Fetched(key))
         else:
             self._lifecycle.prefetcher.drop(key)
 
@@ -242,9 +243,10 @@ class Pool:
         """What serves under this name: models with a ready engine, adapters on one."""
         ready = self._lifecycle.ready()
         adapters = [each for slot in ready if slot.adapters is not None for each in slot.adapters.models()]
-        return [each for each in [*(slot.model for slot in ready), *adapters] if each.name == name]
+        served: list[Model] = [*(slot.model for slot in ready), *adapters]
+        return [each for each in served if each.name == name]
 
-    def is_live(self, model: Model) -> bool:
+    def is_live(self, model: AnyModel) -> bool:
         """Whether a ready engine serves this very revision."""
         return any(each.reference == model.reference for each in self.live(model.name))
 
@@ -254,29 +256,29 @@ class Pool:
         adapters = (slot.adapters.names() for slot in slots if slot.adapters is not None)
         return {slot.model.name for slot in slots}.union(*adapters)
 
-    def adapter(self, model: Model) -> Adapter | None:
-        """The adapter on its carrier's engine, if that has it."""
-        slot = None if model.base_model is None else self._lifecycle.slots.get(model.base_model.reference)
+    def adapter(self, model: Model) -> LoadedAdapter | None:
+        """The adapter on its base's engine, if that has it."""
+        slot = self._lifecycle.slots.get(model.engine_model.reference)
         return None if slot is None or slot.adapters is None else slot.adapters.get(model.reference)
 
     def state(self, reference: str) -> EngineState:
         """The state of an engine."""
         return self._lifecycle.state(reference)
 
-    def standing(self, model: Model) -> EngineState:
-        """The state of the engine of a model, whatever its revision; of an adapter's carrier's."""
-        if model.kind is ModelKind.ADAPTER:
+    def standing(self, model: AnyModel) -> EngineState:
+        """The state of the engine of a model, whatever its revision; READY or STOPPED for an adapter."""
+        if isinstance(model, Adapter):
             return EngineState.READY if self.is_live(model) else EngineState.STOPPED
         exact = self.state(model.reference)
         slots = self._lifecycle.slots.items()
         others = [self.state(key) for key, slot in slots if slot.model.name == model.name]
         return exact if exact is not EngineState.STOPPED or not others else others[-1]
 
-    def pinned(self, model: Model) -> bool:
+    def pinned(self, model: AnyModel) -> bool:
         """What the operator last said, else what the model's serving.json says."""
         return self._pins.get(model.name, model.serving.pinned)
 
-    def pin(self, model: Model, *, pinned: bool) -> None:
+    def pin(self, model: AnyModel, *, pinned: bool) -> None:
         """A pinned model's engine is never torn down for another's; in effect until the service ends.
 
         A pinned adapter stays on its engine, and that in its place.
@@ -286,16 +288,17 @@ class Pool:
 
     def _tell_pins(self) -> None:
         for slot in list(self._lifecycle.slots.values()):
-            self._tell(Pinned(slot.key, self._is_pinned(slot)))
+            self._dispatch(Pinned(slot.key, self._is_pinned(slot)))
         for waiter in list(self._waiters.values()):
             if waiter.model.reference not in self._lifecycle.slots:
-                self._tell(Pinned(waiter.model.reference, self._wants_pinned(waiter)))
+                self._dispatch(Pinned(waiter.model.reference, self._wants_pinned(waiter)))
 
     def _is_pinned(self, slot: Slot) -> bool:
         """Its model or an adapter on it is, or one that somebody waits for."""
         adapters = [] if slot.adapters is None else slot.adapters.models()
+        models: list[Model] = [slot.model, *adapters]
         waiters = (waiter for waiter in self._waiters.values() if waiter.model.reference == slot.key)
-        return any(map(self.pinned, [slot.model, *adapters])) or any(map(self._wants_pinned, waiters))
+        return any(map(self.pinned, models)) or any(map(self._wants_pinned, waiters))
 
     def _wants_pinned(self, waiter: Waiter) -> bool:
         return self.pinned(waiter.model) or self.pinned(waiter.wanted)
@@ -308,13 +311,13 @@ class Pool:
         for waiter in list(self._waiters.values()):
             if waiter.wanted is not waiter.model and waiter.wanted.name == name:
                 self._fail(waiter, refusals.load_unloaded(name))
-                self._tell(Left(waiter.number, LINGER_SECONDS))
+                self._dispatch(Left(waiter.number, LINGER_SECONDS))
         slots = [slot for slot in self._lifecycle.slots.values() if slot.model.name == name]
         for slot in slots:
             slot.unloaded = True
             if force:
                 self._lifecycle.abort_all(slot, refusals.unloaded(name))
-            self._tell(Unload(slot.key, force))
+            self._dispatch(Unload(slot.key, force))
         await asyncio.gather(*(slot.gone.wait() for slot in slots))
         return await self._remove_adapters(name) or bool(slots)
 
@@ -331,24 +334,24 @@ class Pool:
         slot = self._lifecycle.slots.get(reference)
         if slot is not None:
             slot.unloaded = True
-            self._tell(Unload(reference))
+            self._dispatch(Unload(reference))
 
     def _supersede(self, reference: str) -> None:
         for waiter in list(self._waiters.values()):
-            if waiter.model.reference == reference and not waiter.model.exact:
+            if waiter.model.reference == reference and not waiter.exact:
                 self._fail(waiter, Superseded("another revision serves"))
-                self._tell(Left(waiter.number, 0.0))
+                self._dispatch(Left(waiter.number, 0.0))
 
     def look(self) -> None:
         """It is later, which alone may change what is to be done; the pool's own timer calls it in time."""
-        self._tell(TimePassed())
+        self._dispatch(TimePassed())
 
     def stop_admission(self) -> None:
         """Refuse every further lease and every waiter with ShuttingDown; leases go on."""
         self._closing = True
         for waiter in list(self._waiters.values()):
             self._fail(waiter, refusals.shutting_down())
-            self._tell(Left(waiter.number, LINGER_SECONDS))
+            self._dispatch(Left(waiter.number, LINGER_SECONDS))
 
     async def close(self) -> None:
         """Tear every engine down, busy or not; returns when no process is left."""
@@ -386,7 +389,7 @@ class Pool:
     def _admit(self, wanted: Model) -> None:
         if self._closing:
             raise refusals.shutting_down()
-        for model in (wanted.base_model or wanted, wanted):
+        for model in (wanted.engine_model, wanted):
             gone = self.state(model.reference) in (
                 EngineState.STOPPED,
                 EngineState.STOPPING,
@@ -397,28 +400,28 @@ class Pool:
                 refusal.reference = model.reference
                 raise refusal
 
-    def _tell(self, event: Event) -> None:
+    def _dispatch(self, event: Event) -> None:
         """Tell the scheduler and carry out its actions; the only place where state moves on.
 
         What the carrying out brings about is told after it, in order.
         """
         if isinstance(event, Loaded):
-            self._orders.loaded(event.key)
+            self._operator_loads.loaded(event.key)
         self._events.append(event)
-        if self._telling:
+        if self._dispatching:
             return
-        self._telling = True
+        self._dispatching = True
         try:
             while self._events:
-                self._told_at = self._clock()
+                self._dispatched_at = self._clock()
                 event = self._events.popleft()
-                for action in self._scheduler.handle(event, self._told_at):
+                for action in self._scheduler.handle(event, self._dispatched_at):
                     if not self._lifecycle.ending:
                         self._carry_out(action)
                 if isinstance(event, Loaded | Fetched):
                     self._came(event.key)
         finally:
-            self._telling = False
+            self._dispatching = False
         self._look_again()
 
     def _carry_out(self, action: Action) -> None:
@@ -428,6 +431,8 @@ class Pool:
             case Reject(number, reason):
                 waiter = self._waiters[number]
                 self._fail(waiter, self._rejection(waiter, reason))
+            case RejectFailed(number, failure):
+                self._fail(self._waiters[number], _copy(failure))
             case Load(key):
                 self._lifecycle.load(self._newest(key))
             case Swap(key, old):
@@ -442,7 +447,7 @@ class Pool:
             case CancelLoad(key):
                 self._lifecycle.cancel(key)
 
-    def _newest(self, key: str) -> Model:
+    def _newest(self, key: str) -> Checkpoint:
         """The model that is waited for, as the last who asked knows it."""
         waiting = reversed(self._waiters.values())
         return next(waiter.model for waiter in waiting if waiter.model.reference == key)
@@ -453,7 +458,7 @@ class Pool:
             self._timer.cancel()
             self._timer = None
         # As of the last event: what has become due since then is not to be missed.
-        at = None if self._lifecycle.ending else self._scheduler.next_look(self._told_at)
+        at = None if self._lifecycle.ending else self._scheduler.next_look(self._dispatched_at)
         if at is not None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(0.0, at - self._clock()) + TICK_SECONDS, self.look)
@@ -471,17 +476,11 @@ class Pool:
                 return refusals.no_room(model.name, lifecycle.footprint(model), scheduler.policy, engines)
             case Reason.UNLOADED:
                 return refusals.load_unloaded(model.name)
-            case Reason.LOAD_FAILED:
-                failed = waiter.wanted if waiter.wanted.reference in lifecycle.errors else model
-                error = lifecycle.errors[failed.reference]
-                told = error.again(error.message, retry_after=error.retry_after)
-                told.reference = failed.reference
-                return told
 
     def _grant(self, waiter: Waiter | None, slot: Slot) -> None:
         # It has left, or was cancelled and its task has not run since.
         if waiter is None or waiter.lease.done():
-            self._tell(Released(slot.key))
+            self._dispatch(Released(slot.key))
             return
         lease = Lease(slot, self._released)
         slot.leases.add(lease)
@@ -494,7 +493,7 @@ class Pool:
         if lease.adapter is not None and lease.slot.adapters is not None:
             lease.slot.adapters.give_back(lease.adapter)
         self._lifecycle.estimates.ended(self._clock())
-        self._tell(Released(lease.slot.key))
+        self._dispatch(Released(lease.slot.key))
 
     def _waited_too_long(self, waiter: Waiter) -> QueueTimedOut:
         """The client is told to come again, and its load goes on until it is done."""
@@ -525,7 +524,7 @@ class Pool:
         lease = waiter.lease
         if lease.done() and not lease.cancelled() and lease.exception() is None:
             lease.result().release()
-        self._tell(Left(waiter.number, linger))
+        self._dispatch(Left(waiter.number, linger))
         self._forget_fetches(waiter, linger)
 
     def _fail(self, waiter: Waiter, error: ServiceError) -> None:
@@ -544,3 +543,11 @@ class Pool:
             reference in (waiter.model.reference, waiter.wanted.reference)
             for waiter in self._waiters.values()
         )
+
+
+def _copy(failure: Failed | FetchFailed) -> ServiceError:
+    """The error of a load for one of the requests that waited for it: each raises its own."""
+    error = cast(ServiceError, failure.error)
+    copied = error.again(error.message, retry_after=error.retry_after)
+    copied.reference = failure.key
+    return copied

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.errors import LoadTimedOut
 from inference_service.pool.phases import Phase, Phases
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.model import Model
 
 FetchModel = Callable[[Model, Callable[[str], None]], Awaitable[Snapshot]]
 
@@ -44,6 +44,7 @@ class Prefetcher:
         self,
         fetch: FetchModel,
         release: Callable[[Snapshot], None],
+        *,
         clock: Callable[[], float],
         ended: Callable[[Model, Exception | None], None],
         wanted: Callable[[str], bool],

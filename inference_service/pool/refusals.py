@@ -1,6 +1,7 @@
 """What a request is told that the pool does not serve: what happened, to which model, what to do next."""
 
 from inference_service.checkpoints.memory_profile import Footprint
+from inference_service.checkpoints.reference import model_of
 from inference_service.config import WaitLimit
 from inference_service.errors import (
     EngineDied,
@@ -46,7 +47,7 @@ def no_room(name: str, footprint: Footprint, policy: Policy, engines: list[Engin
             f"it needs {footprint}, and beside the pinned engines {readable_bytes(free)} of "
             f"{readable_bytes(policy.memory)} (GPU_MEMORY_UTILIZATION) are left"
         )
-    names = [engine.key.partition("@")[0] for engine in pinned]
+    names = [model_of(engine.key) for engine in pinned]
     sizes = [readable_bytes(engine.bytes) for engine in pinned]
     held = ", ".join(f"{name} ({size})" for name, size in zip(names, sizes, strict=True))
     return NoRoom(

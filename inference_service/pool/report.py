@@ -12,7 +12,7 @@ from inference_service.pool.leases import LoadProgress, Slot, Waiter
 from inference_service.pool.lifecycle import EngineLifecycle
 from inference_service.scheduler.scheduler import Scheduler
 from inference_service.scheduler.state import EngineState
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.model import Model
 
 HEARTBEAT_SECONDS = 1.0
 
@@ -36,7 +36,7 @@ class Report:
 
     def progress(self, model: Model) -> LoadProgress:
         """How far a model that is waited for is on its way; an adapter's engine first, then its files."""
-        engine = model.base_model or model
+        engine = model.engine_model
         slot, state = self._lifecycle.slots.get(engine.reference), self._lifecycle.state(engine.reference)
         start_seconds = self._lifecycle.estimates.start_seconds(engine.name)
         if slot is None:
@@ -95,7 +95,7 @@ class Report:
     def _waiter(self, waiter: Waiter, now: float) -> dict[str, Any]:
         return {
             "model": waiter.wanted.name,
-            "order": waiter.order,
+            "operator": waiter.by_operator,
             "age_seconds": round(now - waiter.since, 3),
             **self.progress(waiter.wanted).describe(),
         }

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from inference_service.errors import (
@@ -26,7 +26,8 @@ from inference_service.errors import (
 from inference_service.metrics import Metrics
 from inference_service.pool.pool import Pool
 from inference_service.scheduler.state import EngineState
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.bucket.model import ListedModel
+from inference_service.storage.model import Adapter, AnyModel, Checkpoint, Model, Requested, Unservable
 from inference_service.storage.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,10 @@ class _Line:
     newest at the last look.
     """
 
-    serving: Model
-    before: list[Model] = field(default_factory=list)
+    serving: AnyModel
+    before: list[AnyModel] = field(default_factory=list)
     rejected: dict[str, str] = field(default_factory=dict)
-    candidate: Model | None = None
+    candidate: AnyModel | None = None
     problem: str | None = None
     seen: str | None = None
     # One takes over at a time.
@@ -61,7 +62,7 @@ class _Line:
         while len(self.rejected) > KEPT:
             del self.rejected[next(iter(self.rejected))]
 
-    def take_over(self, model: Model) -> None:
+    def take_over(self, model: AnyModel) -> None:
         """`model` serves from now on."""
         if self.serving.revision != model.revision and self.serving.revision not in self.rejected:
             self.before = [each for each in self.before if each.revision != self.serving.revision]
@@ -82,22 +83,26 @@ class Rollout:
         self._lines: dict[str, _Line] = {}
         self._rolling: set[asyncio.Task[None]] = set()
 
-    def meant(self, newest: Model) -> Model:
-        """The revision that serves a request for a plain name; `newest` is the bucket's."""
-        if newest.base_model is not None:
-            newest = replace(newest, base_model=self._base_model(newest, newest.base_model))
+    def meant(self, requested: Requested[AnyModel]) -> AnyModel:
+        """The revision that serves a request: the bucket's newest, or the one that still serves its name."""
+        newest = requested.model
+        if isinstance(newest, Adapter):
+            newest = newest.on(self._base_of(newest, newest.base))
+        return newest if requested.exact else self._meant_by_name(newest)
+
+    def _meant_by_name(self, newest: AnyModel) -> AnyModel:
         line = self._lines.get(newest.name)
-        if line is None or newest.exact:
+        if line is None:
             return newest
         serving = self._placed(line.serving, newest)
         if line.candidate is not None and not self._admits(serving):
             return line.candidate
         if newest.revision == serving.revision:
             return serving
-        wrong = newest.unservable is not None or newest.revision in line.rejected
+        wrong = isinstance(newest, Unservable) or newest.revision in line.rejected
         return serving if wrong or self._admits(serving) else newest
 
-    def serving_revision(self, newest: Model) -> str:
+    def serving_revision(self, newest: ListedModel) -> str:
         """The revision that a plain name means, for a list: nothing is begun for it."""
         line = self._lines.get(newest.name)
         if line is None:
@@ -105,47 +110,51 @@ class Rollout:
         wrong = newest.unservable is not None or newest.revision in line.rejected
         return line.serving.revision if wrong or self._admits(line.serving) else newest.revision
 
-    def served(self, model: Model) -> None:
+    def served(self, requested: Requested[Model]) -> None:
         """The model serves: what its plain name means until another revision has taken over."""
-        if model.base_model is not None:
-            self.served(model.base_model)
-        if model.exact:
-            return
+        model = requested.model
+        if isinstance(model, Adapter):
+            self._follow(model.engine_model)
+        if not requested.exact:
+            self._follow(model)
+
+    def _follow(self, model: Model) -> None:
         line = self._lines.get(model.name)
         if line is None:
             self._lines[model.name] = _Line(model)
         elif line.candidate is None and line.serving.reference != model.reference:
-            self._follow(line, model)
+            self._replace_lost(line, model)
 
-    def _follow(self, line: _Line, model: Model) -> None:
+    def _replace_lost(self, line: _Line, model: Model) -> None:
         """Another revision was loaded; a lease that was granted just before a rollout is no way back."""
         if not self._admits(self._placed(line.serving, model)):
             line.take_over(model)
 
-    async def older_than(self, model: Model, error: ServiceError) -> Model | None:
+    async def older_than(self, model: AnyModel, error: ServiceError) -> Model | None:
         """The revision that serves instead of `model`, which failed with `error`; None where none does.
 
         Where none has served since the service began: the one on the disk that served last.
         """
-        if model.exact or not _at_fault(model, error):
+        if not _at_fault(model, error):
             return None
         if model.name not in self._lines:
-            kept = await self._registry.kept_instead(model)
+            kept = await self._registry.kept_instead(model.described)
             if kept is not None:
                 self._lines.setdefault(model.name, _Line(kept))
         line = self._lines.get(model.name)
         if line is None or line.serving.revision == model.revision:
             return None
         self._reject(line, model, error)
-        return self._placed(line.serving, model)
+        older = self._placed(line.serving, model)
+        return None if isinstance(older, Unservable) else older
 
-    def _placed(self, serving: Model, newest: Model) -> Model:
+    def _placed(self, serving: AnyModel, newest: AnyModel) -> AnyModel:
         """The serving revision with its own base's engine: the newest's view of it, if they share it."""
-        if serving.base_model is None:
+        if not isinstance(serving, Adapter):
             return serving
-        same = newest.base_model is not None and newest.base_model.name == serving.base_model.name
-        base = newest.base_model if same and newest.base_model is not None else serving.base_model
-        return replace(serving, base_model=self._base_model(serving, base))
+        same = isinstance(newest, Adapter) and newest.base.name == serving.base.name
+        base = newest.base if isinstance(newest, Adapter) and same else serving.base
+        return serving.on(self._base_of(serving, base))
 
     def lost(self, model: Model) -> None:
         """The files of a revision are neither in the bucket nor on the disk any more."""
@@ -153,7 +162,7 @@ class Rollout:
         if line is not None and line.serving.revision == model.revision and line.candidate is None:
             del self._lines[model.name]
 
-    async def rollback(self, newest: Model) -> Model:
+    async def rollback(self, newest: AnyModel) -> AnyModel:
         """Go back to the previous revision whose snapshot is on the disk; returns it once it serves.
 
         Raises NoPreviousRevision, and what its load raises.
@@ -209,27 +218,27 @@ class Rollout:
             await self._registry.catalog.models()
         for name in sorted(names):
             with suppress(ServiceError):  # what is wrong with it is told to whom asks for it
-                newest = await self._registry.find(name)
+                newest = (await self._registry.find(name)).model
                 if name in self._lines:
                     self._look(self._lines[name], newest)
 
-    def _look(self, line: _Line, newest: Model) -> None:
+    def _look(self, line: _Line, newest: AnyModel) -> None:
         """Begin what is to be begun: a new revision that has stayed the same since the last look."""
         settled, line.seen = line.seen == newest.revision, newest.revision
         if newest.revision == line.serving.revision:
             line.problem = None
-        elif newest.unservable is not None:
-            line.problem = f"revision {newest.revision}: {newest.unservable}"
+        elif isinstance(newest, Unservable):
+            line.problem = f"revision {newest.revision}: {newest.reason}"
         elif settled and newest.revision not in line.rejected and line.candidate is None:
             self._begin(line, newest)
 
-    def _begin(self, line: _Line, newest: Model) -> None:
+    def _begin(self, line: _Line, newest: AnyModel) -> None:
         line.candidate = newest
         task = asyncio.create_task(self._roll_or_log(line, newest))
         self._rolling.add(task)
         task.add_done_callback(self._rolling.discard)
 
-    async def _roll_or_log(self, line: _Line, newest: Model) -> None:
+    async def _roll_or_log(self, line: _Line, newest: AnyModel) -> None:
         try:
             async with line.turn:
                 if newest.revision not in line.rejected:
@@ -248,19 +257,20 @@ class Rollout:
         finally:
             line.candidate = None
 
-    async def _roll(self, line: _Line, model: Model) -> None:
-        """Let `model` take over; raises what keeps it from that."""
-        with _candidate(line, model):
-            await self._registry.examine(model)
-            if model.base_model is not None:
-                (await self._pool.lease(self._placed(model, model))).release()
+    async def _roll(self, line: _Line, newest: AnyModel) -> None:
+        """Let `newest` take over; raises what keeps it from that."""
+        with _candidate(line, newest):
+            model = await self._registry.examine(newest)
+            if isinstance(model, Adapter):
+                placed = model.on(self._base_of(model, model.base))
+                (await self._pool.lease(placed)).release()
             else:
                 same = model.revision == line.serving.revision
                 what = "an engine with more room for adapters" if same else "another revision"
                 logger.info("loading %s", what, extra={**_of(model), "instead_of": line.serving.revision})
                 snapshot = await self._registry.fetch(model)
                 try:
-                    await asyncio.shield(self._pool.order(model, instead_of=line.serving.reference))
+                    await asyncio.shield(self._pool.operator_load(model, instead_of=line.serving.reference))
                 finally:
                     self._registry.release(snapshot)
             old = line.serving
@@ -273,40 +283,44 @@ class Rollout:
     async def _restore(self, line: _Line) -> None:
         """What served until now serves again, where its engine had to go."""
         serving = line.serving
-        if serving.base_model is None and self._pool.state(serving.reference) is EngineState.STOPPED:
+        if isinstance(serving, Checkpoint) and self._pool.state(serving.reference) is EngineState.STOPPED:
             try:
-                await asyncio.shield(self._pool.order(serving))
+                await asyncio.shield(self._pool.operator_load(serving))
             except ServiceError as error:
                 logger.error("not loaded again: %s", error, extra=_of(serving))
 
-    def _reject(self, line: _Line, model: Model, error: ServiceError) -> None:
+    def _reject(self, line: _Line, model: AnyModel, error: ServiceError) -> None:
         if model.revision not in line.rejected:
             self._metrics.rollouts.labels(model.name, "rejected").inc()
         line.reject(model.revision, error.message)
 
-    def _base_model(self, adapter: Model, newest: Model) -> Model:
+    def _base_of(self, adapter: Adapter, newest: Checkpoint | Unservable) -> Checkpoint | Unservable:
         """The base's engine for an adapter; another one than serves, where that takes no such adapter."""
-        meant = self.meant(newest)
-        if meant.rank >= adapter.rank or newest.rank < adapter.rank:
+        meant = self._meant_by_name(newest)
+        if isinstance(meant, Adapter):  # the base's name was an adapter's before
+            return newest
+        if isinstance(meant, Unservable) or isinstance(newest, Unservable):
             return meant
-        wanted = replace(meant, rank=newest.rank)
+        if meant.adapter_rank >= adapter.rank or newest.adapter_rank < adapter.rank:
+            return meant
+        wanted = meant.with_rank(newest.adapter_rank)
         line = self._lines.get(newest.name)
         if line is not None and line.candidate is None and self._admits(line.serving):
             self._begin(line, wanted)
         return wanted
 
-    def _admits(self, model: Model) -> bool:
+    def _admits(self, model: AnyModel) -> bool:
         """Whether an engine serves this revision, or is about to."""
-        if model.base_model is not None:
-            return self._pool.adapter(model) is not None
+        if isinstance(model, Adapter):
+            return isinstance(model.base, Checkpoint) and self._pool.adapter(model) is not None
         return self._pool.state(model.reference) in (EngineState.READY, EngineState.STARTING)
 
-    async def _previous(self, line: _Line, newest: Model) -> Model:
+    async def _previous(self, line: _Line, newest: AnyModel) -> AnyModel:
         known = [each.revision for each in reversed(line.before)]
         kept = await self._registry.kept_revisions(newest.name)
         unwanted = {line.serving.revision, *line.rejected}
         for revision in dict.fromkeys([*known, *kept]):
-            found = None if revision in unwanted else await self._registry.kept(newest, revision)
+            found = None if revision in unwanted else await self._registry.kept(newest.described, revision)
             if found is not None:
                 return found
         others = [revision for revision in kept if revision in line.rejected]
@@ -318,14 +332,14 @@ class Rollout:
         )
 
 
-def _at_fault(model: Model, error: ServiceError) -> bool:
+def _at_fault(model: AnyModel, error: ServiceError) -> bool:
     """Whether this revision would fail again; an adapter is not at fault for its base."""
     own = error.reference in (None, model.reference)
     return own and isinstance(error, _ITS_FAULT) and not isinstance(error, _NOT_ITS_FAULT)
 
 
 @contextmanager
-def _candidate(line: _Line, model: Model) -> Iterator[None]:
+def _candidate(line: _Line, model: AnyModel) -> Iterator[None]:
     line.candidate = model
     try:
         yield
@@ -333,5 +347,5 @@ def _candidate(line: _Line, model: Model) -> Iterator[None]:
         line.candidate = None
 
 
-def _of(model: Model) -> dict[str, str]:
+def _of(model: AnyModel) -> dict[str, str]:
     return {"model": model.name, "revision": model.revision}

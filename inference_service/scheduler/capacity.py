@@ -44,7 +44,7 @@ class Capacity:
             engine
             for engine in self._engines.values()
             if engine.pinned and engine.state in (EngineState.STARTING, EngineState.READY)
-            if engine.key != queue.wish.instead_of
+            if engine.key != queue.request.instead_of
         ]
         if not self._fits(queue.bytes, pinned, ()):
             return Verdict.NEVER
@@ -55,7 +55,7 @@ class Capacity:
     def takes(self, key: str) -> EngineView | None:
         """Case 14: the idle engine that gets the weights of `key`; its own last revision's, or the oldest."""
         queue = self._queues[key]
-        own = self._engines.get(queue.wish.instead_of or "")
+        own = self._engines.get(queue.request.instead_of or "")
         able = [self._engines[name] for name in self.idle() if queue.fits_into(self._engines[name])]
         # What takes adapters is kept for who needs them.
         able.sort(key=lambda engine: engine.adapters)

@@ -21,7 +21,7 @@ class Request:
     key: str
     bytes: int = 0
     pinned: bool = False
-    order: bool = False
+    by_operator: bool = False
     swap: str | None = None
     adapters: int = 0
     fetched: bool = True
@@ -38,9 +38,10 @@ class Fetched:
 
 @dataclass(frozen=True)
 class FetchFailed:
-    """The files of `key`, for which somebody waits, could not be had."""
+    """The files of `key`, a model's or an adapter's that a request waits for, could not be fetched."""
 
     key: str
+    error: Exception
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Failed:
-    """The load of `key` failed; what it left is being torn down."""
+    """The load of `key` failed; what is left of it is being torn down."""
 
     key: str
+    error: Exception
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,17 @@ class Pinned:
 
 
 @dataclass(frozen=True)
+class RoomWanted:
+    """A load lacks space on the disk or memory on the device: an idle engine is to give up its own."""
+
+
+@dataclass(frozen=True)
 class TimePassed:
     """Nothing happened, but it is later."""
 
 
 EngineEvent = Released | Starting | Loaded | Failed | Died | Gone | Unload
-Event = Request | Fetched | FetchFailed | Left | Pinned | TimePassed | EngineEvent
+Event = Request | Fetched | FetchFailed | Left | Pinned | RoomWanted | TimePassed | EngineEvent
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,6 @@ class Reason(StrEnum):
 
     OVERLOADED = "overloaded"
     NO_ROOM = "no room"
-    LOAD_FAILED = "load failed"
     UNLOADED = "unloaded"
 
 
@@ -181,4 +187,12 @@ class Reject:
     reason: Reason
 
 
-Action = Grant | Load | Swap | Drain | Evict | CancelLoad | Reject
+@dataclass(frozen=True)
+class RejectFailed:
+    """Answer the waiter with the error of the load, or of the fetch, that it waited for."""
+
+    number: int
+    failure: Failed | FetchFailed
+
+
+Action = Grant | Load | Swap | Drain | Evict | CancelLoad | Reject | RejectFailed

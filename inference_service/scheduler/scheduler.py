@@ -27,8 +27,10 @@ from inference_service.scheduler.events import (
     Pinned,
     Reason,
     Reject,
+    RejectFailed,
     Released,
     Request,
+    RoomWanted,
     Starting,
     Swap,
     TimePassed,
@@ -89,24 +91,20 @@ class Scheduler:
         """When time alone may change the decision; None: only an event does."""
         return min((moment for moment in self._moments() if now < moment < NEVER), default=None)
 
-    def give_way(self) -> Evict | None:
-        """The idle engine that goes where something other than a slot is short, however young it is."""
-        idle = self.capacity.idle()
-        return self._evict(self.engines[idle[0]]) if idle else None
-
     def _take(self, event: Event, now: float) -> Iterator[Action]:
         match event:
             case Request():
                 yield from self._request(event, now)
             case Fetched(key):
                 self._fetched(key)
-            case FetchFailed(key):
-                yield from self._reject_all(key, Reason.LOAD_FAILED)
-                yield from self._reject_all_of_adapter(key)
+            case FetchFailed():
+                yield from self._reject_failed(event)
             case Left(number, linger):
                 self._left(number, now + linger)
             case Pinned(key, pinned):
                 self._pin(key, pinned=pinned)
+            case RoomWanted():
+                yield from self._evict_idle()
             case TimePassed():
                 pass
             case _:
@@ -121,9 +119,9 @@ class Scheduler:
                 self._is_awaited_as_any(engine, now)
             case Loaded(_, seconds):
                 self._loaded(engine, seconds, now)
-            case Failed(key):
+            case Failed():
                 engine.state = EngineState.FAILED
-                yield from self._reject_all(key, Reason.LOAD_FAILED)
+                yield from self._reject_failed(event)
             case Died():
                 self._void(engine)
                 engine.state = EngineState.FAILED
@@ -136,18 +134,18 @@ class Scheduler:
     def _request(self, request: Request, now: float) -> Iterator[Action]:
         engine = self.engines.get(request.key)
         warm = engine is not None and engine.state is EngineState.READY
-        full = self.waiting >= self.policy.queued and not request.order
+        full = self.waiting >= self.policy.queued and not request.by_operator
         waits = not warm or request.adapter is not None or self.running >= self.policy.concurrency
         if full and waits:
             yield Reject(request.number, Reason.OVERLOADED)
             return
         queue = self._queues.setdefault(request.key, Queue(request))
         # Who joins an order to replace an engine does not change that.
-        instead_of = request.instead_of or queue.wish.instead_of
-        queue.wish = replace(request, instead_of=instead_of)
+        instead_of = request.instead_of or queue.request.instead_of
+        queue.request = replace(request, instead_of=instead_of)
         queue.pinned, queue.fetched = request.pinned, request.fetched
-        queue.waiters[request.number] = Waiting(request.number, now, request.order, request.adapter)
-        self.waiting += not request.order
+        queue.waiters[request.number] = Waiting(request.number, now, request.by_operator, request.adapter)
+        self.waiting += not request.by_operator
 
     def _fetched(self, key: str) -> None:
         if key in self._queues:
@@ -320,7 +318,7 @@ class Scheduler:
 
     def _give_way_for(self, key: str, blocked: Sequence[str], now: float) -> Iterator[Action]:
         queue = self._queues[key]
-        old = self.engines.get(queue.wish.instead_of or "")
+        old = self.engines.get(queue.request.instead_of or "")
         if old is not None:
             yield from self._replace(key, old)
             return
@@ -337,8 +335,8 @@ class Scheduler:
             queue.bytes,
             queue.pinned,
             last_used=now,
-            swap=queue.wish.swap,
-            adapters=queue.wish.adapters,
+            swap=queue.request.swap,
+            adapters=queue.request.adapters,
         )
         return Load(key)
 
@@ -362,16 +360,22 @@ class Scheduler:
             self._forget(key, number)
             yield Reject(number, reason)
 
-    def _reject_all_of_adapter(self, adapter: str) -> Iterator[Reject]:
+    def _reject_failed(self, failure: Failed | FetchFailed) -> Iterator[RejectFailed]:
+        """Reject every request that waits for the model, or for the adapter, that could not be had."""
         for key, queue in list(self._queues.items()):
             for waiter in list(queue.waiters.values()):
-                if waiter.adapter == adapter:
+                if failure.key in (key, waiter.adapter):
                     self._forget(key, waiter.number)
-                    yield Reject(waiter.number, Reason.LOAD_FAILED)
+                    yield RejectFailed(waiter.number, failure)
+
+    def _evict_idle(self) -> Iterator[Evict]:
+        """The idle engine that goes first, however young it is."""
+        for key in self.capacity.idle()[:1]:
+            yield self._evict(self.engines[key])
 
     def _forget(self, key: str, number: int) -> None:
         queue = self._queues[key]
-        self.waiting -= not queue.waiters.pop(number).order
+        self.waiting -= not queue.waiters.pop(number).by_operator
         if not queue.waiters:
             del self._queues[key]
 

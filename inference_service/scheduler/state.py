@@ -86,7 +86,7 @@ class Waiting:
 
     number: int
     since: float
-    order: bool
+    by_operator: bool
     adapter: str | None
 
 
@@ -94,14 +94,14 @@ class Waiting:
 class Queue:
     """Who waits for one model, in order of arrival, and what its engine would take."""
 
-    wish: Request
+    request: Request
     waiters: dict[int, Waiting] = field(default_factory=dict)
     pinned: bool = False
     fetched: bool = True
 
     @property
     def bytes(self) -> int:
-        return self.wish.bytes
+        return self.request.bytes
 
     @property
     def oldest(self) -> Waiting:
@@ -114,5 +114,5 @@ class Queue:
 
     def fits_into(self, engine: EngineView) -> bool:
         """Whether the engine could take these weights."""
-        same = self.wish.swap is not None and self.wish.swap == engine.swap
-        return self.fetched and same and engine.adapters >= self.wish.adapters
+        same = self.request.swap is not None and self.request.swap == engine.swap
+        return self.fetched and same and engine.adapters >= self.request.adapters

@@ -16,7 +16,12 @@ import google_crc32c
 from inference_service.backends import source_tables
 from inference_service.checkpoints.adapter_config import adapter_config, why_malformed, why_not_of
 from inference_service.checkpoints.context_length import is_stretched, positions
-from inference_service.checkpoints.memory_profile import MemoryProfile, Weights, shape_of, shape_of_fake
+from inference_service.checkpoints.memory_profile import (
+    MemoryProfile,
+    Weights,
+    memory_profile_of,
+    memory_profile_of_fake,
+)
 from inference_service.checkpoints.safetensors import (
     LENGTH_BYTES,
     BadHeader,
@@ -36,8 +41,9 @@ from inference_service.storage.bucket.documents import (
     SnapshotDocuments,
     parse_object,
 )
-from inference_service.storage.bucket.model import ADAPTER_CONFIG, CONFIG, Model
+from inference_service.storage.bucket.model import ADAPTER_CONFIG, CONFIG, ListedModel
 from inference_service.storage.bucket.store import StoredObject
+from inference_service.storage.model import Adapter, Checkpoint, Model
 
 READS_AT_ONCE = 8
 KEPT_VERDICTS = 3
@@ -48,14 +54,14 @@ FIRST_READ_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class _Verdict:
-    """What an examination found: why the model cannot be served, if it cannot, its shape and its swap key.
+    """What an examination found: why the model cannot be served, if it cannot, and what it takes.
 
     `revision`: an adapter's with that of its base.
     """
 
     revision: str
     reason: str | None
-    shape: MemoryProfile | None = None
+    memory_profile: MemoryProfile | None = None
     swap_key: str | None = None
     architectures: tuple[str, ...] = ()
 
@@ -74,7 +80,7 @@ class Preflight:
         device: Device,
         backend: Backend,
         check_disk: Callable[[str, int], None],
-        kept: Callable[[Model], Awaitable[Path | None]] | None = None,
+        kept: Callable[[ListedModel], Awaitable[Path | None]] | None = None,
     ) -> None:
         self._documents = documents
         self._settings = settings
@@ -94,10 +100,10 @@ class Preflight:
         if verdict.reason is not None:
             raise ModelNotServable(model.name, verdict.reason)
 
-    def shape(self, model: Model) -> MemoryProfile | None:
-        """The shape of a model that was examined; None where no header was read."""
+    def memory_profile(self, model: Model) -> MemoryProfile | None:
+        """The memory that a model takes that was examined; None where no header was read."""
         verdict = self._verdict(model)
-        return None if verdict is None else verdict.shape
+        return None if verdict is None else verdict.memory_profile
 
     def swap_key(self, model: Model) -> str | None:
         """Which engines can take the weights of a model that was examined; None where none can."""
@@ -124,7 +130,7 @@ class Preflight:
 
     async def _examine(self, model: Model) -> _Verdict:
         snapshot = await self._snapshot(model)
-        of_base = None if model.base_model is None else await self._snapshot(model.base_model)
+        of_base = await self._snapshot(model.engine_model) if isinstance(model, Adapter) else None
         loop = asyncio.get_running_loop()
         verdict = await loop.run_in_executor(
             self._judges, self._judge_where_it_lies, model, snapshot, of_base
@@ -136,7 +142,7 @@ class Preflight:
         return verdict
 
     async def _snapshot(self, model: Model) -> Path | None:
-        return None if self._kept is None else await self._kept(model)
+        return None if self._kept is None else await self._kept(model.described)
 
     def _judge_where_it_lies(self, model: Model, snapshot: Path | None, of_base: Path | None) -> _Verdict:
         """What is on the disk is read there, an adapter's base too: the bucket may hold neither any more."""
@@ -154,8 +160,8 @@ class Preflight:
             self._check_disk(model.name, model.bytes)
         if self._backend is Backend.FAKE:  # nothing reads the insides of its models
             return self._judge_fake(model, reader)
-        if model.base_model is not None:
-            return self._judge_adapter(model, model.base_model, reader, of_base)
+        if isinstance(model, Adapter):
+            return self._judge_adapter(model, model.engine_model, reader, of_base)
         try:
             config = _document(CONFIG, model, reader)
             weights = self._weights(model, reader)
@@ -164,20 +170,22 @@ class Preflight:
         reason = _malformed(config) or _runs_code(config) or self._unknown_names(config, model.serving)
         if reason is not None:
             return _Verdict(model.revision, reason)
-        shape = shape_of(config, model.serving, weights, self._settings, self._device, self._backend)
-        reason = _too_long(config, model.serving) or self._too_large(shape)
+        profile = memory_profile_of(
+            config, model.serving, weights, self._settings, self._device, self._backend
+        )
+        reason = _too_long(config, model.serving) or self._too_large(profile)
         key = swap_key(config, weights.tensors, model.serving, _vocabulary(model, reader))
-        return _Verdict(model.revision, reason, shape, key, tuple(config.get("architectures") or ()))
+        return _Verdict(model.revision, reason, profile, key, tuple(config.get("architectures") or ()))
 
     def _judge_fake(self, model: Model, reader: Reader) -> _Verdict:
-        shape = shape_of_fake(model.bytes, model.serving)
+        profile = memory_profile_of_fake(model.bytes, model.serving)
         try:
             key = _document(CONFIG, model, reader).get("fake", {}).get("swap_key")
         except BadDocument:
             key = None
-        return _Verdict(_examined(model), self._too_large(shape), shape, key)
+        return _Verdict(_examined(model), self._too_large(profile), profile, key)
 
-    def _judge_adapter(self, adapter: Model, base: Model, reader: Reader, of_base: Reader) -> _Verdict:
+    def _judge_adapter(self, adapter: Adapter, base: Checkpoint, reader: Reader, of_base: Reader) -> _Verdict:
         limit = base.serving.max_lora_rank
         if limit is not None and adapter.rank > limit:
             return _Verdict(
@@ -222,25 +230,26 @@ class Preflight:
                 return f"serving.json: {key}: '{name}' is none of {', '.join(sorted(names))}."
         return None
 
-    def _too_large(self, shape: MemoryProfile) -> str | None:
+    def _too_large(self, profile: MemoryProfile) -> str | None:
         device, settings = self._device, self._settings
         if not device.memory_bytes:
             return None
-        usable = int(device.memory_bytes * settings.gpu_memory_utilization) * shape.gpus
-        needed, cache = shape.weights_bytes, shape.kv_cache_bytes or 0
+        usable = int(device.memory_bytes * settings.gpu_memory_utilization) * profile.gpus
+        needed, cache = profile.weights_bytes, profile.kv_cache_bytes or 0
         if needed + cache <= usable:
             return None
-        wish = f" and its KV cache {readable_bytes(cache)} (serving.json: kv_cache_gib)" if cache else ""
+        beside = f" and its KV cache {readable_bytes(cache)} (serving.json: kv_cache_gib)" if cache else ""
         return (
-            f"its weights take {readable_bytes(needed)} as {shape.dtype}{wish}, and the engine may use "
-            f"{readable_bytes(usable)} ({shape.gpus} x {readable_bytes(device.memory_bytes)} of "
+            f"its weights take {readable_bytes(needed)} as {profile.dtype}{beside}, and the engine may use "
+            f"{readable_bytes(usable)} ({profile.gpus} x {readable_bytes(device.memory_bytes)} of "
             f"{device.name}, GPU_MEMORY_UTILIZATION={settings.gpu_memory_utilization:g})."
         )
 
 
 def _examined(model: Model) -> str:
     """What of a model is examined: its revision, and an adapter's base with it."""
-    return model.revision if model.base_model is None else f"{model.revision} on {model.base_model.reference}"
+    on = f" on {model.engine_model.reference}" if isinstance(model, Adapter) else ""
+    return f"{model.revision}{on}"
 
 
 def _document(name: str, model: Model, reader: Reader) -> dict[str, Any]:
@@ -291,7 +300,7 @@ def _malformed(config: dict[str, Any]) -> str | None:
 
 
 def _only_vllm(serving: Serving) -> str | None:
-    """What transformers would not do: the model would be served, but not as its owner wishes."""
+    """What transformers would not do: the model would be served, but not as its serving.json asks for."""
     if serving.quantization is not None:
         return "serving.json: quantization needs the vLLM backend; the transformers backend has CPU_INT8."
     return None

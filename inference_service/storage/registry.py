@@ -10,13 +10,15 @@ from typing import Any
 
 from inference_service.checkpoints.adapter_config import adapter_config, engine_rank
 from inference_service.checkpoints.memory_profile import MemoryProfile
+from inference_service.checkpoints.reference import Reference
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.errors import ModelNotServable, ObjectReplaced, ServiceError, SnapshotCorrupt
 from inference_service.storage.bucket.catalog import Catalog, RevisionNotFound
 from inference_service.storage.bucket.directory import DirectoryStore
 from inference_service.storage.bucket.documents import parse_object
-from inference_service.storage.bucket.model import ADAPTER_CONFIG, Model, ModelKind
+from inference_service.storage.bucket.model import ADAPTER_CONFIG, DescribedModel, ModelKind, canonical_name
 from inference_service.storage.bucket.store import Store, StoredObject
+from inference_service.storage.model import Adapter, AnyModel, Checkpoint, Model, Requested, Unservable
 from inference_service.storage.preflight import Preflight
 from inference_service.storage.snapshots.layout import FileRecord, Layout, Manifest, disown
 from inference_service.storage.snapshots.progress import Progress
@@ -55,45 +57,38 @@ class Registry:
         self._layout = layout
         self._verifier = verifier
 
-    async def resolve(self, name: str) -> Model:
-        """The model that a client means, known to be servable before anything of it is downloaded.
-
-        Raises ModelNotFound, ModelNotServable, DiskFull and StoreError.
-        """
-        model = await self.find(name)
-        await self.examine(model)
-        return model
-
-    async def find(self, name: str) -> Model:
-        """As `resolve`, also for a model that cannot be served.
+    async def find(self, name: str) -> Requested[AnyModel]:
+        """The model that a client means by `name`; raises ModelNotFound and StoreError.
 
         A revision that the bucket does not hold any more is found while its snapshot is on the disk.
         """
+        exact = Reference.parse(canonical_name(name)) is not None
         try:
-            model = await self.catalog.find(name)
+            described = await self.catalog.find(name)
         except RevisionNotFound as error:
             kept = await self.kept(error.newest, error.revision)
             if kept is None:
                 raise
-            return replace(kept, exact=True)
-        return await self._placed(model)
+            return Requested(kept, exact)
+        return Requested(await self._placed(described), exact)
 
-    async def _placed(self, model: Model) -> Model:
-        """The model with what its engine must be: an adapter's base, the rank of a base's adapters."""
-        if model.unservable is not None:
-            return model
-        if model.kind is ModelKind.CHECKPOINT:
-            return replace(model, rank=await self._rank(model))
-        base = await self.catalog.base_of(model)
-        rank = 0 if base.unservable else await self._rank(base)
-        return replace(model, base_model=replace(base, rank=rank))
+    async def _placed(self, described: DescribedModel) -> AnyModel:
+        """The model with its engine: an adapter's base, the rank of a checkpoint's adapters."""
+        if described.unservable is not None:
+            return Unservable(described)
+        if described.kind is ModelKind.CHECKPOINT:
+            return Checkpoint(described, await self._adapter_rank(described))
+        base = await self.catalog.base_of(described)
+        if base.unservable is not None:
+            return Adapter(described, Unservable(base))
+        return Adapter(described, Checkpoint(base, await self._adapter_rank(base)))
 
-    async def _rank(self, base: Model) -> int:
+    async def _adapter_rank(self, base: DescribedModel) -> int:
         limit = base.serving.max_lora_rank
         ranks = [each.rank for each in await self.catalog.adapters_of(base)]
         return engine_rank(max((rank for rank in ranks if limit is None or rank <= limit), default=0), limit)
 
-    async def kept(self, newest: Model, revision: str) -> Model | None:
+    async def kept(self, newest: DescribedModel, revision: str) -> AnyModel | None:
         """Another revision of a model, as its snapshot on the disk shows it; None where there is none.
 
         How it is served is what the bucket says of its newest revision.
@@ -104,29 +99,28 @@ class Registry:
         kept = await asyncio.to_thread(_kept, newest, revision, path)
         return None if kept is None else await self._placed(kept)
 
-    async def kept_instead(self, model: Model) -> Model | None:
+    async def kept_instead(self, newest: DescribedModel) -> Model | None:
         """The revision on the disk that was used last and is not this one; None where none can be served."""
-        for revision in await self.kept_revisions(model.name):
-            found = None if revision == model.revision else await self.kept(model, revision)
+        for revision in await self.kept_revisions(newest.name):
+            found = None if revision == newest.revision else await self.kept(newest, revision)
             if found is not None:
                 try:
-                    await self.examine(found)
+                    return await self.examine(found)
                 except ServiceError:
                     continue
-                return found
         return None
 
     async def kept_revisions(self, name: str) -> list[str]:
         """The revisions of a model that are on the disk, the one that was used last first."""
         return await asyncio.to_thread(self._layout.revisions, name)
 
-    async def examine(self, model: Model) -> None:
-        """Returns for a model that can be served; raises ModelNotServable, DiskFull and StoreError."""
-        if model.unservable is not None:
-            raise ModelNotServable(model.name, model.unservable)
-        if model.base_model is not None:
+    async def examine(self, model: AnyModel) -> Model:
+        """The model, if it can be served; raises ModelNotServable, DiskFull and StoreError."""
+        if isinstance(model, Unservable):
+            raise ModelNotServable(model.name, model.reason)
+        if isinstance(model, Adapter):
             try:
-                await self.examine(model.base_model)
+                await self.examine(model.base)
             except ModelNotServable as error:
                 raise ModelNotServable(model.name, f"of its base: {error.message}") from error
         try:
@@ -134,10 +128,11 @@ class Registry:
         except ObjectReplaced:
             self.catalog.forget()
             raise
+        return model
 
-    def shape(self, model: Model) -> MemoryProfile:
+    def memory_profile(self, model: Model) -> MemoryProfile:
         """What the model takes in memory; where it was not examined, as much as on the disk."""
-        return self._preflight.shape(model) or MemoryProfile("", model.bytes)
+        return self._preflight.memory_profile(model) or MemoryProfile("", model.bytes)
 
     def swap_key(self, model: Model) -> str | None:
         """Models with the same can take one another's place in an engine; None: it is loaded afresh."""
@@ -149,15 +144,15 @@ class Registry:
 
     async def newest_architectures(self, count: int) -> set[str]:
         """The architectures of the checkpoints that were uploaded last; what cannot be told is left out."""
-        models = [each for each in await self.catalog.described() if each.kind is ModelKind.CHECKPOINT]
-        newest = sorted(models, key=lambda each: each.created, reverse=True)[:count]
+        described = [each for each in await self.catalog.described() if isinstance(each, DescribedModel)]
+        checkpoints = [each for each in described if each.kind is ModelKind.CHECKPOINT]
+        newest = sorted(checkpoints, key=lambda each: each.created, reverse=True)[:count]
         found: set[str] = set()
-        for model in newest:
+        for each in newest:
             try:
-                await self.examine(model)
+                found |= set(self.architectures(await self.examine(await self._placed(each))))
             except ServiceError:
                 continue
-            found |= set(self.architectures(model))
         return found
 
     def fetching(self, model: Model) -> Progress | None:
@@ -183,12 +178,13 @@ class Registry:
         except ObjectReplaced:
             self.catalog.forget()
             raise
-        return replace(snapshot, adapter_rank=model.rank if model.kind is ModelKind.CHECKPOINT else 0)
+        rank = model.adapter_rank if isinstance(model, Checkpoint) else 0
+        return replace(snapshot, serving=model.serving, adapter_rank=rank)
 
     async def _verified(self, model: Model, entered: Callable[[str], None]) -> Snapshot:
         entered("sync")
-        kept = await self.snapshots.kept(model)
-        snapshot = await self.snapshots.snapshot(model)
+        kept = await self.snapshots.kept(model.described)
+        snapshot = await self.snapshots.snapshot(model.described)
         entered("verify")
         try:
             await self._verifier.verify(snapshot, arrived_now=kept is None)
@@ -210,7 +206,7 @@ class Registry:
         self.snapshots.release(snapshot)
 
 
-def _kept(newest: Model, revision: str, path: Path) -> Model | None:
+def _kept(newest: DescribedModel, revision: str, path: Path) -> DescribedModel | None:
     """The model as the snapshot in `path` has it; None where that is none, or damaged."""
     manifest = Manifest.read(path)
     try:
@@ -225,7 +221,7 @@ def _kept(newest: Model, revision: str, path: Path) -> Model | None:
     except (OSError, ValueError, TypeError, OverflowError, AttributeError):
         return None
     base = newest.serving.base or config.base
-    return replace(kept, rank=config.rank, base=base, unservable=config.problem)
+    return replace(kept, rank=config.rank, base_name=base, unservable=config.problem)
 
 
 def _stored(record: FileRecord) -> StoredObject:

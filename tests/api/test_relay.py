@@ -22,9 +22,10 @@ from inference_service.metrics import Metrics
 from inference_service.pool.lifecycle import Limits
 from inference_service.pool.loader import Parts
 from inference_service.pool.pool import Pool
+from inference_service.revisions.resolver import Resolver
 from inference_service.revisions.rollout import Rollout
 from inference_service.scheduler.state import Policy
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.model import Model, Requested
 from inference_service.storage.registry import Registry
 from tests.pool.gated import GatedEngine, model
 
@@ -85,6 +86,13 @@ class Client:
         self.messages.append(message)
 
 
+class KnownModel(Resolver):
+    """Every name is the model's own."""
+
+    async def resolve(self, name: str) -> Requested[Model]:
+        return Requested(model(name))
+
+
 class Bench:
     def __init__(self, grace: float) -> None:
         self.engines: list[SlowEngine] = []
@@ -101,13 +109,15 @@ class Bench:
             policy=Policy(slots=1, concurrency=2),
             limits=Limits(WaitLimit(100), WaitLimit(100), load_timeout=100),
         )
+        rollout = Rollout(self.pool, cast(Registry, None), metrics, 1000)
         self.service = Service(
             Settings(cold_start_grace=grace, gcs_bucket="file:///"),
             Device(DeviceKind.CPU, "cpu"),
             Backend.FAKE,
             cast(Registry, None),
             self.pool,
-            Rollout(self.pool, cast(Registry, None), metrics, 1000),
+            rollout,
+            KnownModel(cast(Registry, None), self.pool, rollout),
             metrics,
         )
 
@@ -135,7 +145,7 @@ class Bench:
         }
         scope["state"]["arrived"] = asyncio.get_running_loop().time()
         body = CompletionBody.model_validate({"model": "m", "prompt": "x", "stream": stream})
-        relay = Relay(self.service, model("m"), body, Request(scope, client.receive))
+        relay = Relay(self.service, body, Request(scope, client.receive))
         return asyncio.create_task(relay(scope, client.receive, client.send))
 
 

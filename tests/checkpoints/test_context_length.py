@@ -61,7 +61,7 @@ def test_the_setting_goes_as_far_as_the_model(
     tmp_path: Path, config: dict[str, Any], setting: int | None, wish: int | None, expected: int | None
 ) -> None:
     settings, serving = Settings(max_model_len=setting), Serving(max_model_len=wish)
-    assert longest_request(config, serving, settings) == expected
+    assert longest_request(config, serving, settings.max_model_len) == expected
     (tmp_path / "config.json").write_text(json.dumps(config))
     snapshot = Snapshot("m", "0", tmp_path, 0, serving)
     device, footprint = Device(DeviceKind.CPU, "some"), Footprint(1, 1, 1)

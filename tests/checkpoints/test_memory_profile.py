@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from inference_service.checkpoints.memory_profile import Weights, shape_of
+from inference_service.checkpoints.memory_profile import Weights, memory_profile_of
 from inference_service.checkpoints.safetensors import Tensor
 from inference_service.checkpoints.serving_config import Serving
 from inference_service.config import Backend, Settings
@@ -31,5 +31,5 @@ def test_an_output_layer_that_is_packed_beside_the_embeddings_counts(
 ) -> None:
     settings = Settings(dtype="float32", max_model_len=64)
     device = Device(kind, "some")
-    found = shape_of(CONFIG | config, Serving(), Weights(tensors), settings, device, backend)
+    found = memory_profile_of(CONFIG | config, Serving(), Weights(tensors), settings, device, backend)
     assert found.weights_bytes == expected

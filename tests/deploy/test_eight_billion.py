@@ -23,7 +23,8 @@ from inference_service.scheduler.scheduler import Scheduler
 from inference_service.scheduler.state import Policy
 from inference_service.storage.bucket.directory import DirectoryStore
 from inference_service.storage.bucket.documents import Documents
-from inference_service.storage.bucket.model import Model, describe, models_in
+from inference_service.storage.bucket.model import describe, models_in
+from inference_service.storage.model import Checkpoint
 from inference_service.storage.preflight import Preflight
 from inference_service.storage.snapshots import cache as disk_cache
 from inference_service.storage.snapshots.cache import open_cache
@@ -108,9 +109,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DirectoryStore:
     return DirectoryStore(root)
 
 
-def model_in(store: DirectoryStore, name: str) -> Model:
+def model_in(store: DirectoryStore, name: str) -> Checkpoint:
     model = models_in(store.list("models/"), "models/")[name]
-    return describe(model, {each.filename: b"".join(store.read(each)) for each in model.documents})
+    contents = {each.filename: b"".join(store.read(each)) for each in model.documents}
+    return Checkpoint(describe(model, contents))
 
 
 @pytest.fixture
@@ -137,24 +139,24 @@ async def test_an_eight_billion_model_is_admitted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = model_in(store, name)
-    _, disk = open_cache(instance)
+    _, disk = open_cache(instance.local_model_cache, instance.disk_cache_gib)
     preflight = Preflight(Documents(store), instance, L4, Backend.VLLM, disk.check_fits)
     await preflight.examine(model)
-    shape = preflight.shape(model)
-    assert shape is not None
-    assert shape.weights_bytes == BYTES[name]
+    profile = preflight.memory_profile(model)
+    assert profile is not None
+    assert profile.weights_bytes == BYTES[name]
 
     slots, utilization = instance.max_cached_models, instance.gpu_memory_utilization
     budget = Budget(L4, Backend.VLLM, utilization, slots, instance.max_adapters)
-    footprint = budget.footprint(shape)
+    footprint = budget.footprint(profile)
     scheduler = Scheduler(Policy(slots, instance.concurrency, instance.queued, memory=budget.total))
     assert scheduler.handle(Request(1, name, footprint.total), 0.0) == [Load(name)]
 
-    tokens = footprint.kv_cache // shape.token_bytes
+    tokens = footprint.kv_cache // profile.token_bytes
     with capsys.disabled():
         print(f"\n{variant.file}: {name} on {L4.name}: {footprint}, {tokens} tokens of KV cache")
-    assert shape.context == instance.max_model_len
-    assert tokens >= 2 * shape.context, "two requests of full length at once"
+    assert profile.context == instance.max_model_len
+    assert tokens >= 2 * profile.context, "two requests of full length at once"
 
 
 def test_its_driver_gets_forward_compatibility(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

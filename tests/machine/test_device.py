@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from inference_service.config import Backend, DtypeChoice, Settings
+from inference_service.config import Backend, DtypeChoice
 from inference_service.machine import device as devices
 from inference_service.machine.device import (
     Device,
@@ -42,9 +42,9 @@ def test_dtype(choice: str, device: Device, backend: str, checkpoint: str | None
 
 
 def test_all_gpus_unless_set_otherwise() -> None:
-    assert tensor_parallel_size(Settings(), GPUS) == 4
-    assert tensor_parallel_size(Settings(), CPU) == 1
-    assert tensor_parallel_size(Settings(tensor_parallel_size=2), GPUS) == 2
+    assert tensor_parallel_size("auto", GPUS) == 4
+    assert tensor_parallel_size("auto", CPU) == 1
+    assert tensor_parallel_size(2, GPUS) == 2
 
 
 class FakeNvml:

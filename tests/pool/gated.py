@@ -8,20 +8,25 @@ from inference_service.checkpoints.serving_config import Serving
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.engines.base import About, Fingerprint, Heartbeat, Reply, Swapped
 from inference_service.errors import AdapterRefused, EngineDied, ServiceError
-from inference_service.storage.bucket.model import Model, ModelKind
+from inference_service.storage.bucket.model import DescribedModel, ModelKind
 from inference_service.storage.bucket.store import StoredObject
+from inference_service.storage.model import Adapter, Checkpoint
 
 MIB = 1 << 20
 
 
-def model(name: str, *, pinned: bool = False) -> Model:
+def described(name: str, kind: ModelKind, *, revision: str = "r1", pinned: bool = False) -> DescribedModel:
     weights = StoredObject(f"{name}/model.safetensors", 100, "1", 7, datetime.now(UTC))
     serving = Serving(pinned=pinned)
-    return Model(name, ModelKind.CHECKPOINT, name, "r1", (weights,), datetime.now(UTC), serving=serving)
+    return DescribedModel(name, kind, name, revision, (weights,), datetime.now(UTC), serving=serving)
 
 
-def adapter(name: str, base: str) -> Model:
-    return replace(model(name), kind=ModelKind.ADAPTER, base=base, rank=8, base_model=model(base))
+def model(name: str, *, revision: str = "r1", pinned: bool = False) -> Checkpoint:
+    return Checkpoint(described(name, ModelKind.CHECKPOINT, revision=revision, pinned=pinned))
+
+
+def adapter(name: str, base: str) -> Adapter:
+    return Adapter(replace(described(name, ModelKind.ADAPTER), base_name=base, rank=8), model(base))
 
 
 def key(name: str) -> str:

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from inference_service.pool.lifecycle import Limits
 from inference_service.pool.loader import Parts
 from inference_service.pool.pool import LINGER_SECONDS, Pool
 from inference_service.scheduler.state import EngineState, Policy
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.model import Model
 from tests.pool.gated import MIB, GatedEngine, adapter, key, model
 
 
@@ -507,7 +506,7 @@ async def test_a_pinned_model_that_takes_the_last_slot_leaves_nobody_waiting(one
 
 async def test_another_revision_gets_an_engine_of_its_own(two: Bench) -> None:
     (await two.started("a")).release()
-    asked = asyncio.create_task(two.pool.lease(replace(model("a"), revision="r2", exact=True)))
+    asked = asyncio.create_task(two.pool.lease(model("a", revision="r2"), exact=True))
     await two.settle()
     two.engine("a").started.set_result(None)
     lease = await asked
@@ -734,7 +733,7 @@ async def test_what_a_waiter_is_told_meanwhile(one: Bench) -> None:
 
 async def test_a_load_that_the_operator_asked_for_outlives_the_queue_timeout() -> None:
     async for bench in _bench(1, clock=time.monotonic, load_wait=0.02):
-        loading = bench.pool.order(model("a"))
+        loading = bench.pool.operator_load(model("a"))
         await asyncio.sleep(0.1)
         assert not loading.done()
         bench.engine("a").started.set_result(None)
@@ -895,8 +894,8 @@ async def test_an_order_needs_no_lease_and_waits_beside_the_queue() -> None:
         busy = await bench.started("a")
         queued = bench.ask("a")
         await bench.settle()
-        await bench.pool.order(model("a"))
-        first, second = bench.pool.order(model("b")), bench.pool.order(model("b"))
+        await bench.pool.operator_load(model("a"))
+        first, second = bench.pool.operator_load(model("b")), bench.pool.operator_load(model("b"))
         assert first is second, "one order a model"
         await bench.settle()
         bench.engine("b").started.set_result(None)
@@ -907,12 +906,12 @@ async def test_an_order_needs_no_lease_and_waits_beside_the_queue() -> None:
 
 
 async def test_a_failed_order_is_told(one: Bench) -> None:
-    order = one.pool.order(model("a"))
+    load = one.pool.operator_load(model("a"))
     await one.settle()
     one.engine("a").may_close.set_result(None)
     one.engine("a").started.set_exception(EngineStartFailed("broken"))
     with pytest.raises(EngineStartFailed, match="broken"):
-        await order
+        await load
 
 
 async def test_a_warm_engine_serves_while_another_is_being_started(two: Bench) -> None:
@@ -1094,7 +1093,7 @@ async def test_an_adapters_files_have_the_time_of_a_load() -> None:
         (await bench.started("base")).release()
         bench.gates["t"] = asyncio.Event()
         with pytest.raises(LoadTimedOut):
-            await bench.pool.order(adapter("t", "base"))
+            await bench.pool.operator_load(adapter("t", "base"))
 
 
 async def test_who_waits_for_an_adapter_that_is_unloaded_is_told(two: Bench) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.pool.prefetch import Prefetcher
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.model import Model
 from tests.pool.gated import model
 
 
@@ -18,7 +18,12 @@ class Source:
         self.gate = asyncio.Event()
         self.held = 0
         self.prefetcher = Prefetcher(
-            self._fetch, self._release, time.monotonic, lambda model, error: None, lambda key: False, 60
+            self._fetch,
+            self._release,
+            clock=time.monotonic,
+            ended=lambda model, error: None,
+            wanted=lambda key: False,
+            seconds=60,
         )
 
     async def _fetch(self, model: Model, entered: Callable[[str], None]) -> Snapshot:

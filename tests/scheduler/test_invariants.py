@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from inference_service.checkpoints.memory_profile import Footprint
+from inference_service.checkpoints.reference import model_of
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.config import WaitLimit
 from inference_service.errors import (
@@ -28,7 +29,7 @@ from inference_service.pool.lifecycle import Limits
 from inference_service.pool.loader import Parts
 from inference_service.pool.pool import LINGER_SECONDS, Pool
 from inference_service.scheduler.state import EngineState, Policy
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.model import Model
 from tests.pool.gated import MIB, GatedEngine, key, model
 
 # Model -> MiB of its engine.
@@ -392,7 +393,7 @@ class PoolMachine(RuleBasedStateMachine):
     @property
     def ready_at(self) -> dict[str, float]:
         views = self.pool._scheduler.engines.items()
-        return {reference.partition("@")[0]: view.ready_at for reference, view in views}
+        return {model_of(reference): view.ready_at for reference, view in views}
 
 
 TestPoolMachine = PoolMachine.TestCase

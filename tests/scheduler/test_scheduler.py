@@ -20,8 +20,10 @@ from inference_service.scheduler.events import (
     Pinned,
     Reason,
     Reject,
+    RejectFailed,
     Released,
     Request,
+    RoomWanted,
     Starting,
     Swap,
     TimePassed,
@@ -33,6 +35,10 @@ from inference_service.scheduler.state import EngineState, Policy
 MIB = 1 << 20
 
 
+LOAD_OF_A, LOAD_OF_B = (Failed(key, RuntimeError("broken")) for key in ("a", "b"))
+FETCH_OF_B, FETCH_OF_T = (FetchFailed(key, RuntimeError("broken")) for key in ("b", "t"))
+
+
 class Play:
     """A scheduler and a clock; every model weighs one MiB unless it is said otherwise."""
 
@@ -42,25 +48,25 @@ class Play:
         self.now = 1000.0
         self.numbers = 0
 
-    def tell(self, event: Event, after: float = 0.0) -> list[Action]:
+    def handle(self, event: Event, after: float = 0.0) -> list[Action]:
         self.now += after
         return self.scheduler.handle(event, self.now)
 
     def ask(self, key: str, after: float = 0.0, **more: Any) -> list[Action]:
         self.numbers += 1
-        return self.tell(Request(self.numbers, key, **({"bytes": MIB} | more)), after)
+        return self.handle(Request(self.numbers, key, **({"bytes": MIB} | more)), after)
 
     def later(self, seconds: float) -> list[Action]:
-        return self.tell(TimePassed(), seconds)
+        return self.handle(TimePassed(), seconds)
 
     def serve(self, *keys: str, leases: int = 0, **more: Any) -> None:
         """Load engines one after the other, each with so many leases out, the clock a second on each time."""
         for key in keys:
             for _ in range(max(1, leases)):
                 self.ask(key, **more)
-            self.tell(Loaded(key, 1.0))
+            self.handle(Loaded(key, 1.0))
             if leases == 0:
-                self.tell(Released(key))
+                self.handle(Released(key))
             self.now += 1
 
     def state(self, key: str) -> EngineState:
@@ -71,7 +77,7 @@ def test_1_a_ready_engine_is_granted_at_once_oldest_first() -> None:
     play = Play()
     assert play.ask("a") == [Load("a")]
     assert play.ask("a") == []
-    assert play.tell(Loaded("a")) == [Grant(1, "a"), Grant(2, "a")]
+    assert play.handle(Loaded("a")) == [Grant(1, "a"), Grant(2, "a")]
     assert play.ask("a") == [Grant(3, "a")]
 
 
@@ -80,8 +86,8 @@ def test_1_concurrency_bounds_the_leases_of_all_engines() -> None:
     play.serve("a", "b")
     assert (play.ask("a"), play.ask("b")) == ([Grant(3, "a")], [Grant(4, "b")])
     assert (play.ask("b"), play.ask("a")) == ([], [])
-    assert play.tell(Released("a")) == [Grant(5, "b")], "in order of arrival, whichever engine it is for"
-    assert play.tell(Released("b")) == [Grant(6, "a")]
+    assert play.handle(Released("a")) == [Grant(5, "b")], "in order of arrival, whichever engine it is for"
+    assert play.handle(Released("b")) == [Grant(6, "a")]
 
 
 def test_1_warm_models_do_not_wait_behind_a_load() -> None:
@@ -96,8 +102,8 @@ def test_1_who_waits_for_an_adapters_files_keeps_nobody_waiting() -> None:
     play.serve("a")
     assert play.ask("a", adapter="t") == []
     assert play.ask("a") == [Grant(3, "a")]
-    assert play.tell(Fetched("other")) == []
-    assert play.tell(Fetched("t")) == [Grant(2, "a")]
+    assert play.handle(Fetched("other")) == []
+    assert play.handle(Fetched("t")) == [Grant(2, "a")]
 
 
 def test_1_an_engine_is_kept_for_who_waits_for_an_adapters_files() -> None:
@@ -106,16 +112,16 @@ def test_1_an_engine_is_kept_for_who_waits_for_an_adapters_files() -> None:
     play.ask("a", adapter="t")
     assert play.later(6) == []
     assert play.ask("b") == [], "it is the older one's engine"
-    assert play.tell(FetchFailed("t")) == [Reject(2, Reason.LOAD_FAILED), Evict("a")]
+    assert play.handle(FETCH_OF_T) == [RejectFailed(2, FETCH_OF_T), Evict("a")]
 
 
 def test_1_an_adapters_files_that_cannot_be_had_are_the_concern_of_who_waits_for_them() -> None:
     play = Play()
     assert play.ask("a", adapter="t") == [Load("a")]
     assert [play.ask("a"), play.ask("a", adapter="t"), play.ask("a", adapter="u")] == [[], [], []]
-    assert play.tell(FetchFailed("t")) == [Reject(1, Reason.LOAD_FAILED), Reject(3, Reason.LOAD_FAILED)]
-    assert play.tell(Loaded("a")) == [Grant(2, "a")]
-    assert play.tell(Fetched("u")) == [Grant(4, "a")]
+    assert play.handle(FETCH_OF_T) == [RejectFailed(1, FETCH_OF_T), RejectFailed(3, FETCH_OF_T)]
+    assert play.handle(Loaded("a")) == [Grant(2, "a")]
+    assert play.handle(Fetched("u")) == [Grant(4, "a")]
 
 
 def test_13_nobody_gives_way_for_the_base_of_an_adapter_whose_files_are_not_there() -> None:
@@ -124,12 +130,12 @@ def test_13_nobody_gives_way_for_the_base_of_an_adapter_whose_files_are_not_ther
     play.ask("base", adapter="t")
     assert play.later(60) == []
     assert play.ask("b") == [Evict("a")], "what can be served has no need to wait for it"
-    assert play.tell(Gone("a")) == [Load("b")]
-    play.tell(Loaded("b"))
-    play.tell(Released("b"))
+    assert play.handle(Gone("a")) == [Load("b")]
+    play.handle(Loaded("b"))
+    play.handle(Released("b"))
     assert play.later(60) == []
-    assert play.tell(Fetched("t")) == [Evict("b")]
-    assert play.tell(Gone("b")) == [Load("base")]
+    assert play.handle(Fetched("t")) == [Evict("b")]
+    assert play.handle(Gone("b")) == [Load("base")]
 
 
 def test_13_such_a_base_is_loaded_where_room_is_free() -> None:
@@ -155,8 +161,8 @@ def test_3_the_model_that_was_asked_for_first_is_loaded_first() -> None:
     play = Play(slots=1)
     play.serve("x", leases=1)
     assert [play.ask("b"), play.ask("a"), play.ask("b")] == [[], [], []]
-    assert play.tell(Died("x")) == []
-    assert play.tell(Gone("x")) == [Load("b")]
+    assert play.handle(Died("x")) == []
+    assert play.handle(Gone("x")) == [Load("b")]
 
 
 def test_3_a_model_is_loaded_only_where_its_bytes_fit() -> None:
@@ -164,9 +170,9 @@ def test_3_a_model_is_loaded_only_where_its_bytes_fit() -> None:
     assert play.ask("a", bytes=2 * MIB) == [Load("a")]
     assert play.ask("b", bytes=2 * MIB) == [], "a is on its way, and they do not fit together"
     assert play.ask("c", bytes=MIB) == [], "the room that is left is kept for b, which came first"
-    assert play.tell(Loaded("a")) == [Grant(1, "a")]
-    assert play.tell(Released("a")) == [Evict("a")]
-    assert play.tell(Gone("a")) == [Load("b"), Load("c")]
+    assert play.handle(Loaded("a")) == [Grant(1, "a")]
+    assert play.handle(Released("a")) == [Evict("a")]
+    assert play.handle(Gone("a")) == [Load("b"), Load("c")]
 
 
 def test_3_a_small_model_that_came_first_is_loaded_beside_a_busy_one() -> None:
@@ -179,9 +185,9 @@ def test_4_the_least_recently_used_idle_engine_gives_way() -> None:
     play = Play()
     play.serve("a", "b")
     play.ask("a")
-    play.tell(Released("a"))
+    play.handle(Released("a"))
     assert play.ask("c") == [Evict("b")]
-    assert play.tell(Gone("b")) == [Load("c")]
+    assert play.handle(Gone("b")) == [Load("c")]
 
 
 def test_4_one_eviction_per_wanted_model() -> None:
@@ -212,7 +218,7 @@ def test_4_nobody_gives_way_in_vain() -> None:
 def test_4_an_engine_that_stops_already_is_waited_for() -> None:
     play = Play()
     play.serve("a", "b")
-    assert play.tell(Unload("a")) == [Evict("a")]
+    assert play.handle(Unload("a")) == [Evict("a")]
     assert play.ask("x") == []
     assert play.ask("y") == [Evict("b")]
 
@@ -239,8 +245,8 @@ def test_4_of_equally_old_victims_the_one_goes_that_is_cheapest_to_load_again() 
     play.ask("dear")
     play.ask("cheap")
     for key, seconds in (("dear", 40.0), ("cheap", 4.0)):
-        play.tell(Loaded(key, seconds))
-        play.tell(Released(key), 0.1)
+        play.handle(Loaded(key, seconds))
+        play.handle(Released(key), 0.1)
     assert play.ask("c") == [Evict("cheap")]
 
 
@@ -250,14 +256,14 @@ def test_4_a_pinned_engine_never_gives_way() -> None:
     play.serve("b", leases=1)
     assert play.ask("c") == []
     assert play.later(60) == [Drain("b")]
-    assert play.tell(Pinned("a", pinned=False)) == []
-    assert play.tell(Released("b")) == [Evict("b")]
+    assert play.handle(Pinned("a", pinned=False)) == []
+    assert play.handle(Released("b")) == [Evict("b")]
 
 
 def test_4_an_operators_pin_counts_at_once() -> None:
     play = Play()
     play.serve("a", "b")
-    play.tell(Pinned("a", pinned=True))
+    play.handle(Pinned("a", pinned=True))
     assert play.ask("c") == [Evict("b")]
 
 
@@ -267,8 +273,8 @@ def test_5_an_engine_with_leases_is_never_torn_down() -> None:
     assert play.ask("b") == []
     assert play.later(10) == [Drain("a")]
     assert play.later(1000) == []
-    assert play.tell(Released("a")) == [Evict("a")]
-    assert play.tell(Gone("a")) == [Load("b")]
+    assert play.handle(Released("a")) == [Evict("a")]
+    assert play.handle(Gone("a")) == [Load("b")]
 
 
 def test_5_the_least_valuable_busy_engine_drains_for_one_who_has_waited_long() -> None:
@@ -299,7 +305,7 @@ def test_5_an_engine_that_has_served_nobody_for_want_of_a_lease_stays() -> None:
         assert play.ask(key) == []
     assert play.later(10) == [Drain("hangs")], "for c, and new is not torn down for d"
     assert play.later(1000) == []
-    assert play.tell(Released("hangs")) == [Grant(5, "new"), Drain("new")]
+    assert play.handle(Released("hangs")) == [Grant(5, "new"), Drain("new")]
 
 
 def test_5_new_requests_are_not_admitted_to_a_draining_engine() -> None:
@@ -308,8 +314,8 @@ def test_5_new_requests_are_not_admitted_to_a_draining_engine() -> None:
     play.ask("b")
     play.later(10)
     assert play.ask("a") == []
-    assert play.tell(Released("a")) == [Evict("a")]
-    assert play.tell(Gone("a")) == [Load("b")]
+    assert play.handle(Released("a")) == [Evict("a")]
+    assert play.handle(Gone("a")) == [Load("b")]
 
 
 def test_5_one_engine_drains_for_one_model() -> None:
@@ -332,10 +338,10 @@ def test_5_two_models_that_are_both_wanted_all_the_time_take_turns() -> None:
         assert play.ask(other) == []
         assert play.later(10) == [Drain(this)]
         assert play.ask(this) == []
-        assert play.tell(Released(this)) == [Evict(this)]
-        assert play.tell(Gone(this)) == [Load(other)]
-        assert play.tell(Loaded(other)) == [Grant(play.numbers - 1, other)]
-        play.tell(Left(play.numbers))
+        assert play.handle(Released(this)) == [Evict(this)]
+        assert play.handle(Gone(this)) == [Load(other)]
+        assert play.handle(Loaded(other)) == [Grant(play.numbers - 1, other)]
+        play.handle(Left(play.numbers))
         loads.append(other)
     assert loads == ["b", "a", "b"]
 
@@ -343,7 +349,7 @@ def test_5_two_models_that_are_both_wanted_all_the_time_take_turns() -> None:
 def test_6_a_load_that_nobody_waits_for_any_more_is_cancelled() -> None:
     play = Play()
     play.ask("a")
-    assert play.tell(Left(1, linger=5)) == []
+    assert play.handle(Left(1, linger=5)) == []
     assert play.scheduler.next_look(play.now) == play.now + 5
     assert play.later(4.9) == []
     assert play.later(0.1) == [CancelLoad("a")]
@@ -352,18 +358,18 @@ def test_6_a_load_that_nobody_waits_for_any_more_is_cancelled() -> None:
 def test_6_a_load_that_somebody_comes_back_for_goes_on() -> None:
     play = Play()
     play.ask("a")
-    play.tell(Left(1, linger=5))
+    play.handle(Left(1, linger=5))
     assert play.ask("a", after=3) == []
     assert play.later(60) == []
-    assert play.tell(Loaded("a")) == [Grant(2, "a")]
+    assert play.handle(Loaded("a")) == [Grant(2, "a")]
 
 
 def test_6_a_load_that_one_of_two_waits_for_goes_on() -> None:
     play = Play()
     play.ask("a")
     play.ask("a")
-    assert play.tell(Left(1)) == []
-    assert play.tell(Left(2)) == [CancelLoad("a")]
+    assert play.handle(Left(1)) == []
+    assert play.handle(Left(2)) == [CancelLoad("a")]
 
 
 def test_7_an_idle_engine_goes_after_a_while() -> None:
@@ -389,7 +395,7 @@ def test_8_more_than_may_wait_are_rejected_at_once() -> None:
     assert [play.ask("a"), play.ask("a")] == [[], []]
     assert play.ask("a") == [Reject(4, Reason.OVERLOADED)]
     assert play.ask("b") == [Reject(5, Reason.OVERLOADED)]
-    assert play.tell(Left(2)) == []
+    assert play.handle(Left(2)) == []
     assert play.ask("a") == [], "one that left makes place"
 
 
@@ -418,15 +424,15 @@ def test_8_a_pin_rejects_those_who_wait_already() -> None:
     play = Play(slots=1)
     play.serve("a", leases=1)
     assert play.ask("b") == []
-    assert play.tell(Pinned("a", pinned=True)) == [Reject(2, Reason.NO_ROOM)]
+    assert play.handle(Pinned("a", pinned=True)) == [Reject(2, Reason.NO_ROOM)]
 
 
 def test_8_a_pinned_engine_that_is_being_unloaded_is_waited_for() -> None:
     play = Play(slots=1)
     play.serve("p", pinned=True)
-    assert play.tell(Unload("p")) == [Evict("p")]
+    assert play.handle(Unload("p")) == [Evict("p")]
     assert play.ask("b") == []
-    assert play.tell(Gone("p")) == [Load("b")]
+    assert play.handle(Gone("p")) == [Load("b")]
 
 
 def test_9_a_failed_load_rejects_everyone_who_waited_and_the_slot_is_free_once_it_is_gone() -> None:
@@ -434,57 +440,57 @@ def test_9_a_failed_load_rejects_everyone_who_waited_and_the_slot_is_free_once_i
     play.ask("a")
     play.ask("a")
     play.ask("b")
-    assert play.tell(Failed("a")) == [Reject(1, Reason.LOAD_FAILED), Reject(2, Reason.LOAD_FAILED)]
-    assert play.tell(Gone("a")) == [Load("b")]
+    assert play.handle(LOAD_OF_A) == [RejectFailed(1, LOAD_OF_A), RejectFailed(2, LOAD_OF_A)]
+    assert play.handle(Gone("a")) == [Load("b")]
 
 
 def test_9_a_dead_engines_leases_do_not_count() -> None:
     play = Play(concurrency=2)
     play.serve("a", leases=2)
     assert play.ask("b") == [Load("b")]
-    play.tell(Loaded("b"))
-    assert play.tell(Died("a")) == [Grant(3, "b")]
+    play.handle(Loaded("b"))
+    assert play.handle(Died("a")) == [Grant(3, "b")]
     assert play.ask("a") == []
-    assert play.tell(Gone("a")) == [Load("a")], "replaced for who has asked since"
+    assert play.handle(Gone("a")) == [Load("a")], "replaced for who has asked since"
     assert play.scheduler.running == 1
 
 
 def test_10_an_unloaded_engine_drains_first() -> None:
     play = Play()
     play.serve("a", leases=2)
-    assert play.tell(Unload("a")) == []
+    assert play.handle(Unload("a")) == []
     assert play.ask("a") == []
-    assert play.tell(Released("a")) == []
-    assert play.tell(Released("a")) == [Evict("a")]
-    assert play.tell(Gone("a")) == [Load("a")]
+    assert play.handle(Released("a")) == []
+    assert play.handle(Released("a")) == [Evict("a")]
+    assert play.handle(Gone("a")) == [Load("a")]
 
 
 def test_10_forced_it_goes_at_once() -> None:
     play = Play()
     play.serve("a", leases=2)
-    assert play.tell(Unload("a", force=True)) == [Evict("a")]
+    assert play.handle(Unload("a", force=True)) == [Evict("a")]
     assert play.scheduler.running == 0
     play = Play()
     play.serve("a", leases=2)
-    play.tell(Unload("a"))
-    assert play.tell(Unload("a", force=True)) == [Evict("a")], "also where it drains already"
-    assert play.tell(Unload("a", force=True)) == []
+    play.handle(Unload("a"))
+    assert play.handle(Unload("a", force=True)) == [Evict("a")], "also where it drains already"
+    assert play.handle(Unload("a", force=True)) == []
 
 
 def test_10_an_unload_rejects_those_who_wait_for_the_load() -> None:
     play = Play()
     play.ask("a")
-    assert play.tell(Unload("a")) == [Reject(1, Reason.UNLOADED), CancelLoad("a")]
+    assert play.handle(Unload("a")) == [Reject(1, Reason.UNLOADED), CancelLoad("a")]
 
 
 def test_what_gives_way_where_something_else_than_a_slot_is_short() -> None:
     play = Play()
     play.serve("a", "b")
     assert play.scheduler.capacity.victims(play.now) == ["a", "b"]
-    assert play.scheduler.give_way() == Evict("a")
+    assert play.handle(RoomWanted()) == [Evict("a")]
     assert play.state("a") is EngineState.STOPPING
-    assert play.scheduler.give_way() == Evict("b")
-    assert play.scheduler.give_way() is None
+    assert play.handle(RoomWanted()) == [Evict("b")]
+    assert play.handle(RoomWanted()) == []
 
 
 def test_when_time_alone_changes_nothing() -> None:
@@ -500,7 +506,7 @@ def test_11_a_drain_is_called_off_when_nobody_waits_for_its_slot_any_more() -> N
     play.ask("b")
     assert play.later(10) == [Drain("a")]
     assert play.ask("a") == []
-    assert play.tell(Left(2)) == [Grant(3, "a")], "b has left: a admits again"
+    assert play.handle(Left(2)) == [Grant(3, "a")], "b has left: a admits again"
     assert play.state("a") is EngineState.READY
 
 
@@ -509,8 +515,8 @@ def test_11_an_operators_drain_is_not() -> None:
     play.serve("a", leases=1)
     play.ask("b")
     assert play.later(10) == [Drain("a")]
-    assert play.tell(Unload("a")) == []
-    assert play.tell(Left(2)) == []
+    assert play.handle(Unload("a")) == []
+    assert play.handle(Left(2)) == []
     assert play.state("a") is EngineState.DRAINING
 
 
@@ -519,7 +525,7 @@ def test_11_a_pin_calls_a_drain_off() -> None:
     play.serve("a", leases=1)
     play.ask("b")
     assert play.later(10) == [Drain("a")]
-    assert play.tell(Pinned("a", pinned=True)) == [Reject(2, Reason.NO_ROOM)]
+    assert play.handle(Pinned("a", pinned=True)) == [Reject(2, Reason.NO_ROOM)]
     assert play.state("a") is EngineState.READY
 
 
@@ -527,12 +533,12 @@ def test_12_while_an_engine_is_being_started_none_gives_way() -> None:
     play = Play(slots=2, idle_ttl=60)
     play.serve("a")
     assert play.ask("slow") == [Load("slow")]
-    assert play.tell(Starting("slow", MIB)) == []
+    assert play.handle(Starting("slow", MIB)) == []
     assert play.ask("c") == []
     assert play.later(100) == [], "nor after MODEL_IDLE_TTL or FAIRNESS_WAIT"
     assert play.ask("a") == [Grant(4, "a")], "it serves meanwhile"
-    assert play.tell(Released("a")) == []
-    assert play.tell(Loaded("slow")) == [Grant(2, "slow"), Evict("a")]
+    assert play.handle(Released("a")) == []
+    assert play.handle(Loaded("slow")) == [Grant(2, "slow"), Evict("a")]
 
 
 def test_an_operators_order_waits_beside_the_queue() -> None:
@@ -540,17 +546,17 @@ def test_an_operators_order_waits_beside_the_queue() -> None:
     play.serve("a", leases=1)
     assert play.ask("a") == []
     assert play.ask("b") == [Reject(3, Reason.OVERLOADED)]
-    assert play.ask("b", order=True) == [Load("b")]
+    assert play.ask("b", by_operator=True) == [Load("b")]
     assert play.scheduler.waiting == 1, "and takes no client's place"
-    assert play.tell(Left(2)) == []
+    assert play.handle(Left(2)) == []
     assert play.ask("a") == []
 
 
 def test_what_an_engine_takes_is_known_once_its_files_are_there() -> None:
     play = Play(slots=3, memory=3 * MIB)
     play.ask("a")
-    play.tell(Starting("a", 3 * MIB))
-    play.tell(Loaded("a"))
+    play.handle(Starting("a", 3 * MIB))
+    play.handle(Loaded("a"))
     assert play.ask("b") == [], "a was replaced by a larger one while it was fetched"
 
 
@@ -562,8 +568,8 @@ def test_an_engine_serves_until_the_files_of_what_comes_after_it_are_there() -> 
     play.serve("a")
     assert play.ask("b", fetched=False) == []
     assert play.ask("a") == [Grant(3, "a")]
-    play.tell(Released("a"))
-    assert play.tell(Fetched("b")) == [Evict("a")]
+    play.handle(Released("a"))
+    assert play.handle(Fetched("b")) == [Evict("a")]
 
 
 def test_a_model_whose_files_are_not_there_keeps_its_place_in_the_line() -> None:
@@ -572,8 +578,8 @@ def test_a_model_whose_files_are_not_there_keeps_its_place_in_the_line() -> None
     play.ask("b")
     play.ask("c", fetched=False)
     assert play.ask("d") == []
-    play.tell(Failed("b"))
-    assert play.tell(Gone("b")) == [Load("c")]
+    play.handle(LOAD_OF_B)
+    assert play.handle(Gone("b")) == [Load("c")]
 
 
 def test_files_that_cannot_be_had_are_told_to_all_who_wait() -> None:
@@ -581,15 +587,15 @@ def test_files_that_cannot_be_had_are_told_to_all_who_wait() -> None:
     play.serve("a")
     play.ask("b", fetched=False)
     play.ask("b", fetched=False)
-    rejects = [Reject(2, Reason.LOAD_FAILED), Reject(3, Reason.LOAD_FAILED)]
-    assert play.tell(FetchFailed("b")) == rejects
+    rejects = [RejectFailed(2, FETCH_OF_B), RejectFailed(3, FETCH_OF_B)]
+    assert play.handle(FETCH_OF_B) == rejects
     assert play.scheduler.waiting == 0
 
 
 def test_files_that_nobody_waits_for_change_nothing() -> None:
     play = Play(slots=1)
-    assert play.tell(Fetched("b")) == []
-    assert play.tell(FetchFailed("b")) == []
+    assert play.handle(Fetched("b")) == []
+    assert play.handle(FETCH_OF_B) == []
 
 
 # 14. Weights are put into an engine that can take them.
@@ -600,7 +606,7 @@ def test_an_idle_engine_takes_the_weights_of_a_model_of_its_kind() -> None:
     play.serve("a", swap="llama")
     assert play.ask("b", swap="llama") == [Swap("b", "a")]
     assert play.ask("b", swap="llama") == []
-    assert play.tell(Loaded("b", 0.5)) == [Grant(2, "b"), Grant(3, "b")]
+    assert play.handle(Loaded("b", 0.5)) == [Grant(2, "b"), Grant(3, "b")]
     assert list(play.scheduler.engines) == ["b"]
 
 
@@ -623,11 +629,11 @@ def test_a_swap_does_not_wait_for_a_start_and_is_not_called_off() -> None:
     play = Play(slots=2)
     play.serve("a", swap="llama")
     play.ask("x")
-    play.tell(Starting("x", MIB))
+    play.handle(Starting("x", MIB))
     assert play.ask("b", swap="llama") == [Swap("b", "a")]
-    assert play.tell(Left(3)) == []
+    assert play.handle(Left(3)) == []
     assert play.later(100) == []
-    assert play.tell(Loaded("b", 0.5)) == []
+    assert play.handle(Loaded("b", 0.5)) == []
     assert play.scheduler.engines["b"].state is EngineState.READY
 
 
@@ -635,7 +641,7 @@ def test_a_swap_waits_for_the_files() -> None:
     play = Play(slots=1)
     play.serve("a", swap="llama")
     assert play.ask("b", swap="llama", fetched=False) == []
-    assert play.tell(Fetched("b")) == [Swap("b", "a")]
+    assert play.handle(Fetched("b")) == [Swap("b", "a")]
 
 
 def test_a_pinned_or_wanted_engine_keeps_its_weights() -> None:
@@ -643,7 +649,7 @@ def test_a_pinned_or_wanted_engine_keeps_its_weights() -> None:
     play.serve("a", swap="llama", pinned=True)
     play.serve("b", leases=1, swap="llama")
     play.ask("b", swap="llama")
-    play.tell(Released("b"))
+    play.handle(Released("b"))
     assert play.ask("c", swap="llama") == []
 
 
@@ -652,7 +658,7 @@ def test_a_busy_engine_that_has_drained_takes_the_weights_of_whom_it_drained_for
     play.serve("a", leases=1, swap="llama")
     assert play.ask("b", swap="llama") == []
     assert play.later(10) == [Drain("a")]
-    assert play.tell(Released("a")) == [Swap("b", "a")]
+    assert play.handle(Released("a")) == [Swap("b", "a")]
 
 
 def test_an_engine_that_drains_for_another_kind_is_not_swapped() -> None:
@@ -661,15 +667,15 @@ def test_an_engine_that_drains_for_another_kind_is_not_swapped() -> None:
     play.ask("x", swap="qwen")
     play.ask("b", swap="llama")
     assert play.later(10) == [Drain("a")]
-    assert play.tell(Released("a")) == [Evict("a")]
+    assert play.handle(Released("a")) == [Evict("a")]
 
 
 def test_a_swap_does_not_make_an_engine_young() -> None:
     play = Play(slots=1, min_residency=5)
     play.serve("a", swap="llama")
     play.ask("b", after=10, swap="llama")
-    play.tell(Loaded("b", 0.5))
-    play.tell(Released("b"))
+    play.handle(Loaded("b", 0.5))
+    play.handle(Released("b"))
     assert play.ask("x") == [Evict("b")]
 
 
@@ -677,8 +683,8 @@ def test_a_swap_that_failed_goes_on_as_a_load() -> None:
     play = Play(slots=1)
     play.serve("a", swap="llama")
     play.ask("b", swap="llama")
-    assert play.tell(Starting("b", MIB)) == []
-    assert play.tell(Left(2)) == [CancelLoad("b")]
+    assert play.handle(Starting("b", MIB)) == []
+    assert play.handle(Left(2)) == [CancelLoad("b")]
 
 
 # 15. A revision replaces another.
@@ -687,38 +693,38 @@ def test_a_swap_that_failed_goes_on_as_a_load() -> None:
 def test_a_new_revision_is_loaded_beside_the_old_one_where_there_is_room() -> None:
     play = Play(slots=2)
     play.serve("a@1", leases=1)
-    assert play.ask("a@2", order=True, instead_of="a@1") == [Load("a@2")]
+    assert play.ask("a@2", by_operator=True, instead_of="a@1") == [Load("a@2")]
 
 
 def test_a_new_revision_takes_its_own_old_engine_and_no_other() -> None:
     play = Play(slots=2)
     play.serve("x", swap="llama")
     play.serve("a@1", swap="llama", pinned=True)
-    asked = play.ask("a@2", order=True, instead_of="a@1", swap="llama", pinned=True)
+    asked = play.ask("a@2", by_operator=True, instead_of="a@1", swap="llama", pinned=True)
     assert asked == [Swap("a@2", "a@1")]
 
 
 def test_a_new_revision_of_a_busy_engine_drains_it_at_once() -> None:
     play = Play(slots=1)
     play.serve("a@1", leases=2, swap="llama", pinned=True)
-    assert play.ask("a@2", order=True, instead_of="a@1", swap="llama") == [Drain("a@1")]
-    assert play.tell(Released("a@1")) == []
-    assert play.tell(Released("a@1")) == [Swap("a@2", "a@1")]
+    assert play.ask("a@2", by_operator=True, instead_of="a@1", swap="llama") == [Drain("a@1")]
+    assert play.handle(Released("a@1")) == []
+    assert play.handle(Released("a@1")) == [Swap("a@2", "a@1")]
 
 
 def test_a_new_revision_of_another_shape_has_its_old_engine_torn_down() -> None:
     play = Play(slots=1)
     play.serve("a@1", swap="llama")
-    assert play.ask("a@2", order=True, instead_of="a@1", swap="qwen") == [Drain("a@1"), Evict("a@1")]
-    assert play.tell(Gone("a@1")) == [Load("a@2")]
+    assert play.ask("a@2", by_operator=True, instead_of="a@1", swap="qwen") == [Drain("a@1"), Evict("a@1")]
+    assert play.handle(Gone("a@1")) == [Load("a@2")]
 
 
 def test_a_new_revision_that_is_given_up_leaves_the_old_one_admitting() -> None:
     play = Play(slots=1)
     play.serve("a@1", leases=1)
-    play.ask("a@2", order=True, instead_of="a@1")
+    play.ask("a@2", by_operator=True, instead_of="a@1")
     play.ask("x")
-    play.tell(Left(2))
+    play.handle(Left(2))
     assert play.scheduler.engines["a@1"].state is EngineState.READY
 
 
@@ -726,9 +732,9 @@ def test_a_load_that_is_promised_to_go_on_does_so_when_its_turn_comes() -> None:
     play = Play(slots=2)
     play.ask("a")
     play.ask("b")
-    play.tell(Left(2, linger=600))
-    assert play.tell(Starting("b", MIB), after=5) == []
-    assert play.tell(Loaded("b", 1.0), after=5) == []
+    play.handle(Left(2, linger=600))
+    assert play.handle(Starting("b", MIB), after=5) == []
+    assert play.handle(Loaded("b", 1.0), after=5) == []
 
 
 def test_what_takes_adapters_is_kept_for_who_needs_them() -> None:

@@ -17,8 +17,9 @@ from inference_service.errors import DiskFull, ModelNotServable, StoreUnavailabl
 from inference_service.machine.device import Device, DeviceKind
 from inference_service.storage.bucket.directory import DirectoryStore
 from inference_service.storage.bucket.documents import Documents
-from inference_service.storage.bucket.model import Model, describe, models_in
+from inference_service.storage.bucket.model import ListedModel, describe, models_in
 from inference_service.storage.bucket.store import Bytes, StoredObject
+from inference_service.storage.model import Adapter, Checkpoint
 from inference_service.storage.preflight import Preflight
 
 GIB = 1 << 30
@@ -64,9 +65,10 @@ def safetensors(path: Path, tensors: dict[str, int]) -> None:
         file.truncate(file.tell() + offset)
 
 
-def model_in(store: DirectoryStore) -> Model:
+def model_in(store: DirectoryStore) -> Checkpoint:
     model = models_in(store.list("models/"), "models/")["m"]
-    return describe(model, {each.filename: b"".join(store.read(each)) for each in model.documents})
+    contents = {each.filename: b"".join(store.read(each)) for each in model.documents}
+    return Checkpoint(describe(model, contents))
 
 
 def preflight(
@@ -207,13 +209,14 @@ async def test_two_revisions_at_once_get_a_verdict_each(source: Path) -> None:
     bad = model_in(store)
     put(source / "good" / "m")
     (source / "good/m/config.json").write_text(json.dumps(CONFIG))
-    good = replace(
-        good,
+    described = replace(
+        good.described,
         objects=tuple(
             replace(each, name=each.name.replace("models/", "good/"), generation=now.generation)
             for each, now in zip(good.objects, DirectoryStore(source).list("good/"), strict=True)
         ),
     )
+    good = Checkpoint(described)
     examined = preflight(store)
     for _ in range(20):
         examined._found.clear()
@@ -229,7 +232,7 @@ async def test_what_lies_on_the_disk_is_judged_without_the_bucket(source: Path, 
     shutil.copytree(source / "models" / "m", kept)
     shutil.rmtree(source / "models" / "m")
 
-    async def where(model: Model) -> Path:
+    async def where(model: ListedModel) -> Path:
         return kept
 
     device = Device(DeviceKind.CUDA, "Test GPU", 1, 8 * GIB)
@@ -287,10 +290,10 @@ async def test_an_adapters_base_is_read_where_it_lies(tmp_path: Path) -> None:
     )
     adapter = models_in(store.list("models/"), "models/")["t"]
 
-    async def where(model: Model) -> Path | None:
+    async def where(model: ListedModel) -> Path | None:
         return kept if model.name == "m" else None
 
     device = Device(DeviceKind.CUDA, "Test GPU", 1, 8 * GIB)
     found = Preflight(Documents(store), Settings(), device, Backend.VLLM, lambda model, count: None, where)
     with pytest.raises(ModelNotServable, match="none of a LoRA adapter's"):
-        await found.examine(replace(adapter, base_model=base, rank=8))
+        await found.examine(Adapter(replace(describe(adapter, {}), rank=8), base))

@@ -28,6 +28,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 
+from inference_service.checkpoints.reference import model_of
 from inference_service.engines.base import HostSpec
 from inference_service.hosts.control_replies import answered
 from inference_service.hosts.tokenizer_files import tokenize_alike
@@ -53,7 +54,7 @@ async def serve_model(state: Any, engine: EngineClient, args: Namespace, spec: H
     models = state.openai_serving_models
     # vLLM tells adapters apart by their name, which holds the revision; the client knows the plain one.
     own_name = models.model_name
-    models.model_name = lambda lora_request=None: own_name(lora_request).partition("@")[0]
+    models.model_name = lambda lora_request=None: model_of(own_name(lora_request))
 
 
 def _apply_default_max_tokens(state: Any, default_max_tokens: int) -> None:

@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
+from inference_service.checkpoints.reference import Reference
 from inference_service.errors import ModelNotFound, ModelNotServable, ObjectReplaced, StoreError
 from inference_service.storage.bucket.documents import Documents
 from inference_service.storage.bucket.model import (
     NO_BASE,
-    Model,
+    DescribedModel,
+    ListedModel,
     ModelKind,
     canonical_name,
     describe,
@@ -40,7 +41,7 @@ READS_AT_ONCE = 4
 class RevisionNotFound(ModelNotFound):
     """The bucket holds another revision of the model, `newest`."""
 
-    def __init__(self, name: str, newest: Model, revision: str) -> None:
+    def __init__(self, name: str, newest: DescribedModel, revision: str) -> None:
         super().__init__(name, f"The bucket holds revision {newest.revision} of it.")
         self.newest = newest
         self.revision = revision
@@ -64,11 +65,11 @@ class Catalog:
         self._prefix = prefix
         self._ttl = ttl
         self._documents = documents or Documents(store)
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, ListedModel] = {}
         self._aliases: dict[str, str] = {}
         self._conflicts: dict[str, tuple[str, ...]] = {}
         # By base; None: not known of this listing yet.
-        self._adapters: dict[str, list[Model]] | None = None
+        self._adapters: dict[str, list[DescribedModel]] | None = None
         self._folded: dict[str, str] = {}
         # When the newest listing began, when one ended last, and when one was last known to be old.
         self._listed_at: float | None = None
@@ -80,7 +81,7 @@ class Catalog:
         self._readers = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="read")
 
     @property
-    def listed(self) -> list[Model]:
+    def listed(self) -> list[ListedModel]:
         """All models by name as they were last listed; the store is not asked."""
         return list(self._models.values())
 
@@ -89,36 +90,30 @@ class Catalog:
         """Aliases that name nothing, with the models that claim them."""
         return dict(self._conflicts)
 
-    async def models(self) -> list[Model]:
+    async def models(self) -> list[ListedModel]:
         """All models by name; raises StoreError."""
         if not self._is_fresh(self._ttl):
             await self._listing()
         return self.listed
 
-    async def described(self) -> list[Model]:
-        """As `models`, with all that their documents say."""
+    async def described(self) -> list[ListedModel]:
+        """As `models`, described as far as their documents can be read."""
         await self.models()
         if self._reading is not None:
             await asyncio.shield(self._reading)
         return self.listed
 
-    async def resolve(self, name: str) -> Model:
-        """The servable model that a client means by `name`.
-
-        Raises ModelNotFound, ModelNotServable and StoreError.
-        """
-        model = await self.find(name)
-        if model.unservable is not None:
-            raise ModelNotServable(model.name, model.unservable)
-        return model
-
     def forget(self) -> None:
         """The listing is known to be old: the next request lists again and waits for it."""
         self._forgotten_at = time.monotonic()
 
-    async def find(self, name: str) -> Model:
-        """As `resolve`, also for a model that cannot be served."""
-        asked, at, revision = canonical_name(name).partition("@")
+    async def find(self, name: str) -> DescribedModel:
+        """The model that a client means by `name`, servable or not.
+
+        Raises ModelNotFound, RevisionNotFound and StoreError.
+        """
+        exact = Reference.parse(canonical_name(name))
+        asked = canonical_name(name) if exact is None else exact.model
         wanted = await self._look_for(lambda: self._known(asked))
         if wanted is not None and self._models[wanted].unservable is not None:
             if not self._is_fresh(min(UNSERVABLE_LISTING_SECONDS, self._ttl)):
@@ -131,9 +126,9 @@ class Catalog:
             hint = f"It is an alias that {' and '.join(claimants)} claim." if claimants else None
             raise ModelNotFound(name, hint)
         model = await self._read(self._models[wanted])
-        if at and model.revision != revision:
-            raise RevisionNotFound(name, model, revision)
-        return replace(model, exact=bool(at))
+        if exact is not None and model.revision != exact.revision:
+            raise RevisionNotFound(name, model, exact.revision)
+        return model
 
     async def look_again(self) -> None:
         """List anew after this call, soon; raises StoreError where nothing has ever been listed."""
@@ -141,31 +136,31 @@ class Catalog:
         while not self._listed_since(called):
             await self._next_listing()
 
-    async def base_of(self, adapter: Model) -> Model:
+    async def base_of(self, adapter: DescribedModel) -> DescribedModel:
         """The checkpoint that an adapter is for, servable or not; raises ModelNotServable and StoreError."""
-        if adapter.base is None:
+        if adapter.base_name is None:
             raise ModelNotServable(adapter.name, adapter.unservable or NO_BASE)
-        base = adapter.base
+        base = adapter.base_name
         name = await self._look_for(lambda: self._base_name(base))
-        if name is None and self._known(canonical_name(adapter.base)) is not None:
+        if name is None and self._known(canonical_name(base)) is not None:
             raise ModelNotServable(
                 adapter.name,
-                f"its base '{adapter.base}' is an adapter itself. Name the checkpoint that both are for in "
+                f"its base '{base}' is an adapter itself. Name the checkpoint that both are for in "
                 "its serving.json ('base').",
             )
         if name is None:
             raise ModelNotServable(
                 adapter.name,
-                f"its base '{adapter.base}' is not in the bucket. Upload it, or name the one that is meant "
+                f"its base '{base}' is not in the bucket. Upload it, or name the one that is meant "
                 "in its serving.json ('base').",
             )
         return await self._read(self._models[name])
 
-    async def adapters_of(self, base: Model) -> list[Model]:
+    async def adapters_of(self, base: DescribedModel) -> list[DescribedModel]:
         """The servable adapters for a checkpoint, as far as they can be read; raises StoreError."""
         if self._adapters is None:
             adapters = [each for each in self.listed if each.kind is ModelKind.ADAPTER]
-            unread = [each for each in adapters if not each.described]
+            unread = [each for each in adapters if not isinstance(each, DescribedModel)]
             found = await asyncio.gather(*(self._read(each) for each in unread), return_exceptions=True)
             for error in found:
                 if isinstance(error, BaseException) and not isinstance(error, StoreError):
@@ -173,16 +168,19 @@ class Catalog:
             self._adapters = self._adapters_by_base()
         return self._adapters.get(base.name, [])
 
-    def _adapters_by_base(self) -> dict[str, list[Model]]:
-        found: dict[str, list[Model]] = {}
+    def _adapters_by_base(self) -> dict[str, list[DescribedModel]]:
+        found: dict[str, list[DescribedModel]] = {}
         for each in self.listed:
-            if each.kind is ModelKind.ADAPTER and each.unservable is None and each.base:
-                found.setdefault(self._base_name(each.base) or "", []).append(each)
+            if not isinstance(each, DescribedModel) or each.kind is not ModelKind.ADAPTER:
+                continue
+            if each.unservable is None and each.base_name:
+                found.setdefault(self._base_name(each.base_name) or "", []).append(each)
         return found
 
-    def parent(self, adapter: Model) -> str | None:
+    def parent(self, adapter: DescribedModel) -> str | None:
         """The name of an adapter's base in the bucket; as the adapter names it where the bucket has none."""
-        return None if adapter.base is None else self._base_name(adapter.base) or adapter.base
+        named = adapter.base_name
+        return None if named is None else self._base_name(named) or named
 
     def _base_name(self, named: str) -> str | None:
         """The checkpoint that an adapter means: by the whole name, its last part, or either in other case."""
@@ -250,10 +248,11 @@ class Catalog:
             self._refreshing = None
             self._ended_at = time.monotonic()
         self._listed_at = began
-        if self._reading is None and any(not model.described for model in self._models.values()):
+        unread = any(not isinstance(model, DescribedModel) for model in self._models.values())
+        if self._reading is None and unread:
             self._reading = asyncio.create_task(self._read_all())
 
-    def _list(self) -> dict[str, Model]:
+    def _list(self) -> dict[str, ListedModel]:
         """Models, with what is known of their documents from the listing before."""
         models = models_in(self._store.list(self._prefix), self._prefix)
         return {name: described_as(model, self._models.get(name)) for name, model in models.items()}
@@ -269,7 +268,7 @@ class Catalog:
         """Read the documents of every model that has not been described yet."""
         limit = asyncio.Semaphore(READS_AT_ONCE)
 
-        async def read(model: Model) -> None:
+        async def read(model: ListedModel) -> None:
             async with limit:
                 try:
                     await self._read(model)
@@ -280,7 +279,9 @@ class Catalog:
         try:
             # A listing that comes meanwhile brings models of its own.
             while unread := [
-                each for each in self.listed if not each.described and (each.name, each.revision) not in tried
+                each
+                for each in self.listed
+                if not isinstance(each, DescribedModel) and (each.name, each.revision) not in tried
             ]:
                 tried |= {(each.name, each.revision) for each in unread}
                 await asyncio.gather(*(read(model) for model in unread))
@@ -288,9 +289,9 @@ class Catalog:
             self._reading = None
             self._name_aliases()
 
-    async def _read(self, model: Model) -> Model:
+    async def _read(self, model: ListedModel) -> DescribedModel:
         """The model with what its documents say; raises StoreError."""
-        if model.described:
+        if isinstance(model, DescribedModel):
             return model
         loop = asyncio.get_running_loop()
         try:
@@ -313,13 +314,14 @@ class Catalog:
         return described
 
 
-def aliases_of(models: Mapping[str, Model]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+def aliases_of(models: Mapping[str, ListedModel]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """Alias -> name of the model; and alias -> those that claim it in vain.
 
     A model's own name wins, and an alias that two claim is nobody's.
     """
     claims: dict[str, set[str]] = {}
-    for model in models.values():
+    described = [model for model in models.values() if isinstance(model, DescribedModel)]
+    for model in described:
         for alias in map(canonical_name, model.serving.aliases):
             if alias != model.name:
                 claims.setdefault(alias, {alias} & models.keys()).add(model.name)

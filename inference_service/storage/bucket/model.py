@@ -43,14 +43,11 @@ class ModelKind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Model:
-    """One model in the bucket at one revision.
+class ListedModel:
+    """One revision of a model, as a listing of the bucket shows it.
 
-    `objects` are the files that serving needs; `unservable` says why it cannot be served, if it cannot;
-    `serving`, an adapter's `base` and `problem` (part of `unservable`) are what its documents say, once it is
-    `described`; `exact` where a client wants this revision and no other. `rank`: an adapter's own, or the
-    highest of the adapters that a checkpoint's engine is to take (0: none). `carrier`: the checkpoint whose
-    engine an adapter is served on, once it is resolved.
+    `objects` are the files that serving needs, `documents` those that describe the model further;
+    `unservable` is the reason why it cannot be served, if it cannot.
     """
 
     name: str
@@ -61,28 +58,24 @@ class Model:
     created: datetime
     unservable: str | None = None
     documents: tuple[StoredObject, ...] = ()
-    described: bool = False
-    problem: str | None = None
-    serving: Serving = field(default_factory=Serving)
-    base: str | None = None
-    exact: bool = False
-    rank: int = 0
-    base_model: "Model | None" = None
 
     @property
     def bytes(self) -> int:
         return sum(stored.size for stored in self.objects)
 
-    @property
-    def reference(self) -> str:
-        """What tells an engine, or an adapter on one, from every other: `name@revision`."""
-        adapters = f"+{self.rank}" if self.rank and self.kind is ModelKind.CHECKPOINT else ""
-        return f"{self.name}@{self.revision}{adapters}"
 
-    @property
-    def asked_for(self) -> str:
-        """The name that finds it again: with its revision where that is wanted."""
-        return f"{self.name}@{self.revision}" if self.exact else self.name
+@dataclass(frozen=True)
+class DescribedModel(ListedModel):
+    """A listed model and what its documents say.
+
+    `base_name` is an adapter's base as the adapter names it, `rank` an adapter's own (0 for a checkpoint).
+    `problem` is the part of `unservable` that its documents are the reason of.
+    """
+
+    serving: Serving = field(default_factory=Serving)
+    base_name: str | None = None
+    rank: int = 0
+    problem: str | None = None
 
 
 def canonical_name(name: str) -> str:
@@ -90,7 +83,7 @@ def canonical_name(name: str) -> str:
     return name.strip("/").replace("/", "-")
 
 
-def models_in(objects: list[StoredObject], prefix: str) -> dict[str, Model]:
+def models_in(objects: list[StoredObject], prefix: str) -> dict[str, ListedModel]:
     """The models that a listing of `prefix` shows, by name."""
     directories: dict[str, list[StoredObject]] = {}
     astray: dict[str, str] = {}
@@ -101,7 +94,7 @@ def models_in(objects: list[StoredObject], prefix: str) -> dict[str, Model]:
             astray["/".join(safe)] = stored.name
         else:
             directories.setdefault("/".join(segments[:-1]), []).append(stored)
-    models: dict[str, Model] = {}
+    models: dict[str, ListedModel] = {}
     for directory, files in sorted(directories.items()):
         model = _model(directory, files, astray.get(directory))
         if model is not None:
@@ -115,7 +108,7 @@ def _is_safe(segment: str) -> bool:
     return plain and len(segment.encode()) <= MAX_SEGMENT_BYTES
 
 
-def _only(other: Model | None, model: Model) -> Model:
+def _only(other: ListedModel | None, model: ListedModel) -> ListedModel:
     """Two directories of one name are neither of them served: nobody can say which is meant."""
     if other is None:
         return model
@@ -123,7 +116,7 @@ def _only(other: Model | None, model: Model) -> Model:
     return replace(model, unservable=clash)
 
 
-def _model(directory: str, files: list[StoredObject], astray: str | None) -> Model | None:
+def _model(directory: str, files: list[StoredObject], astray: str | None) -> ListedModel | None:
     names = {stored.filename: stored for stored in files}
     kind = _kind(set(names))
     if kind is None or not directory:
@@ -131,7 +124,7 @@ def _model(directory: str, files: list[StoredObject], astray: str | None) -> Mod
     served = tuple(sorted((names[name] for name in names if _is_served(name)), key=_by_name))
     documents = tuple(names[name] for name in sorted(names) if _is_document(name))
     too_large = next(filter(None, map(oversized, (*served, *documents))), None)
-    return Model(
+    listed = ListedModel(
         name=canonical_name(directory),
         kind=kind,
         directory=directory,
@@ -140,8 +133,8 @@ def _model(directory: str, files: list[StoredObject], astray: str | None) -> Mod
         created=max(stored.created for stored in files),
         unservable=_why_misnamed(directory, astray) or too_large or _why_unservable(kind, set(names)),
         documents=() if too_large else documents,
-        described=bool(too_large) or not documents,
     )
+    return listed if listed.documents else _described(listed)
 
 
 def _kind(names: set[str]) -> ModelKind | None:
@@ -232,46 +225,55 @@ def _fingerprint(files: list[StoredObject]) -> str:
     return digest.hexdigest()[:12]
 
 
-def describe(model: Model, contents: Mapping[str, bytes]) -> Model:
-    """The model with what its documents (content by file name) say of it, or why it cannot be served."""
+def describe(model: ListedModel, contents: Mapping[str, bytes]) -> DescribedModel:
+    """The model with what its documents (content by file name) say, or the reason why it cannot be served."""
     try:
         serving = parse_serving(contents[SERVING]) if SERVING in contents else Serving()
-        base, rank, problem = serving.base, 0, None
+        base_name, rank, problem = serving.base, 0, None
         if ADAPTER_CONFIG in contents and model.kind is ModelKind.ADAPTER:
             adapter = adapter_config(parse_object(ADAPTER_CONFIG, contents[ADAPTER_CONFIG]))
-            base = base or (_shown(adapter.base) if adapter.base else None)
-            rank, problem = adapter.rank, adapter.problem or (None if base else NO_BASE)
+            base_name = base_name or (_shown(adapter.base) if adapter.base else None)
+            rank, problem = adapter.rank, adapter.problem or (None if base_name else NO_BASE)
         missing = [_unlisted_shard(model, name, contents[name]) for name in contents if name.endswith(INDEX)]
         problem = problem or next(filter(None, missing), None)
     except (BadServing, BadDocument) as error:
-        serving, base, rank, problem = Serving(), None, 0, str(error)
-    return replace(
-        model,
-        described=True,
-        serving=serving,
-        base=base,
-        rank=rank,
-        problem=problem,
-        unservable=model.unservable or problem,
-    )
+        return _described(model, problem=str(error))
+    return _described(model, serving, base_name, rank, problem)
 
 
-def described_as(model: Model, known: Model | None) -> Model:
+def described_as(model: ListedModel, known: ListedModel | None) -> ListedModel:
     """The model with what is known of it, if that is of the same revision."""
-    if known is None or not known.described or known.revision != model.revision or model.described:
+    if isinstance(model, DescribedModel) or not isinstance(known, DescribedModel):
         return model
-    return replace(
-        model,
-        described=True,
-        serving=known.serving,
-        base=known.base,
-        rank=known.rank,
-        problem=known.problem,
-        unservable=model.unservable or known.problem,
+    if known.revision != model.revision:
+        return model
+    return _described(model, known.serving, known.base_name, known.rank, known.problem)
+
+
+def _described(
+    model: ListedModel,
+    serving: Serving | None = None,
+    base_name: str | None = None,
+    rank: int = 0,
+    problem: str | None = None,
+) -> DescribedModel:
+    return DescribedModel(
+        model.name,
+        model.kind,
+        model.directory,
+        model.revision,
+        model.objects,
+        model.created,
+        model.unservable or problem,
+        model.documents,
+        serving or Serving(),
+        base_name,
+        rank,
+        problem,
     )
 
 
-def _unlisted_shard(model: Model, name: str, content: bytes) -> str | None:
+def _unlisted_shard(model: ListedModel, name: str, content: bytes) -> str | None:
     """The first shard that the index names and the bucket does not hold."""
     index = parse_object(name, content).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):

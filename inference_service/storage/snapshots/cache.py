@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from inference_service.config import Settings
 from inference_service.errors import CacheError, DiskFull, readable_bytes
 from inference_service.machine.device import memory_bytes
 from inference_service.storage.snapshots import locks
@@ -250,17 +249,17 @@ class Disk:
         return error
 
 
-def open_cache(settings: Settings) -> tuple[Layout, Disk]:
+def open_cache(directory: Path, quota_gib: float | None) -> tuple[Layout, Disk]:
     """LOCAL_MODEL_CACHE, made if need be, with its quota; raises CacheError."""
-    root = settings.local_model_cache.absolute()
+    root = directory.absolute()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CacheError(f"LOCAL_MODEL_CACHE={root} cannot be made: {error.strerror}") from error
     layout = Layout(root)
-    if settings.disk_cache_gib is None:
+    if quota_gib is None:
         return layout, Disk(layout, default_quota(root))
-    return layout, Disk(layout, int(settings.disk_cache_gib * _GIB), chosen=True)
+    return layout, Disk(layout, int(quota_gib * _GIB), chosen=True)
 
 
 def default_quota(directory: Path) -> int:

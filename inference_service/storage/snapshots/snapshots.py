@@ -20,7 +20,7 @@ from typing import Any
 
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.errors import CacheError, DiskFull, ServiceError, StoreUnavailable
-from inference_service.storage.bucket.model import Model
+from inference_service.storage.bucket.model import ListedModel
 from inference_service.storage.bucket.store import Store, StoredObject
 from inference_service.storage.snapshots.cache import Disk
 from inference_service.storage.snapshots.cancellation import Cancelled, CancelToken
@@ -80,7 +80,7 @@ class SnapshotStore:
         self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="sync")
         self._lookers = ThreadPoolExecutor(1, thread_name_prefix="look")
 
-    async def snapshot(self, model: Model) -> Snapshot:
+    async def snapshot(self, model: ListedModel) -> Snapshot:
         """The verified snapshot of `model`, fetched unless it is there; held until `release`.
 
         Raises StoreError, CacheError and DiskFull; nothing half-written counts as a snapshot then. Cancelled,
@@ -90,11 +90,11 @@ class SnapshotStore:
         for _ in range(_HOLD_ATTEMPTS):
             await self._fetched_with_room(model, target)
             if self._disk.hold(target):
-                return Snapshot(model.name, model.revision, target, model.bytes, model.serving)
+                return Snapshot(model.name, model.revision, target, model.bytes)
             await asyncio.sleep(HOLD_AGAIN_SECONDS)  # somebody looked whether it may go
         raise CacheError(f"The snapshot of '{model.name}' was removed as often as it was fetched.")
 
-    async def kept(self, model: Model) -> Path | None:
+    async def kept(self, model: ListedModel) -> Path | None:
         """Where the model's snapshot lies, if it is on the disk already."""
         target = self._layout.snapshot(model.name, model.revision)
         loop = asyncio.get_running_loop()
@@ -116,7 +116,7 @@ class SnapshotStore:
             "disk": {"quota_bytes": self._disk.quota, "used_bytes": self._disk.used()},
         }
 
-    async def _fetched_with_room(self, model: Model, target: Path) -> None:
+    async def _fetched_with_room(self, model: ListedModel, target: Path) -> None:
         """As `_fetched`; a fetch that is being stopped has its room on the disk a moment longer."""
         while True:
             stopping = [fetch for fetch in self._under_way.values() if fetch.token.cancelled]
@@ -128,7 +128,7 @@ class SnapshotStore:
                 for fetch in stopping:
                     await fetch.ended.wait()
 
-    async def _fetched(self, model: Model, target: Path) -> None:
+    async def _fetched(self, model: ListedModel, target: Path) -> None:
         """Wait for the fetch, a new one unless others wait for one; ends it if nobody else does."""
         fetch = await self._joined(model, target)
         fetch.waiting += 1
@@ -140,13 +140,13 @@ class SnapshotStore:
                 fetch.cancel()
         fetch.work.result()
 
-    async def _joined(self, model: Model, target: Path) -> _UnderWay:
+    async def _joined(self, model: ListedModel, target: Path) -> _UnderWay:
         # One that is being stopped still writes; what it leaves is for the next to take over.
         while (fetch := self._under_way.get(target)) is not None and fetch.token.cancelled:
             await fetch.ended.wait()
         return fetch or self._begin(model, target)
 
-    def _begin(self, model: Model, target: Path) -> _UnderWay:
+    def _begin(self, model: ListedModel, target: Path) -> _UnderWay:
         loop, token = asyncio.get_running_loop(), CancelToken()
         fetch = _UnderWay(token, self._threads.submit(self.ensure, model, token))
         self._under_way[target] = fetch
@@ -158,7 +158,7 @@ class SnapshotStore:
         fetch.work.add_done_callback(lambda _: _call_in(loop, over))
         return fetch
 
-    def ensure(self, model: Model, token: CancelToken | None = None) -> None:
+    def ensure(self, model: ListedModel, token: CancelToken | None = None) -> None:
         """Blocks until the snapshot is there; raises as `snapshot` does, and Withdrawn once `order` is."""
         target = self._layout.snapshot(model.name, model.revision)
         token = token or CancelToken()
@@ -174,7 +174,7 @@ class SnapshotStore:
                 if not whole():
                     self._fetch_anyway(model, target, token, alone)
 
-    def _fetch_anyway(self, model: Model, target: Path, token: CancelToken, alone: bool) -> None:
+    def _fetch_anyway(self, model: ListedModel, target: Path, token: CancelToken, alone: bool) -> None:
         for attempt in range(_TAKEN_ATTEMPTS):
             try:
                 return self._fetch(model, target, token, resume=alone and attempt == 0)
@@ -184,7 +184,7 @@ class SnapshotStore:
                 logger.warning("the staging directory was removed", extra={"model": model.name})
         return self._fetch(model, target, token, resume=False)
 
-    def _fetch(self, model: Model, target: Path, token: CancelToken, *, resume: bool) -> None:
+    def _fetch(self, model: ListedModel, target: Path, token: CancelToken, *, resume: bool) -> None:
         self._disk.clear(left for left in stagings_of(target.parent) if revision_of(left) != target.name)
         staging = Staging(target)
         progress = Progress(model.name, model.revision, model.bytes)
@@ -265,7 +265,7 @@ class SnapshotStore:
                 logged = time.monotonic()
                 _log(progress, "fetching")
 
-    def _put_in_place(self, staging: Path, target: Path, model: Model) -> None:
+    def _put_in_place(self, staging: Path, target: Path, model: ListedModel) -> None:
         sync_directory(staging)
         try:
             # Another process may have been faster.

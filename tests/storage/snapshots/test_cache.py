@@ -13,7 +13,7 @@ from inference_service.config import Settings
 from inference_service.errors import DiskFull
 from inference_service.machine.device import memory_bytes
 from inference_service.storage.bucket.directory import DirectoryStore
-from inference_service.storage.bucket.model import Model, models_in
+from inference_service.storage.bucket.model import ListedModel, models_in
 from inference_service.storage.bucket.store import Bytes, StoredObject
 from inference_service.storage.snapshots import cache as disk_cache
 from inference_service.storage.snapshots.cache import Disk, default_quota, open_cache
@@ -58,7 +58,7 @@ def put(source: Path, name: str, size: int) -> None:
     (directory / "model.safetensors").write_bytes(os.urandom(size))
 
 
-def listed(source: Path, name: str) -> Model:
+def listed(source: Path, name: str) -> ListedModel:
     return models_in(DirectoryStore(source).list("models/"), "models/")[name]
 
 
@@ -230,7 +230,8 @@ def test_a_refusal_names_the_settings_that_would_help(
     unsaid: list[str],
 ) -> None:
     monkeypatch.setattr(disk_cache, "_is_memory", lambda directory: is_memory)
-    _, disk = open_cache(Settings(local_model_cache=cache, **settings))
+    chosen = Settings(local_model_cache=cache, **settings)
+    _, disk = open_cache(chosen.local_model_cache, chosen.disk_cache_gib)
     disk.check_fits("small", 1000)
     # More than any file system here, or than the small quota.
     too_much = 2 * MIB if settings.get("disk_cache_gib") == 0.001 else 900_000 << 30
@@ -289,7 +290,7 @@ def test_the_default_quota(tmp_path: Path, small_disk: Path, monkeypatch: pytest
 
 
 def test_the_quota_is_a_setting(tmp_path: Path) -> None:
-    _, disk = open_cache(Settings(local_model_cache=tmp_path / "a" / "b", disk_cache_gib=1.5))
+    _, disk = open_cache(tmp_path / "a" / "b", 1.5)
     assert disk.quota == 3 << 29
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.errors import DiskFull, StoreUnavailable
-from inference_service.storage.bucket.model import Model, models_in
+from inference_service.storage.bucket.model import ListedModel, models_in
 from inference_service.storage.snapshots import cache as disk_cache
 from inference_service.storage.snapshots import downloader, locks, staging
 from inference_service.storage.snapshots import snapshots as snapshot_store
@@ -70,7 +70,7 @@ def put(source: Path, name: str) -> None:
         (directory / file).write_bytes(content)
 
 
-def listed(store: SlowStore, name: str = "m") -> Model:
+def listed(store: SlowStore, name: str = "m") -> ListedModel:
     return models_in(store.list("models/"), "models/")[name]
 
 
@@ -287,7 +287,7 @@ async def test_what_has_not_begun_never_begins(
 
 
 def noting(ensure: Callable[..., None], begun: list[str]) -> Callable[..., None]:
-    def noted(model: Model, *rest: Any) -> None:
+    def noted(model: ListedModel, *rest: Any) -> None:
         begun.append(model.name)
         ensure(model, *rest)
 

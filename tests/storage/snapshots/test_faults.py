@@ -25,6 +25,7 @@ from inference_service.storage.bucket.catalog import Catalog
 from inference_service.storage.bucket.documents import Documents
 from inference_service.storage.bucket.gcs import GcsStore
 from inference_service.storage.bucket.model import models_in
+from inference_service.storage.model import Checkpoint, Model
 from inference_service.storage.preflight import Preflight
 from inference_service.storage.registry import Registry
 from inference_service.storage.snapshots.layout import MANIFEST, Layout
@@ -322,11 +323,11 @@ async def test_an_object_that_is_replaced_between_listing_and_fetch(place: Place
     store = place.store()
     catalog = Catalog(store, "models/")
     registry = registry_of(catalog, store, tmp_path)
-    model = await catalog.resolve("m")
+    model = await servable(registry, "m")
     with pytest.raises(ObjectReplaced):
         await registry.fetch(model)
     assert fault.fired == 1
-    snapshot = await registry.fetch(await registry.resolve("m"))
+    snapshot = await registry.fetch(await servable(registry, "m"))
     assert snapshot.revision != model.revision
     assert sums_of(snapshot.path) == {
         name: hashlib.sha256(content).hexdigest() for name, content in changed.items()
@@ -343,10 +344,11 @@ async def test_a_client_that_names_the_revision_gets_no_other(place: Place, tmp_
     place.proxy.faults = [fault]
     store = place.store()
     catalog = Catalog(store, "models/")
-    revision = (await catalog.resolve("m")).revision
-    model = await catalog.resolve(f"m@{revision}")
+    registry = registry_of(catalog, store, tmp_path)
+    revision = (await catalog.find("m")).revision
+    model = await servable(registry, f"m@{revision}")
     with pytest.raises(ServiceError, match="was replaced or deleted"):
-        await registry_of(catalog, store, tmp_path).fetch(model)
+        await registry.fetch(model)
     assert fault.fired == 1
     assert snapshots(tmp_path) == []
 
@@ -380,6 +382,13 @@ async def test_any_schedule_of_faults(
         assert snapshots(cache) == []
     place.proxy.clear()
     assert sums_of(await sync_m(place, cache)) == SUMS, "what a failure leaves is in nobody's way"
+
+
+async def servable(registry: Registry, name: str) -> Model:
+    """The model of that name, not examined: the faults are for what comes after."""
+    model = (await registry.find(name)).model
+    assert isinstance(model, Checkpoint)
+    return model
 
 
 def registry_of(catalog: Catalog, store: GcsStore, cache: Path) -> Registry:

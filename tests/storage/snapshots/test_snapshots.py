@@ -17,7 +17,7 @@ import pytest
 
 from inference_service.errors import CacheError, SnapshotCorrupt, StoreError, StoreUnavailable
 from inference_service.storage.bucket.directory import DirectoryStore
-from inference_service.storage.bucket.model import Model, models_in
+from inference_service.storage.bucket.model import ListedModel, models_in
 from inference_service.storage.bucket.store import StoredObject
 from inference_service.storage.snapshots.layout import MANIFEST, ROOM_LOCK
 from inference_service.storage.snapshots.staging import Coverage, Staging, Stretch
@@ -40,7 +40,7 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def listed(store: DirectoryStore) -> Model:
+def listed(store: DirectoryStore) -> ListedModel:
     return models_in(store.list("models/"), "models/")["m"]
 
 

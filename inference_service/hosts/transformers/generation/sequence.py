@@ -56,7 +56,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Token:
-    """One chosen token. Log probabilities are natural, before any wish has changed them."""
+    """One chosen token. Log probabilities are natural, before any sampling parameter has changed them."""
 
     id: int
     logprob: float | None = None

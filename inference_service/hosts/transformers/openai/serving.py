@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic_core import from_json, to_json
 from starlette.requests import Request
 
+from inference_service.checkpoints.reference import model_of
 from inference_service.hosts.transformers.generation.engine import Engine
 from inference_service.hosts.transformers.generation.grammar import Grammar
 from inference_service.hosts.transformers.generation.sequence import SamplingParams
@@ -131,7 +132,7 @@ def head(prefix: str, kind: str, served: Served, request: GenerationRequest) -> 
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind,
         "created": int(time.time()),
-        "model": (request.model or served.name).partition("@")[0],
+        "model": model_of(request.model or served.name),
     }
 
 
