@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
+from inference_service import __version__
 from inference_service.backends.base import BackendMissing, choose_backend, why_not_int8
 from inference_service.config import Backend, BadSettings, Settings, load_settings
 from inference_service.machine.device import Device, find_device
@@ -39,6 +40,7 @@ LAST_SECONDS = 1.35
 def main() -> None:
     """Carry out the command that is given, or serve."""
     parser = argparse.ArgumentParser(prog="inference-service", description="Serve the models in a bucket.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("serve", help="serve them over HTTP (the default)")
     models = commands.add_parser("models", help="list the models in the bucket")

@@ -1,5 +1,6 @@
 """Fixtures that several rooms' tests share."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +12,22 @@ from tests.fixtures.fakes import Fakes
 from tests.fixtures.pinned_vllm import PinnedVllm, ask_pinned_vllm
 from tests.fixtures.service_process import ServiceProcess, running_service
 
+# `make test-fast` has an environment without torch and vLLM.
+HAS_TORCH, HAS_VLLM = (importlib.util.find_spec(name) is not None for name in ("torch", "vllm"))
+collect_ignore = [] if HAS_TORCH else ["e2e", "hosts/transformers", "hosts/vllm"]
+
 
 @pytest.fixture(scope="session", name="checkpoints")
 def _checkpoints() -> Checkpoints:
+    if not HAS_TORCH:
+        pytest.skip("PyTorch, which makes the checkpoints, is not installed")
     return checkpoints()
 
 
 @pytest.fixture(scope="session")
 def pinned_vllm() -> PinnedVllm:
+    if not HAS_VLLM:
+        pytest.skip("vLLM is not installed")
     return ask_pinned_vllm()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from inference_service import __version__
 from tests.fixtures.bucket import Bucket
 from tests.fixtures.checkpoints import Checkpoints
 from tests.fixtures.fault_proxy import Fault, Kind, fault_proxy
@@ -228,3 +229,7 @@ def test_a_reader_that_has_seen_enough(environment: dict[str, str]) -> None:
         check=False,
     )
     assert done.stderr == ""
+
+
+def test_the_version(environment: dict[str, str]) -> None:
+    assert run(environment, "--version").stdout == f"inference-service {__version__}\n"

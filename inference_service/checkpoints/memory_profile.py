@@ -18,13 +18,9 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 @dataclass(frozen=True)
 class Weights:
-    """What the headers say. `tensors` by name, of all files; `stored_bytes` as they lie in the files."""
+    """What the headers of all files say: their tensors by name."""
 
     tensors: dict[str, Tensor]
-
-    @property
-    def stored_bytes(self) -> int:
-        return sum(tensor.bytes for tensor in self.tensors.values())
 
     def bytes_as(self, dtype: str) -> int:
         """Bytes in memory once floats are converted to `dtype`; packed integers stay as they are."""

@@ -20,7 +20,8 @@ from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.config import Backend, EngineChoice, Settings
 from inference_service.engines.base import HostSpec
 from inference_service.engines.launcher import Launcher
-from inference_service.engines.process_engine import HostedEngine
+from inference_service.engines.process_engine import ProcessEngine
+from inference_service.engines.process_title import title_of
 from inference_service.machine.device import Device
 
 _Number = TypeVar("_Number", int, float)
@@ -39,14 +40,14 @@ class EngineFactory:
         _sweep_orphaned_rooms()
         self._room = Path(tempfile.mkdtemp(prefix=f"{ROOM_PREFIX}{os.getpid()}-"))
 
-    def make(self, snapshot: Snapshot, footprint: Footprint) -> HostedEngine:
+    def make(self, snapshot: Snapshot, footprint: Footprint) -> ProcessEngine:
         """A new engine that keeps within `footprint`, not started yet."""
         directory = self._room / str(next(self._numbers))
 
         def specify(snapshot: Snapshot) -> HostSpec:
             return self._spec(snapshot, footprint, directory)
 
-        return HostedEngine(self._launcher, specify(snapshot), directory, specify)
+        return ProcessEngine(self._launcher, specify(snapshot), directory, specify)
 
     def conditions(self) -> str:
         """What logits depend on besides the weights: kernels, their version, the type they compute in."""
@@ -68,7 +69,11 @@ class EngineFactory:
                 fallback = transformers_arguments(self._settings, self._device, snapshot, footprint)
             arguments = vllm_arguments(self._settings, self._device, snapshot, footprint)
             # vLLM's sockets and temporary files: in the engine's own room they go when it goes.
-            environment = {"VLLM_RPC_BASE_PATH": str(directory), "TMPDIR": str(directory)}
+            environment = {
+                "VLLM_RPC_BASE_PATH": str(directory),
+                "TMPDIR": str(directory),
+                "VLLM_PROCESS_NAME_PREFIX": title_of(snapshot.model),
+            }
         elif self._backend is Backend.TRANSFORMERS:
             arguments = transformers_arguments(self._settings, self._device, snapshot, footprint)
         elif self._backend is Backend.FAKE:

@@ -3,8 +3,8 @@
 Runs as `python -m inference_service.engines.launcher_process CONTROL_FD LIFELINE_FD BACKEND DEVICE PARENT
 COLD` and holds one thread, because a fork keeps only the thread that called it. It imports the backend
 and never touches CUDA, which does not survive a fork: the GPUs are hidden while it imports. Where a fork
-could go wrong (warmth.py), and where COLD gives a reason not to fork, a host imports everything by itself
-(cold_host.py).
+could go wrong (fork_safety.py), and where COLD gives a reason not to fork, a host imports everything itself
+(spawned_host.py).
 
 Messages (see channel.py):
     service -> launcher   {"launch": id, "spec": {...}}  with two descriptors: listener, log
@@ -39,6 +39,7 @@ from inference_service.engines.base import HostSpec
 from inference_service.engines.channel import Channel
 from inference_service.engines.fork_safety import gpus_hidden, why_cold
 from inference_service.engines.lifeline import end_group_with_service
+from inference_service.engines.process_title import FORKED, title_host
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -170,7 +171,8 @@ class _Launcher:
                 os.close(descriptor)
             os.environ.update(spec.environment)
             if self._cold:
-                _become_cold_host(spec, listener, self._lifeline)
+                _become_spawned_host(spec, listener, self._lifeline)
+            title_host(spec.model, FORKED)
             end_group_with_service(self._lifeline)
             tempfile.tempdir = None  # the host's own TMPDIR, not what the imports have looked up
             program = importlib.import_module(spec.program)
@@ -265,7 +267,7 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def _become_cold_host(spec: HostSpec, listener: int, lifeline: int) -> NoReturn:
+def _become_spawned_host(spec: HostSpec, listener: int, lifeline: int) -> NoReturn:
     for descriptor in (listener, lifeline):
         os.set_inheritable(descriptor, True)
     order = json.dumps(spec.to_json())

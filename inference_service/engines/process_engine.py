@@ -43,7 +43,7 @@ KEEP_ALIVE_SECONDS = 2.0
 HEARTBEAT_PATH = "/control/heartbeat"
 
 
-class HostedEngine:
+class ProcessEngine:
     """An engine in a host process of its own (see engines/base.py for the protocol)."""
 
     def __init__(
@@ -262,7 +262,7 @@ class HostReply:
 
     def __init__(
         self,
-        engine: HostedEngine,
+        engine: ProcessEngine,
         response: aiohttp.ClientResponse,
         closed: Callable[["HostReply"], None],
     ) -> None:

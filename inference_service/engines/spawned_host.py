@@ -14,11 +14,13 @@ import traceback
 
 from inference_service.engines.base import HostSpec
 from inference_service.engines.lifeline import end_group_with_service
+from inference_service.engines.process_title import SPAWNED, title_host
 
 
 def main() -> None:
     spec = HostSpec.from_json(json.loads(sys.argv[1]))
     listener = socket.socket(fileno=int(sys.argv[2]))
+    title_host(spec.model, SPAWNED)
     end_group_with_service(int(sys.argv[3]))
     try:
         importlib.import_module(spec.program).run(spec, listener)

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse
 logger = logging.getLogger(__name__)
 
 
-async def answered(work: Callable[[], Awaitable[dict[str, Any]]]) -> JSONResponse:
+async def reply(work: Callable[[], Awaitable[dict[str, Any]]]) -> JSONResponse:
     """What the work returns; its error as 422 with the reason, for the service to tell."""
     try:
         return JSONResponse(await work())

@@ -27,6 +27,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from inference_service.checkpoints.reference import model_of
 from inference_service.engines.base import HostSpec
+from inference_service.engines.process_title import retitle
 
 _WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog")
 
@@ -145,6 +146,7 @@ class _Fake:
         if script.fail_swap is not None:
             return JSONResponse({"error": script.fail_swap}, 422)
         self._spec, self._script = spec, script
+        retitle(spec.model)
         self._adapters.clear()
         if not script.wrong_weights:
             self._fingerprint = _fingerprint(spec)

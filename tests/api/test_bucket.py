@@ -133,12 +133,12 @@ def test_the_service_answers_while_it_fetches(bucket: Bucket, proxy: FaultProxy,
     with service_over(bucket, tmp_path, proxy.url) as service, ThreadPoolExecutor(1) as pool:
         service.http.post("/v1/chat/completions", json=CHAT).raise_for_status()
         loading = pool.submit(service.http.post, "/v1/chat/completions", json=CHAT | {"model": "large"})
-        answered = 0
+        reply = 0
         while not loading.done():
             service.http.post("/v1/chat/completions", json=CHAT).raise_for_status()
-            answered += 1
+            reply += 1
         assert loading.result().status_code == 200
-        assert answered > 3
+        assert reply > 3
 
 
 def test_what_is_loaded_is_served_while_a_new_revision_is_uploaded(bucket: Bucket, tmp_path: Path) -> None:

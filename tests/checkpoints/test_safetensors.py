@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from inference_service.checkpoints.safetensors import BadHeader, Tensor, header_bytes, parse_header
 
@@ -19,6 +17,9 @@ def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, objec
 
 
 def test_a_real_file(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
     tensors = {"a": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.bfloat16), "c": torch.zeros(())}
     save_file(tensors, tmp_path / "m.safetensors", metadata={"format": "pt"})
     content = (tmp_path / "m.safetensors").read_bytes()

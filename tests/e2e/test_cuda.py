@@ -71,17 +71,17 @@ def test_the_launcher_is_warm_and_touches_no_gpu(
     opened = {str(fd.readlink()) for fd in Path(f"/proc/{launcher.pid}/fd").iterdir()}
     assert {path for path in opened if "nvidia" in path} <= {"/dev/nvidiactl"}, "NVML's alone"
     assert "without a warm launcher" not in service.log_text()
-    assert "inference_service.engines.launcher_process" in host_command(service, BASE), "a fork"
+    assert title(service, BASE) == f"inference-service: {BASE} (forked)"
     service.http.post(f"/admin/unload/{BASE}").raise_for_status()
     settings = {"MAX_CACHED_MODELS": "1", "GPU_MEMORY_UTILIZATION": "0.3", "ENGINE": "auto"}
     with real_service(bucket, tmp_path, ENGINES["vllm"], WARM_LAUNCHER="false", **settings) as spawning:
         assert ask(spawning, BASE) == answer
-        assert "inference_service.engines.spawned_host" in host_command(spawning, BASE)
+        assert title(spawning, BASE) == f"inference-service: {BASE} (spawned)"
 
 
-def host_command(service: ServiceProcess, model: str) -> list[str]:
-    """The command line of a model's host; a fork has its launcher's."""
-    return psutil.Process(service.engine(model)["process_id"]).cmdline()
+def title(service: ServiceProcess, model: str) -> str:
+    """The title of a model's host."""
+    return psutil.Process(service.engine(model)["process_id"]).cmdline()[0]
 
 
 def test_weights_are_swapped_on_the_gpu(bucket: Bucket, tmp_path: Path) -> None:

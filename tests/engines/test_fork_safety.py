@@ -12,6 +12,7 @@ import pytest
 from inference_service.backends.source_tables import modules_of
 from inference_service.engines import fork_safety
 from inference_service.machine.device import Device, DeviceKind
+from tests.fixtures.installed import needs_vllm
 from tests.fixtures.pinned_vllm import PinnedVllm
 
 
@@ -123,5 +124,6 @@ def test_hosts_are_spawned_where_a_fork_would_know_another_gpu() -> None:
     assert "not all of one kind" in str(fork_safety.why_spawned(True, mixed))
 
 
+@needs_vllm
 def test_modules_of_architectures() -> None:
     assert modules_of(["LlamaForCausalLM", "NobodysForCausalLM"]) == ["vllm.model_executor.models.llama"]

@@ -18,7 +18,7 @@ import pytest
 
 from inference_service.engines.base import HostSpec
 from inference_service.engines.launcher import Launcher
-from inference_service.engines.process_engine import HostedEngine
+from inference_service.engines.process_engine import ProcessEngine
 from inference_service.errors import EngineDied, EngineStartFailed
 
 
@@ -34,9 +34,9 @@ async def launcher() -> AsyncIterator[Launcher]:
     launcher.close()
 
 
-def engine(launcher: Launcher, room: Path, given: HostSpec | None = None) -> HostedEngine:
+def engine(launcher: Launcher, room: Path, given: HostSpec | None = None) -> ProcessEngine:
     order = given or spec()
-    return HostedEngine(launcher, order, room / "engine", lambda snapshot: order)
+    return ProcessEngine(launcher, order, room / "engine", lambda snapshot: order)
 
 
 async def until(true: object, seconds: float = 5) -> None:
@@ -313,12 +313,12 @@ def show_gpus(monkeypatch: pytest.MonkeyPatch, visible: str | None) -> None:
 
 
 async def seen_by_host(launcher: Launcher, room: Path) -> tuple[str, list[str]]:
-    """Which GPUs a host sees, and its command line."""
+    """Which GPUs a host sees, and its title."""
     order = replace(spec("tests.engines.seeing_host"), directory=str(room))
     host = engine(launcher, room, order)
     await host.start()
     assert host.process_id is not None
-    command = psutil.Process(host.process_id).cmdline()
+    command = [part for part in psutil.Process(host.process_id).cmdline() if part]
     await host.close()
     return (room / "seen").read_text().strip(), command
 
@@ -334,7 +334,7 @@ async def test_a_preload_sees_no_gpu_and_a_forked_host_sees_the_services(
     try:
         launcher.preload(["preloaded_later"])
         by_host, command = await seen_by_host(launcher, tmp_path)
-        assert "inference_service.engines.launcher_process" in command, "forked"
+        assert command == ["inference-service: m (forked)"]
         assert by_host == repr(visible)
         assert seen.read_text() == "''\n"
     finally:
@@ -354,7 +354,7 @@ async def test_the_backends_import_sees_no_gpu_and_a_spawned_host_sees_the_servi
     launcher.attach()
     try:
         by_host, command = await seen_by_host(launcher, tmp_path)
-        assert "inference_service.engines.spawned_host" in command, "this vLLM lacks what a fork needs"
+        assert command == ["inference-service: m (spawned)"], "this vLLM lacks what a fork needs"
         assert by_host == repr("1,2")
         assert seen.read_text() == "''\n"
     finally:
@@ -385,10 +385,10 @@ async def test_a_preload_that_forbids_a_fork_makes_the_next_hosts_import_by_them
     launcher.attach()
     try:
         _, command = await seen_by_host(launcher, tmp_path)
-        assert "inference_service.engines.launcher_process" in command
+        assert command == ["inference-service: m (forked)"]
         launcher.preload(["starts_a_thread"])
         _, command = await seen_by_host(launcher, tmp_path)
-        assert "inference_service.engines.spawned_host" in command
+        assert command == ["inference-service: m (spawned)"]
         assert "it has 2 threads, and a fork keeps one since starts_a_thread was imported" in caplog.text
     finally:
         launcher.close()
@@ -419,7 +419,7 @@ async def test_a_cold_launcher_starts_hosts_that_import_everything_themselves(tm
         await host.start()
         pid = host.process_id
         assert pid is not None
-        assert "inference_service.engines.spawned_host" in psutil.Process(pid).cmdline()
+        assert psutil.Process(pid).cmdline()[0] == "inference-service: m (spawned)"
         assert os.getpgid(pid) == pid
         assert psutil.Process(pid).environ()["SEEN_IN_HOST"] == "yes"
         reply = await host.forward("/v1/completions", b'{"prompt": "x", "max_tokens": 3}', "id")

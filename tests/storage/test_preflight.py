@@ -21,6 +21,7 @@ from inference_service.storage.bucket.model import ListedModel, describe, models
 from inference_service.storage.bucket.store import Bytes, StoredObject
 from inference_service.storage.model import Adapter, Checkpoint
 from inference_service.storage.preflight import Preflight
+from tests.fixtures.installed import needs_vllm
 
 GIB = 1 << 30
 CONFIG = {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
@@ -132,6 +133,7 @@ async def test_code_is_never_run(source: Path) -> None:
     assert "auto_map" in await refusal(source)
 
 
+@needs_vllm
 async def test_an_architecture_that_nobody_knows(source: Path) -> None:
     put(source / "models" / "m", config={"architectures": ["NobodysForCausalLM"]})
     assert "NobodysForCausalLM, which vllm does not run" in await refusal(source)
@@ -139,6 +141,7 @@ async def test_an_architecture_that_nobody_knows(source: Path) -> None:
     assert "names no architecture" in await refusal(source)
 
 
+@needs_vllm
 @pytest.mark.parametrize(
     ("serving", "words"),
     [
@@ -225,6 +228,7 @@ async def test_two_revisions_at_once_get_a_verdict_each(source: Path) -> None:
         assert answers[1] is None
 
 
+@needs_vllm
 async def test_what_lies_on_the_disk_is_judged_without_the_bucket(source: Path, tmp_path: Path) -> None:
     store = DirectoryStore(source)
     model = model_in(store)

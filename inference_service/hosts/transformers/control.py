@@ -11,7 +11,8 @@ from fastapi import APIRouter, HTTPException, Request
 from starlette.responses import JSONResponse
 
 from inference_service.engines.base import HostSpec
-from inference_service.hosts.control_replies import answered
+from inference_service.engines.process_title import retitle
+from inference_service.hosts.control_replies import reply
 from inference_service.hosts.transformers.openai.serving import Served
 from inference_service.hosts.transformers.options import parse_options, serve
 
@@ -34,7 +35,7 @@ async def weight_check(request: Request) -> JSONResponse:
     async def look() -> dict[str, Any]:
         return {"fingerprint": await _served(request).engine.weight_check()}
 
-    return await answered(look)
+    return await reply(look)
 
 
 @control.post("/swap")
@@ -48,9 +49,10 @@ async def swap(request: Request) -> JSONResponse:
         engine, options = _served(request).engine, parse_options(spec)
         seconds = await engine.swap(Path(spec.directory), options.engine)
         request.app.state.served = serve(engine, spec, options)
+        retitle(spec.model)
         return {"fingerprint": await engine.weight_check(), "seconds": seconds}
 
-    return await answered(change)
+    return await reply(change)
 
 
 @control.post("/adapters")
@@ -63,7 +65,7 @@ async def add_adapter(request: Request) -> JSONResponse:
         await engine.add_adapter(order["name"], order["id"], Path(order["directory"]))
         return {}
 
-    return await answered(add)
+    return await reply(add)
 
 
 @control.delete("/adapters/{name}")
@@ -74,7 +76,7 @@ async def remove_adapter(request: Request, name: str) -> JSONResponse:
         await _served(request).engine.remove_adapter(name)
         return {}
 
-    return await answered(remove)
+    return await reply(remove)
 
 
 def _served(request: Request) -> Served:

@@ -30,7 +30,8 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 
 from inference_service.checkpoints.reference import model_of
 from inference_service.engines.base import HostSpec
-from inference_service.hosts.control_replies import answered
+from inference_service.engines.process_title import retitle
+from inference_service.hosts.control_replies import reply
 from inference_service.hosts.tokenizer_files import tokenize_alike
 
 WEIGHT_CHECK_TOKENS = 12
@@ -110,14 +111,14 @@ async def heartbeat(request: Request) -> dict[str, int]:
 @control.get("/weight-check")
 async def weight_check(request: Request) -> JSONResponse:
     """The highest logits of a fixed prompt, as the weights compute them now."""
-    return await answered(lambda: _weight_check(request.app.state.engine_client))
+    return await reply(lambda: _weight_check(request.app.state.engine_client))
 
 
 @control.post("/swap")
 async def swap(request: Request) -> JSONResponse:
     """Serve the snapshot that the HostSpec in the body names, with weights of the same shapes."""
     spec = HostSpec.from_json(await request.json())
-    return await answered(lambda: _swap(request.app.state, spec))
+    return await reply(lambda: _swap(request.app.state, spec))
 
 
 @control.post("/adapters")
@@ -131,7 +132,7 @@ async def add_adapter(request: Request) -> JSONResponse:
         state.openai_serving_models.lora_requests[order["name"]] = adapter
         return {}
 
-    return await answered(add)
+    return await reply(add)
 
 
 @control.delete("/adapters/{name}")
@@ -145,7 +146,7 @@ async def remove_adapter(request: Request, name: str) -> JSONResponse:
             await state.engine_client.remove_lora(adapter.lora_int_id)
         return {}
 
-    return await answered(remove)
+    return await reply(remove)
 
 
 async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
@@ -155,9 +156,10 @@ async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
     await engine.pause_generation(mode="wait")  # drops what the old weights have left in the prefix cache
     for adapter in list(state.openai_serving_models.lora_requests.values()):
         await engine.remove_lora(adapter.lora_int_id)
-    await engine.collective_rpc("swap_weights", kwargs={"directory": spec.directory})
+    await engine.collective_rpc("swap_weights", kwargs={"model": spec.model, "directory": spec.directory})
     await engine.resume_generation()
     weights = time.monotonic()
+    retitle(spec.model)
     _take_over(engine, args, rendered_alike=tokenize_alike(before, Path(spec.directory)))
     # The engine core computes the weight check while its front is rebuilt.
     weight_check, _ = await asyncio.gather(_weight_check(engine), serve_model(state, engine, args, spec))

@@ -17,6 +17,7 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
+from inference_service.engines.process_title import retitle
 from inference_service.hosts.phases import enter_phase
 
 _PHASES = {"load_model": "weights", "compile_or_warm_up_model": "warm-up"}
@@ -27,14 +28,15 @@ class WorkerExtension:
 
     model_runner: Any
 
-    def swap_weights(self, directory: str) -> None:
-        """Read the weights in `directory`, of the same shapes, into the live model.
+    def swap_weights(self, model: str, directory: str) -> None:
+        """Read the weights of `model` in `directory`, of the same shapes, into the live model.
 
         Whatever it raises leaves the model unusable: the engine must go.
         """
         if current_platform.is_cpu():
             _embed_only(self.model_runner.get_model())
         self.model_runner.reload_weights(weights_path=directory)
+        retitle(model)  # this process, where it is not the host's own
         if current_platform.is_cpu():
             _tie_again(self.model_runner.get_model())
 

@@ -85,10 +85,6 @@ class IncomingFile:
     def name(self) -> str:
         return self.stored.filename
 
-    @property
-    def closed(self) -> bool:
-        return self._file is None or self._file.closed
-
     def write(self, content: bytes, offset: int) -> None:
         """Raises OSError, ENOSPC among others."""
         descriptor, rest = self._open(), memoryview(content)

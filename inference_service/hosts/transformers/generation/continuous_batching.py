@@ -107,14 +107,6 @@ class ContinuousBatching:
     def steps(self) -> int:
         return self._chooser.steps
 
-    @property
-    def free_tokens(self) -> int:
-        """Tokens that the cache has room for beside the sequences in it."""
-        cache = self._manager.batch_processor.cache
-        tables = [allocator.block_table for allocator in cache.cache_allocators.values()]
-        used = max(sum(map(len, list(table.values()))) for table in tables)
-        return int(cache.num_blocks - used) * PAGE_TOKENS
-
     def is_alive(self) -> bool:
         return bool(self._manager.is_running())
 
