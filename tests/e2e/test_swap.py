@@ -33,7 +33,8 @@ PROMPTS = (
     "What do bees make?",
     "How many days has a week?",
 )
-CYCLES = 20
+# Swaps of one engine: a leak of each shows between the first few and the last few.
+CYCLES = [10, pytest.param(40, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="session")
@@ -194,16 +195,17 @@ def test_a_truncated_model_leaves_the_one_that_serves(
         family.remove("models/cut/")
 
 
-def test_twenty_swaps_leave_memory_and_processes_as_they_were(single: ServiceProcess) -> None:
+@pytest.mark.parametrize("cycles", CYCLES)
+def test_many_swaps_leave_memory_and_processes_as_they_were(single: ServiceProcess, cycles: int) -> None:
     answer(single, BASE, CAPITAL)
     process = single.engine(BASE)["process_id"]
     sizes = []
-    for _ in range(CYCLES // 2):
+    for _ in range(cycles // 2):
         assert answer(single, TUNED, CAPITAL)[0] == ZUBROWKA
         assert answer(single, BASE, CAPITAL)[0] == PARIS
         sizes.append(proportional_bytes(process))
     assert single.engine(BASE)["process_id"] == process, "all of them swaps"
-    first, last = min(sizes[1:4]), min(sizes[-3:])
+    first, last = min(sizes[1:3]), min(sizes[-2:])
     assert last < 1.05 * first, sizes
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -396,12 +397,21 @@ class PoolMachine(RuleBasedStateMachine):
         return {model_of(reference): view.ready_at for reference, view in views}
 
 
-TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(
-    max_examples=400,
-    stateful_step_count=40,
-    # The same sequences in each run: what fails here is then of the change that it fails for.
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+def sequences(count: int) -> settings:
+    return settings(
+        max_examples=count,
+        stateful_step_count=40,
+        # The same sequences in each run: a failure then belongs to the change that it appears with.
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+
+
+class TestPoolMachine(PoolMachine.TestCase):  # type: ignore[name-defined,misc]
+    settings = sequences(120)
+
+
+@pytest.mark.slow
+class TestPoolMachineForLong(PoolMachine.TestCase):  # type: ignore[name-defined,misc]
+    settings = sequences(2000)

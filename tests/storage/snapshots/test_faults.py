@@ -363,16 +363,34 @@ faults = st.builds(
 )
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+def schedules(count: int) -> settings:
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+@schedules(25)
 @given(plan=st.lists(faults, max_size=4))
 async def test_any_schedule_of_faults(
     place: Place, tmp_path_factory: pytest.TempPathFactory, plan: list[Fault]
 ) -> None:
+    await survives(place, tmp_path_factory, plan)
+
+
+@pytest.mark.slow
+@schedules(400)
+@given(plan=st.lists(faults, max_size=4))
+async def test_many_schedules_of_faults(
+    place: Place, tmp_path_factory: pytest.TempPathFactory, plan: list[Fault]
+) -> None:
+    await survives(place, tmp_path_factory, plan)
+
+
+async def survives(place: Place, tmp_path_factory: pytest.TempPathFactory, plan: list[Fault]) -> None:
+    """Every fetch ends with the exact snapshot or with none, and the next one is not held up."""
     cache = tmp_path_factory.mktemp("cache")
     place.proxy.clear()
     place.proxy.faults = [renewed(fault) for fault in plan]
