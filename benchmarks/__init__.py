@@ -1,1 +1,1 @@
-"""What the README's figures come from. Every figure is a ratio, measured side by side in one run."""
+"""Where the figures in the docs come from. Every figure is a ratio, measured side by side in one run."""

@@ -1,7 +1,7 @@
 """The service's settings: environment variables and `.env`, read once at the start.
 
-Owns names, defaults, bounds and their documentation (README and .env.example are held equal to it by
-a test). What they mean for a device or an engine is decided in engines/.
+Owns names, defaults, bounds and descriptions; docs/configuration.md and .env.example are generated from them.
+What a setting means for a device or an engine is decided in backends/ and engines/.
 """
 
 import re
@@ -25,10 +25,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 QUEUED_PER_RUNNING = 4
-# Seconds that a request waits for a place in a loaded engine where QUEUE_TIMEOUT is unset.
+# Seconds that a request waits for a place in a loaded engine if QUEUE_TIMEOUT is unset.
 PLACE_SECONDS = 120.0
-# Of REQUEST_TIMEOUT, what is left of it once the wait for a load has ended: for an answer that comes in the
-# last moment, and for a 503 that says when to come back instead of a 504.
+# The part of REQUEST_TIMEOUT that remains when the wait for a load ends: for an answer at the last moment, or
+# for a 503 with Retry-After instead of a 504.
 ANSWER_SHARE = 0.05
 ANSWER_SECONDS = 10.0
 
@@ -41,7 +41,7 @@ class EngineChoice(StrEnum):
 
 
 class Backend(StrEnum):
-    """What runs models; ENGINE chooses one of them."""
+    """What runs the models; ENGINE chooses one."""
 
     VLLM = "vllm"
     TRANSFORMERS = "transformers"
@@ -90,7 +90,8 @@ class Settings(BaseSettings):
     gcs_bucket: str = Field(
         "your-models-bucket",
         min_length=1,
-        description="Bucket that holds the models, or `file:///dir` for a local directory of the same layout",
+        description="Bucket that holds the models, or `file:///dir` for a local directory with the same "
+        "layout",
     )
     gcs_model_prefix: str = Field(
         "models/", description="Prefix of the models inside the bucket; `/` for the whole bucket"
@@ -103,155 +104,160 @@ class Settings(BaseSettings):
         None,
         gt=0,
         le=1_000_000,
-        description="Quota of LOCAL_MODEL_CACHE in GiB; the least recently used snapshots give way; unset: "
-        "90 % of the file system, or half of the memory where files are memory",
+        description="Quota of LOCAL_MODEL_CACHE in GiB; the least recently used snapshots are evicted. "
+        "Unset: 90 % of the file system, or half of the memory if files are kept in memory",
     )
     catalog_ttl: float = Field(
-        30, ge=0, le=86_400, description="Seconds that a listing of the bucket is good for"
+        30, ge=0, le=86_400, description="Seconds that a listing of the bucket is reused"
     )
-    max_cached_models: int = Field(2, ge=1, le=64, description="Engines that may live at once")
+    max_cached_models: int = Field(2, ge=1, le=64, description="Maximum number of engines at a time")
     max_concurrent_requests: int = Field(
         50,
         ge=1,
         le=100_000,
-        description="Requests that run at once (1 with LOCAL_DEV unless set)",
+        description="Maximum number of requests that run at a time (1 with LOCAL_DEV unless set)",
     )
     max_queued_requests: int | None = Field(
         None,
         ge=1,
         le=1_000_000,
-        description="Requests that may wait besides, the rest get 429; unset: four times those that run",
+        description="Maximum number of requests that wait; further ones get 429. Unset: four times the "
+        "number that may run",
     )
     queue_timeout: float | None = Field(
         None,
         gt=0,
         le=86_400,
-        description="Seconds that a request waits for its model at most; then 503, and the load goes on. "
-        "Unset: 120 for a place in a loaded engine; for a model that is being loaded as long as "
-        "REQUEST_TIMEOUT allows",
+        description="Maximum seconds that a request waits for its model; then it gets 503, and the load "
+        "goes on. Unset: 120 for a place in a loaded engine, and as long as REQUEST_TIMEOUT allows for a "
+        "model that is being loaded",
     )
     warm_launcher: bool = Field(
         True,
-        description="Fork engines from a process that has imported the backend; false: each imports it anew",
+        description="Fork engines from a process that has imported the backend; false: each engine imports "
+        "it",
     )
     weight_swap: WeightSwap = Field(
         WeightSwap.AUTO,
-        description="`auto`: an idle engine takes the weights of another model of its architecture; "
-        "`off`: every model gets a fresh engine",
+        description="`auto`: an idle engine takes the weights of another model of its architecture; `off`: "
+        "every model gets a fresh engine",
     )
     host_cache_gib: float = Field(
         0,
         ge=0,
         le=100_000,
-        description="Weights used lately that are locked in the machine's memory, in GiB; 0: the page cache "
-        "alone keeps them",
+        description="GiB of recently used weights to lock in the machine's memory; 0: leave them to the "
+        "page cache",
     )
     max_adapters: int = Field(
         8,
         ge=1,
         le=1_024,
-        description="LoRA adapters of one base that compute in one batch: as many as are asked at the same "
-        "time; each takes the memory of an adapter",
+        description="Maximum number of LoRA adapters of one base in one batch; each takes the memory of an "
+        "adapter on the device",
     )
     max_cpu_adapters: int = Field(
         64,
         ge=1,
         le=100_000,
-        description="LoRA adapters that an engine keeps in the machine's memory; the least recently used "
-        "idle ones give way",
+        description="Maximum number of LoRA adapters that an engine keeps in the machine's memory; the "
+        "least recently used idle ones are removed",
     )
-    load_timeout: float = Field(600, gt=0, le=86_400, description="Seconds that a load may take")
+    load_timeout: float = Field(600, gt=0, le=86_400, description="Maximum seconds of a load")
     cold_start_grace: float = Field(
         15,
         ge=0,
         le=86_400,
-        description="Seconds after which a stream that waits for its model opens and tells its progress in "
-        "comments; a failure before is an HTTP status, after it an error event",
+        description="Seconds after which a stream that waits for its model is opened and shows the "
+        "progress in SSE comments; a failure before that is an HTTP status, after it an error event",
     )
     engine_stall_timeout: float = Field(
         60,
         gt=0,
         le=86_400,
-        description="Seconds that an engine may have work and make no progress before it is replaced",
+        description="Seconds without progress after which an engine that has work is replaced",
     )
     fairness_wait: float = Field(
         10,
         ge=0,
         le=86_400,
-        description="Seconds that a request for another model waits before a busy engine gives way",
+        description="Seconds that a request for another model waits before a busy engine is drained for it",
     )
     min_residency: float = Field(
-        5, ge=0, le=86_400, description="Seconds that an engine serves at least before it gives way"
+        5, ge=0, le=86_400, description="Minimum seconds that an engine serves before it is evicted"
     )
     model_idle_ttl: float | None = Field(
-        None, gt=0, description="Seconds without a request after which an engine is torn down; unset: never"
+        None, gt=0, description="Seconds without a request after which an engine is stopped. Unset: never"
     )
-    request_timeout: float = Field(300, gt=0, le=86_400, description="Seconds that a whole request may take")
+    request_timeout: float = Field(
+        300, gt=0, le=86_400, description="Maximum seconds of a request, from arrival to the last byte"
+    )
     default_max_tokens: int = Field(
-        512, ge=1, le=10_000_000, description="Generated tokens where the request is silent"
+        512, ge=1, le=10_000_000, description="Maximum number of generated tokens if the request sets none"
     )
     default_temperature: float = Field(
-        0.7, ge=0, le=2, description="Sampling temperature where the request is silent"
+        0.7, ge=0, le=2, description="Sampling temperature if the request sets none"
     )
     cpu_int8: bool = Field(
         False,
-        description="With LOCAL_DEV and the transformers backend on a CPU: weights of 8 bits, faster for one "
-        "request at a time, and a little less exact",
+        description="With LOCAL_DEV and the transformers backend on a CPU: 8-bit weights, faster for one "
+        "request at a time and slightly less exact",
     )
     local_dev: bool = Field(False, description="One request at a time, for development on a laptop")
-    listen_address: str = Field("0.0.0.0", min_length=1, description="Address that the service listens on")
+    listen_address: str = Field("0.0.0.0", min_length=1, description="Address to listen on")
     admin_api_key: SecretStr | None = Field(
         None,
-        description="Key that /admin requires (`Authorization: Bearer KEY`); unset: /admin answers only "
+        description="Key that /admin requires (`Authorization: Bearer KEY`). Unset: /admin answers only "
         "requests from the same machine",
     )
     admin_open: bool = Field(
-        False, description="/admin answers everyone who can reach the port, without a key"
+        False, description="Serve /admin to every client that can reach the port, without a key"
     )
-    port: int = Field(8080, ge=0, le=65_535, description="Port (0 lets the system pick one)")
+    port: int = Field(8080, ge=0, le=65_535, description="Port to listen on; 0: the system picks one")
     engine: EngineChoice = Field(
         EngineChoice.AUTO,
-        description="`auto` (the best for the device), `vllm`, `transformers`, or `fake`, which answers "
-        "without a model",
+        description="Backend: `auto` (the best for the device), `vllm`, `transformers`, or `fake`, which "
+        "answers without a model",
     )
     dtype: DtypeChoice = Field(
         DtypeChoice.AUTO,
-        description="Weights' type: `float32`, `float16`, `bfloat16`, or `auto`, which is float16 on CUDA "
-        "(bfloat16 where the checkpoint is bfloat16) and float32 elsewhere (the transformers backend keeps "
+        description="Type of the weights: `float32`, `float16`, `bfloat16`, or `auto`: float16 on CUDA "
+        "(bfloat16 if the checkpoint is bfloat16) and float32 elsewhere (the transformers backend keeps "
         "bfloat16 on a processor that multiplies it faster)",
     )
     max_model_len: int | None = Field(
         None,
         ge=1,
         le=100_000_000,
-        description="Longest context in tokens, for models that have as many positions; unset: the longest "
-        "that the model and memory allow",
+        description="Maximum context length in tokens, for models with at least as many positions. Unset: "
+        "the longest that the model and the memory allow",
     )
     engine_eager: bool | None = Field(
         None,
-        description="Skip graph capture and compilation; unset: true on the CPU, false elsewhere",
+        description="Skip compilation and CUDA graphs. Unset: true on the CPU, false elsewhere",
     )
     gpu_memory_utilization: float = Field(
         0.9,
         gt=0,
         le=1,
-        description="Share of the device's memory that all engines may use together",
+        description="Fraction of the device's memory for all engines together",
     )
     tensor_parallel_size: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
-        "auto", description="GPUs per engine; `auto`: all GPUs of the machine; without effect on the CPU"
+        "auto", description="GPUs per engine; `auto`: all GPUs of the machine. No effect on the CPU"
     )
-    preload_models: Names = Field((), description="Models to load at the start, comma-separated")
+    preload_models: Names = Field((), description="Names of models to load at the start, comma-separated")
     drain_timeout: float = Field(
-        7, ge=0, le=3_600, description="Seconds that running requests may take after SIGTERM"
+        7, ge=0, le=3_600, description="Seconds that running requests get after SIGTERM"
     )
     log_format: Literal["auto", "json", "text"] = Field(
-        "auto", description="`auto`: JSON on Cloud Run (where K_SERVICE is set), text elsewhere"
+        "auto",
+        description="`json`, `text`, or `auto`: JSON on Cloud Run (if K_SERVICE is set), text elsewhere",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="Least severe level that is logged: `DEBUG`, `INFO`, `WARNING` or `ERROR`"
+        "INFO", description="Lowest level that is logged: `DEBUG`, `INFO`, `WARNING` or `ERROR`"
     )
     fake_tokens_per_second: float = Field(
-        20, gt=0, le=1_000_000, description="Rate of one stream with ENGINE=fake"
+        20, gt=0, le=1_000_000, description="Tokens per second of one stream with ENGINE=fake"
     )
 
     @field_validator("gcs_bucket")

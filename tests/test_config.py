@@ -1,6 +1,5 @@
 """Settings: defaults, bounds, and their documentation held equal to the code."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,18 +175,3 @@ def test_buckets(monkeypatch: pytest.MonkeyPatch, given: str, kept: str) -> None
 def test_prefixes(monkeypatch: pytest.MonkeyPatch, given: str, kept: str) -> None:
     monkeypatch.setenv("GCS_MODEL_PREFIX", given)
     assert load_settings().gcs_model_prefix == kept
-
-
-def test_the_readmes_table_is_the_code() -> None:
-    rows = re.findall(r"^\| `([A-Z0-9_]+)` \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(), re.M)
-    assert {name: default.strip("`") for name, default, _ in rows} == DEFAULTS
-    for name, _, description in rows:
-        field = Settings.model_fields[name.lower()]
-        assert description == field.description
-
-
-def test_the_example_is_the_code() -> None:
-    lines = (ROOT / ".env.example").read_text().splitlines()
-    shown = re.compile(r"# ([A-Z0-9_]+)=(.*)")
-    assert {found[1]: found[2] for found in map(shown.fullmatch, lines) if found} == DEFAULTS
-    assert not [line for line in lines if line and not line.startswith("#")], "a copy changes nothing"

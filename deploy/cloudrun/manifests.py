@@ -2,7 +2,7 @@
 
 The one place where what they set is decided. What follows from another value (the platform's time limit from
 the service's, its concurrency from how many requests the service takes) is derived from it; a setting whose
-default is right is not repeated. A test holds the files, and the README's command, equal to this.
+default is right is not repeated. A test holds the files, and the command in docs/cloud-run.md, equal to this.
 """
 
 from dataclasses import dataclass
@@ -97,7 +97,7 @@ VARIANTS = (
 
 _MANIFEST = """\
 # Cloud Run: one NVIDIA L4 per instance, scaled to zero; $title.
-# Written by `python -m deploy.cloudrun.manifests`. README.md, Deploy, has the commands that go with it.
+# Written by `python -m deploy.cloudrun.manifests`. docs/cloud-run.md has the commands that go with it.
 apiVersion: serving.knative.dev/v1
 kind: Service
 metadata:
@@ -140,7 +140,7 @@ spec:
           livenessProbe:
             httpGet: {path: /health}
             periodSeconds: 30
-          # Every other setting has its default; README.md, Configure, lists them.
+          # Every other setting has its default; docs/configuration.md lists them.
           env:
 $entries
             - name: ADMIN_API_KEY

@@ -220,7 +220,7 @@ async def test_an_origin_without_a_host(bucket: str, tmp_path: Path) -> None:
 
 
 def test_over_a_real_socket(fakes: Fakes) -> None:
-    """What the README's curl lines send, with a body and without; the peer is not what a header says."""
+    """The curl lines of docs/operations.md, with a body and without; the peer is not what a header says."""
     fakes.put("m")
     with fakes.service() as service:
         assert service.http.post("/admin/load/m").status_code == 200

@@ -11,7 +11,7 @@ from deploy.cloudrun.manifests import HERE, VARIANTS, Variant
 from inference_service.config import Settings
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "cloud-run.md").read_text()
 DISK, MEMORY = VARIANTS
 # L4s that anyone can have there; in us-central1 they are by invitation.
 OPEN_REGIONS = ("us-east4", "europe-west1", "europe-west4", "asia-southeast1")
@@ -86,7 +86,7 @@ def test_the_operators_key_is_a_secret(container: dict[str, Any]) -> None:
         "name": "ADMIN_API_KEY",
         "valueFrom": {"secretKeyRef": {"name": "inference-service-admin-key", "key": "latest"}},
     }
-    assert f"gcloud secrets create {key['valueFrom']['secretKeyRef']['name']}" in README
+    assert f"gcloud secrets create {key['valueFrom']['secretKeyRef']['name']}" in PAGE
 
 
 def test_the_service_and_not_the_platform_decides_who_waits(
@@ -115,12 +115,12 @@ def test_the_service_and_not_the_platform_decides_who_waits(
         "--set-secrets ADMIN_API_KEY=inference-service-admin-key:latest",
     ],
 )
-def test_the_readmes_deploy_command_agrees_with_the_file(flag: str) -> None:
-    assert flag in README
+def test_the_deploy_command_agrees_with_the_file(flag: str) -> None:
+    assert flag in PAGE
 
 
-def test_the_readme_deploys_where_anyone_can_have_an_l4() -> None:
-    regions = set(re.findall(r"REGION=([a-z0-9-]+)", README))
+def test_the_page_deploys_where_anyone_can_have_an_l4() -> None:
+    regions = set(re.findall(r"REGION=([a-z0-9-]+)", PAGE))
     assert regions
     assert regions <= set(OPEN_REGIONS)
 
