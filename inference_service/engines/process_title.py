@@ -11,6 +11,7 @@ import setproctitle
 FORKED = "forked"
 SPAWNED = "spawned"
 _PREFIX = "inference-service: "
+_VLLM = "VLLM::"
 _MODEL = re.compile(rf"(?<={_PREFIX})[^ :]+")
 
 
@@ -27,3 +28,13 @@ def title_host(model: str, origin: str) -> None:
 def retitle(model: str) -> None:
     """Name another model in this process's title, if it names one: its weights were swapped."""
     setproctitle.setproctitle(_MODEL.sub(model, setproctitle.getproctitle(), count=1))
+
+
+def title_child() -> None:
+    """Name the model in the title of a process that vLLM has started and titled itself.
+
+    vLLM reads the prefix of its titles when it is imported, which a forked host did before it had a model.
+    """
+    title, prefix = setproctitle.getproctitle(), os.environ.get("VLLM_PROCESS_NAME_PREFIX")
+    if prefix and title.startswith(_VLLM):
+        setproctitle.setproctitle(f"{prefix}::{title.removeprefix(_VLLM)}")

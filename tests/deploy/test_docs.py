@@ -31,7 +31,8 @@ def test_the_generated_files_are_up_to_date() -> None:
 def test_a_copy_of_the_example_changes_nothing() -> None:
     lines = EXAMPLE.read_text().splitlines()
     assert not [line for line in lines if line and not line.startswith("#")]
-    shown = dict(found.groups() for line in lines if (found := re.fullmatch(r"# ([A-Z0-9_]+)=(.*)", line)))
+    found = (re.fullmatch(r"# ([A-Z0-9_]+)=(.*)", line) for line in lines)
+    shown = {match[1]: match[2] for match in found if match is not None}
     assert shown == {name.upper(): default_of(name) for name in Settings.model_fields}
 
 

@@ -7,8 +7,9 @@ import psutil
 import pytest
 
 SCRIPT = """
+import os
 import sys
-from inference_service.engines.process_title import retitle, title_host
+from inference_service.engines.process_title import retitle, title_child, title_host, title_of
 import setproctitle
 for step in {steps}:
     exec(step)
@@ -40,4 +41,8 @@ def test_a_host_is_named_after_its_model_and_again_after_a_swap() -> None:
 def test_vllms_own_processes_keep_their_part_and_others_their_title() -> None:
     core = "setproctitle.setproctitle('inference-service: m::EngineCore')"
     assert title_after(core, "retitle('n')") == ["inference-service: n::EngineCore"]
-    assert title_after("setproctitle.setproctitle('mine')", "retitle('n')") == ["mine"]
+    assert title_after("setproctitle.setproctitle('mine')", "retitle('n')", "title_child()") == ["mine"]
+    child = "setproctitle.setproctitle('VLLM::EngineCore')"
+    prefix = "os.environ['VLLM_PROCESS_NAME_PREFIX'] = title_of('m')"
+    assert title_after(child, prefix, "title_child()") == ["inference-service: m::EngineCore"]
+    assert title_after(child, "title_child()") == ["VLLM::EngineCore"]

@@ -408,10 +408,10 @@ def sequences(count: int) -> settings:
     )
 
 
-class TestPoolMachine(PoolMachine.TestCase):  # type: ignore[name-defined,misc]
+class TestPoolMachine(PoolMachine.TestCase):  # type: ignore[valid-type,misc]
     settings = sequences(120)
 
 
 @pytest.mark.slow
-class TestPoolMachineForLong(PoolMachine.TestCase):  # type: ignore[name-defined,misc]
+class TestPoolMachineForLong(PoolMachine.TestCase):  # type: ignore[valid-type,misc]
     settings = sequences(2000)

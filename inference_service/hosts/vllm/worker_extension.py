@@ -17,7 +17,7 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from inference_service.engines.process_title import retitle
+from inference_service.engines.process_title import retitle, title_child
 from inference_service.hosts.phases import enter_phase
 
 _PHASES = {"load_model": "weights", "compile_or_warm_up_model": "warm-up"}
@@ -100,6 +100,7 @@ def _telling(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
 
 
 _end_with_parent()
+title_child()
 _tell_phases(Worker)
 # A tied output layer and rotary embeddings have no tensor of their own in a checkpoint: nothing is missing.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
