@@ -59,7 +59,7 @@ def vllm_arguments(
         *_serving_arguments(serving),
         *_adapter_arguments(settings, snapshot),
     ]
-    if _eager(settings.engine_eager, device):
+    if runs_eagerly(settings.engine_eager, device):
         arguments.append("--enforce-eager")
     return tuple(arguments)
 
@@ -101,7 +101,7 @@ def _memory_arguments(device: Device, footprint: Footprint, gpus: int) -> list[s
     return arguments
 
 
-def _eager(choice: bool | None, device: Device) -> bool:
+def runs_eagerly(choice: bool | None, device: Device) -> bool:
     if choice is not None:
         return choice
     # Compiling for the CPU takes half a minute at every start and needs a compiler on the machine.

@@ -14,7 +14,7 @@ from typing import TypeVar
 from inference_service.backends.base import backend_version, missing_for
 from inference_service.backends.preload import PROGRAMS
 from inference_service.backends.transformers import transformers_arguments
-from inference_service.backends.vllm import vllm_arguments
+from inference_service.backends.vllm import runs_eagerly, vllm_arguments
 from inference_service.checkpoints.memory_profile import Footprint
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.config import Backend, EngineChoice, Settings
@@ -52,7 +52,8 @@ class EngineFactory:
     def conditions(self) -> str:
         """What logits depend on besides the weights: kernels, their version, the type they compute in."""
         bits = "int8" if self._settings.quantizes else ""
-        computing = f"{self._device.name} {self._settings.dtype} {bits}".rstrip()
+        eager = "eager" if runs_eagerly(self._settings.engine_eager, self._device) else "compiled"
+        computing = f"{self._device.name} {self._settings.dtype} {eager} {bits}".rstrip()
         return f"{self._backend} {backend_version(self._backend)} {computing}"
 
     def close(self) -> None:
@@ -77,7 +78,7 @@ class EngineFactory:
         elif self._backend is Backend.TRANSFORMERS:
             arguments = transformers_arguments(self._settings, self._device, snapshot, footprint)
         elif self._backend is Backend.FAKE:
-            arguments = (str(self._settings.fake_tokens_per_second),)
+            arguments = (str(self._settings.fake_tokens_per_second), str(snapshot.adapter_rank))
         sampling = snapshot.serving.sampling_defaults
         return HostSpec(
             model=snapshot.model,

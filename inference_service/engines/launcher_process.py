@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any, NoReturn
@@ -52,6 +53,8 @@ def main() -> None:
     _die_with(parent)
     _adopt_orphans()
     started = time.monotonic()
+    # From Python 3.12 on, for threads of native pools too, which fork_safety.py knows to be harmless.
+    warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
     gc.disable()  # what is imported stays: collecting meanwhile costs an eighth of the time
     try:
         if cold is None:

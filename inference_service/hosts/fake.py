@@ -1,8 +1,8 @@
 """A host without a model: deterministic words at a chosen rate, the same HTTP, no torch.
 
 For load tests of the service and for people who build clients; never the default. `arguments` of its
-HostSpec: tokens per second of one stream. What else it does, and how it fails, the model's config.json
-says in its key `fake` (see Script).
+HostSpec: tokens per second of one stream, and the highest rank of its adapters. What else it does, and how it
+fails, the model's config.json says in its key `fake` (see Script).
 """
 
 import asyncio
@@ -119,7 +119,10 @@ class _Fake:
     def __init__(self, spec: HostSpec, script: Script) -> None:
         self._spec = spec
         self._script = script
-        self._token_seconds = 1 / float(spec.arguments[0])
+        rate, *rank = spec.arguments
+        self._token_seconds = 1 / float(rate)
+        # As of its start: a swap does not change it.
+        self._takes_adapters = rank != ["0"]
         self._adapters: set[str] = set()
         self._fingerprint = _fingerprint(spec)
         self._running = 0
@@ -158,6 +161,8 @@ class _Fake:
         script = Script.of(Path(order["directory"]))
         if script.fail_adapter is not None:
             return JSONResponse({"error": script.fail_adapter}, 422)
+        if not self._takes_adapters:
+            return JSONResponse({"error": "this engine was started without adapters"}, 422)
         self._adapters.add(order["name"])
         return JSONResponse({})
 

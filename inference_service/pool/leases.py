@@ -35,6 +35,7 @@ class Slot:
     load_seconds: float | None = None
     unloaded: bool = False
     swapped: bool = False
+    adapter_rank: int = 0
     leases: set["Lease"] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     gone: asyncio.Event = field(default_factory=asyncio.Event)

@@ -137,6 +137,8 @@ class EngineLifecycle:
         """Begin to put the model into the engine of the slot `key`, which nobody uses."""
         old = self.slots.pop(key)
         slot = Slot(model, old.footprint, self._clock(), Phases(self._clock), swapped=True)
+        # A fresh engine in the place of the old one must take the adapters that the scheduler counts on.
+        slot.adapter_rank = self._scheduler.engines[slot.key].adapters
         slot.engine, old.engine = old.engine, None
         self.slots[slot.key] = slot
         for watch in old.tasks:

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from inference_service.checkpoints.memory_profile import Footprint
@@ -227,7 +227,8 @@ class EngineLoader:
 
     async def _start_and_try(self, slot: Slot, snapshot: Snapshot) -> None:
         slot.phases.enter(Phase.START)
-        slot.engine = self._parts.make_engine(snapshot, slot.footprint)
+        rank = max(snapshot.adapter_rank, slot.adapter_rank)
+        slot.engine = self._parts.make_engine(replace(snapshot, adapter_rank=rank), slot.footprint)
         await slot.engine.start()
         slot.phases.enter(Phase.WEIGHT_CHECK)
         slot.phases.replace(Phase.START, slot.engine.phases, time.monotonic())

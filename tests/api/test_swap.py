@@ -76,6 +76,17 @@ def test_a_swap_that_fails_is_a_fresh_engine_and_an_answer(fakes: Fakes, fault: 
         assert len(service.descendants()) == 2, "the launcher and one host"
 
 
+def test_the_engine_after_a_failed_swap_takes_the_adapters_of_the_one_before(fakes: Fakes) -> None:
+    fakes.put("a", script=KIN)
+    put_adapter(fakes, "t", "a")
+    fakes.put("b", script=KIN | {"fail_swap": "no"})
+    with fakes.service(**ONE) as service:
+        for model in ("t", "b", "t"):
+            assert post(service, model).status_code == 200, model
+        engine = service.engine("a")
+        assert (engine["swapped"], engine["adapter_rank"]) == (True, 16)
+
+
 def test_an_adapter_is_served_on_its_base(fakes: Fakes) -> None:
     fakes.put("base")
     put_adapter(fakes, "org/tuned", "someone/base", rank=8)
