@@ -12,9 +12,27 @@ from tests.fixtures.fakes import Fakes
 from tests.fixtures.pinned_vllm import PinnedVllm, ask_pinned_vllm
 from tests.fixtures.service_process import ServiceProcess, running_service
 
+TESTS = Path(__file__).parent
 # `make test-fast` has an environment without torch and vLLM.
 HAS_TORCH, HAS_VLLM = (importlib.util.find_spec(name) is not None for name in ("torch", "vllm"))
 collect_ignore = [] if HAS_TORCH else ["e2e", "hosts/transformers", "hosts/vllm"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What real engines run on goes to one test process each (see `make test`), which shares its services."""
+    for item in items:
+        room = item.path.relative_to(TESTS).parts[0]
+        if room == "e2e":
+            parameters = (
+                item.callspec.params
+                if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+                else {}
+            )
+            item.add_marker(pytest.mark.xdist_group(parameters.get("engine", "vllm")))
+        elif room == "hosts":
+            item.add_marker(pytest.mark.xdist_group("transformers"))
+        elif "pinned_vllm" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("pinned"))
 
 
 @pytest.fixture(scope="session", name="checkpoints")

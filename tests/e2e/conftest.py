@@ -36,7 +36,8 @@ def real_service(
     bucket: Bucket, room: Path, engine: Engine, **settings: str
 ) -> AbstractContextManager[ServiceProcess]:
     bucket_settings = {"GCS_BUCKET": bucket.name, "STORAGE_EMULATOR_HOST": bucket.url}
-    own = {"ENGINE": engine.name, **engine.settings}
+    # Other engines may compute at the same time: threads that spin while they wait would keep them from it.
+    own = {"ENGINE": engine.name, "OMP_WAIT_POLICY": "passive", **engine.settings}
     return running_service(room, **(SMALL | own | bucket_settings | settings))
 
 
