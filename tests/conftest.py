@@ -18,6 +18,7 @@ HAS_TORCH, HAS_VLLM = (importlib.util.find_spec(name) is not None for name in ("
 collect_ignore = [] if HAS_TORCH else ["e2e", "hosts/transformers", "hosts/vllm"]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What real engines run on goes to one test process each (see `make test`), which shares its services."""
     for item in items:
