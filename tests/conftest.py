@@ -13,27 +13,16 @@ from tests.fixtures.pinned_vllm import PinnedVllm, ask_pinned_vllm
 from tests.fixtures.service_process import ServiceProcess, running_service
 
 TESTS = Path(__file__).parent
+# What runs real engines takes most of the time.
+ROOMS = {"e2e": 0, "hosts": 1}
 # `make test-fast` has an environment without torch and vLLM.
 HAS_TORCH, HAS_VLLM = (importlib.util.find_spec(name) is not None for name in ("torch", "vllm"))
 collect_ignore = [] if HAS_TORCH else ["e2e", "hosts/transformers", "hosts/vllm"]
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What real engines run on goes to one test process each (see `make test`), which shares its services."""
-    for item in items:
-        room = item.path.relative_to(TESTS).parts[0]
-        if room == "e2e":
-            parameters = (
-                item.callspec.params
-                if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-                else {}
-            )
-            item.add_marker(pytest.mark.xdist_group(parameters.get("engine", "vllm")))
-        elif room == "hosts":
-            item.add_marker(pytest.mark.xdist_group("transformers"))
-        elif "pinned_vllm" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("pinned"))
+    """The longest first: test processes that run side by side then end together (see `make test`)."""
+    items.sort(key=lambda item: ROOMS.get(item.path.relative_to(TESTS).parts[0], len(ROOMS)))
 
 
 @pytest.fixture(scope="session", name="checkpoints")

@@ -74,21 +74,21 @@ def choice(tokenizer: Any, *stops: str) -> Choice:
 def test_a_choice_tells_text_and_tokens_together(tokenizer: Any) -> None:
     ids = tokenizer("one two STOP three", add_special_tokens=False).input_ids
     taking = choice(tokenizer, "STOP")
-    pieces: list[TextChunk] = []
+    chunks: list[TextChunk] = []
     for token in ids:
         if not taking.finished:
-            piece = taking.take(Token(token))
-            pieces += [] if piece is None else [piece]
-    assert "".join(piece.text for piece in pieces) == "one two "
-    assert pieces[-1].finish == "stop"
+            chunk = taking.take(Token(token))
+            chunks += [] if chunk is None else [chunk]
+    assert "".join(chunk.text for chunk in chunks) == "one two "
+    assert chunks[-1].finish == "stop"
     assert taking.finished
 
 
 def test_the_mark_that_ends_an_answer_is_not_its_text(tokenizer: Any) -> None:
     taking = choice(tokenizer)
-    piece = taking.take(Token(tokenizer.eos_token_id, finish=Finish.STOP))
-    assert piece is not None
-    assert (piece.text, piece.finish, len(piece.tokens)) == ("", "stop", 1)
+    chunk = taking.take(Token(tokenizer.eos_token_id, finish=Finish.STOP))
+    assert chunk is not None
+    assert (chunk.text, chunk.finish, len(chunk.tokens)) == ("", "stop", 1)
     assert taking.tokens == 1
 
 

@@ -12,8 +12,8 @@ from inference_service.hosts.transformers.generation.grammar import Grammars
 from inference_service.hosts.transformers.openai.output_parsers import (
     Delta,
     NamedToolParser,
+    parser_for,
     schema_of_calls,
-    writer_for,
 )
 
 TOOLS = [
@@ -25,15 +25,15 @@ TIME = '<tool_call>{"name": "time", "arguments": {}}</tool_call>'
 
 
 def written(text: str, size: int, *, tools: bool = True, reasons: bool = False, prompt: str = "") -> Delta:
-    writer = writer_for(None, prompt, TOOLS if tools else [], reasons=reasons)
-    gain = Delta()
+    parser = parser_for(None, prompt, TOOLS if tools else [], reasons=reasons)
+    delta = Delta()
     for start in range(0, len(text), size):
-        gain += writer.add(text[start : start + size])
-    return gain + writer.finish()
+        delta += parser.add(text[start : start + size])
+    return delta + parser.finish()
 
 
-def called(gain: Delta) -> list[tuple[str, Any]]:
-    return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in gain.calls]
+def called(delta: Delta) -> list[tuple[str, Any]]:
+    return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in delta.calls]
 
 
 ROME = ("weather", {"city": "Rome"})
@@ -60,22 +60,22 @@ ROME = ("weather", {"city": "Rome"})
 def test_calls_are_found_in_the_forms_that_models_write(
     text: str, content: str, calls: list[Any], size: int
 ) -> None:
-    gain = written(text, size)
-    assert called(gain) == calls
-    assert gain.content.strip() == content
+    delta = written(text, size)
+    assert called(delta) == calls
+    assert delta.content.strip() == content
 
 
 @pytest.mark.parametrize("size", [1, 1000])
 def test_a_call_that_is_no_json_is_shown(size: int) -> None:
-    gain = written("Look: <tool_call>{oops</tool_call> done", size)
-    assert gain.calls == []
-    assert "oops" in gain.content
+    delta = written("Look: <tool_call>{oops</tool_call> done", size)
+    assert delta.calls == []
+    assert "oops" in delta.content
 
 
 @pytest.mark.parametrize("size", [1, 4, 1000])
 def test_thoughts(size: int) -> None:
-    gain = written("<think>hm, well</think>Yes.", size, tools=False, reasons=True)
-    assert (gain.reasoning.strip(), gain.content.strip()) == ("hm, well", "Yes.")
+    delta = written("<think>hm, well</think>Yes.", size, tools=False, reasons=True)
+    assert (delta.reasoning.strip(), delta.content.strip()) == ("hm, well", "Yes.")
     begun = written("hm</think>Yes.", size, tools=False, reasons=True, prompt="…<think>\n")
     assert (begun.reasoning.strip(), begun.content.strip()) == ("hm", "Yes.")
     plain = written("<think>hm</think>Yes.", size, tools=False)
@@ -84,8 +84,8 @@ def test_thoughts(size: int) -> None:
 
 def test_arguments_of_a_named_function() -> None:
     """They come as they are written, and in the end make one call."""
-    writer = NamedToolParser("weather")
-    first, second, last = writer.add('{"city": '), writer.add('"Rome"}'), writer.finish()
+    parser = NamedToolParser("weather")
+    first, second, last = parser.add('{"city": '), parser.add('"Rome"}'), parser.finish()
     assert [call["function"]["arguments"] for call in first.calls] == ['{"city": ']
     assert (second.calls, second.arguments) == ([], '"Rome"}')
     assert not last
@@ -114,19 +114,19 @@ TEMPLATE = {
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_a_tokenizers_own_response_template(size: int) -> None:
     text = '<|channel>thought\nhm<channel|>Look:<|tool_call>call:weather{"city": "Rome"}<tool_call|><turn|>'
-    writer = writer_for(TEMPLATE, "<|turn>user\nx<turn|>\n<|turn>model\n", TOOLS, reasons=False)
-    gain = Delta()
+    parser = parser_for(TEMPLATE, "<|turn>user\nx<turn|>\n<|turn>model\n", TOOLS, reasons=False)
+    delta = Delta()
     for start in range(0, len(text), size):
-        gain += writer.add(text[start : start + size])
-    gain += writer.finish()
-    assert (gain.reasoning, gain.content, called(gain)) == ("hm", "Look:", [ROME])
+        delta += parser.add(text[start : start + size])
+    delta += parser.finish()
+    assert (delta.reasoning, delta.content, called(delta)) == ("hm", "Look:", [ROME])
 
 
 @pytest.mark.parametrize("size", [1, 3, 11, 1000])
 def test_nothing_of_a_call_that_is_no_json_is_lost(size: int) -> None:
     text = f"Sure.\n<tool_call>{{bad</tool_call> and {CALL}"
-    gain = written(text, size)
-    assert gain.content == text
+    delta = written(text, size)
+    assert delta.content == text
     whole = written(f"{CALL}{TIME} <tool_call>[1,</tool_call>", size)
     assert called(whole) == [ROME, ("time", {})]
     assert whole.content.strip() == "<tool_call>[1,</tool_call>"
@@ -153,8 +153,8 @@ def test_calls_in_a_list_are_calls(size: int) -> None:
     ],
 )
 def test_json_that_is_no_call_is_shown(text: str, size: int) -> None:
-    gain = written(text, size)
-    assert (gain.calls, gain.content) == ([], text)
+    delta = written(text, size)
+    assert (delta.calls, delta.content) == ([], text)
     assert written(f"Well. {text}", size).content == f"Well. {text}"
 
 
