@@ -48,7 +48,7 @@ model: $(INSTALLED) ## make the demo model in .demo/
 	@$(BIN)/python -m deploy.local.demo_model $(DEMO_MODEL)
 
 test: $(INSTALLED) ## run the tests, with real engines on the CPU
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 3 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-fast: $(FAST_INSTALLED) ## run the tests that need no engine, in an environment without torch
 	$(FAST_VENV)/bin/python -m pytest -m "not slow" --numprocesses 4 $(PYTEST_ARGS)
