@@ -1,4 +1,4 @@
-"""How a host answers what the service orders of it, whichever engine is inside."""
+"""How any host answers a control request of the service."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -10,9 +10,9 @@ logger = logging.getLogger(__name__)
 
 
 async def reply(work: Callable[[], Awaitable[dict[str, Any]]]) -> JSONResponse:
-    """What the work returns; its error as 422 with the reason, for the service to tell."""
+    """The result of `work`; if it raises, 422 with the reason, which the service reports."""
     try:
         return JSONResponse(await work())
     except Exception as error:
-        logger.exception("an order of the service failed")
+        logger.exception("a control request failed")
         return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 422)

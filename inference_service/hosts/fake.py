@@ -1,8 +1,8 @@
-"""A host without a model: deterministic words at a chosen rate, the same HTTP, no torch.
+"""A host without a model: deterministic words at a fixed rate, the same HTTP API, no torch.
 
-For load tests of the service and for people who build clients; never the default. `arguments` of its
-HostSpec: tokens per second of one stream, and the highest rank of its adapters. What else it does, and how it
-fails, the model's config.json says in its key `fake` (see Script).
+For load tests of the service and for developers of clients; never the default. `arguments` of its HostSpec:
+tokens per second of one stream, and the maximum rank of its adapters. The key `fake` of the model's
+config.json sets how else it behaves and fails (see Script).
 """
 
 import asyncio
@@ -36,13 +36,13 @@ _WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog")
 class Script:
     """How one fake model behaves. Tokens are counted per stream.
 
-    Its start takes `start_seconds`, waits for the file `gate`, holds `memory_mib`, or ends with the error
-    `fail_start`. Then the process is killed after so many tokens (`die_after`), blocks for ever
-    (`hang_after`), or answers but brings no further token (`stall_after`).
+    Its start takes `start_seconds`, waits for the file `gate`, allocates `memory_mib`, or fails with the
+    error `fail_start`. After the given number of tokens the process is killed (`die_after`), blocks forever
+    (`hang_after`), or keeps answering but generates no further token (`stall_after`).
 
-    Models with the same `swap_key` can take one another's place; one with `fail_swap` cannot be put into a
-    live host, one with `die_in_swap` kills it, with `wrong_weights` its weights seem not to have arrived. An
-    adapter with `fail_adapter` is refused.
+    Models with the same `swap_key` can be swapped for one another. Swapping in a model with `fail_swap`
+    fails, with `die_in_swap` it kills the host, with `wrong_weights` the old weights appear to stay. An
+    adapter with `fail_adapter` is rejected.
     """
 
     start_seconds: float = 0.0
@@ -61,12 +61,12 @@ class Script:
 
     @classmethod
     def of(cls, directory: Path) -> "Script":
-        """Raises TypeError for a key that it does not know."""
+        """Raises TypeError for an unknown key."""
         file = directory / "config.json"
         return cls(**json.loads(file.read_text()).get("fake", {})) if file.exists() else cls()
 
     def start(self) -> bytearray:
-        """Take the time and the memory that a start takes; raises RuntimeError where it is to fail."""
+        """Take the time and memory of a start; raises RuntimeError if it should fail."""
         time.sleep(self.start_seconds)
         while self.gate is not None and not Path(self.gate).exists():
             time.sleep(0.01)
@@ -75,11 +75,11 @@ class Script:
         return bytearray(os.urandom(1 << 20) * self.memory_mib)
 
     async def after(self, tokens: int) -> None:
-        """What befalls a stream that has brought so many tokens."""
+        """What happens to a stream that has generated `tokens` tokens."""
         if tokens == self.die_after:
             os.kill(os.getpid(), signal.SIGKILL)
         if tokens == self.hang_after:
-            time.sleep(1e6)  # noqa: ASYNC251  (nothing else in this process is to run either)
+            time.sleep(1e6)  # noqa: ASYNC251  (the whole process must hang)
         if tokens == self.stall_after:
             await asyncio.Event().wait()
 
@@ -98,7 +98,7 @@ def run(spec: HostSpec, listener: socket.socket) -> None:
 
 class _Stubborn(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Go on as if nothing had been said."""
+        """Ignore the signal."""
 
 
 def build_app(spec: HostSpec, script: Script) -> FastAPI:
@@ -121,7 +121,7 @@ class _Fake:
         self._script = script
         rate, *rank = spec.arguments
         self._token_seconds = 1 / float(rate)
-        # As of its start: a swap does not change it.
+        # Fixed at the start: a swap does not change it.
         self._takes_adapters = rank != ["0"]
         self._adapters: set[str] = set()
         self._fingerprint = _fingerprint(spec)
@@ -133,7 +133,7 @@ class _Fake:
         return {"status": "ok"}
 
     async def heartbeat(self) -> dict[str, int]:
-        # A client that does not read holds its tokens up and is no stall: the look itself is a step.
+        # A client that does not read delays its tokens, which is no stall: the poll itself counts as a step.
         self._steps += self._stalled == 0
         return {"running": self._running, "steps": self._steps}
 
@@ -141,7 +141,7 @@ class _Fake:
         return {"fingerprint": self._fingerprint}
 
     async def swap(self, request: Request) -> Response:
-        """Serve another model from now on, or fail as its script says."""
+        """Serve another model, or fail as its script says."""
         spec = HostSpec.from_json(await request.json())
         script = Script.of(Path(spec.directory))
         if script.die_in_swap:
@@ -157,13 +157,13 @@ class _Fake:
         return JSONResponse({"fingerprint": self._fingerprint, "seconds": seconds})
 
     async def add_adapter(self, request: Request) -> Response:
-        order = await request.json()
-        script = Script.of(Path(order["directory"]))
+        command = await request.json()
+        script = Script.of(Path(command["directory"]))
         if script.fail_adapter is not None:
             return JSONResponse({"error": script.fail_adapter}, 422)
         if not self._takes_adapters:
             return JSONResponse({"error": "this engine was started without adapters"}, 422)
-        self._adapters.add(order["name"])
+        self._adapters.add(command["name"])
         return JSONResponse({})
 
     async def remove_adapter(self, name: str) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class _Fake:
         yield b"data: [DONE]\n\n"
 
     async def _tokens(self, count: int) -> AsyncIterator[str]:
-        """Words in a fixed order, each at its time, however late the one before was."""
+        """Words in a fixed order, each at its due time, even if the previous one was late."""
         self._running += 1
         stalled = False
         try:
@@ -242,7 +242,7 @@ class _Fake:
 
 
 def _fingerprint(spec: HostSpec) -> list[tuple[int, float]]:
-    """As if a model's files had computed it: equal for the same weights, different for others."""
+    """Stands in for a computed one: equal for the same weights, different for others."""
     weights = Path(spec.directory, "model.safetensors")
     content = weights.read_bytes() if weights.exists() else b""
     return [(number, -float(zlib.crc32(content, number) % 1000)) for number in range(4)]

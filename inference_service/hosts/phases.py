@@ -1,4 +1,4 @@
-"""How a host tells the service what its start is at: a line in its log, which the service takes out."""
+"""How a host reports the phase of its start: a line in its log, which the service filters out."""
 
 import os
 
@@ -6,6 +6,6 @@ from inference_service.engines.base import PHASE_MARK
 
 
 def enter_phase(name: str) -> None:
-    """The start of this host is at `name` from now on."""
-    # Past Python's buffers: a line that other threads or the forked engine core write stays whole.
+    """Report that this host's start has reached phase `name`."""
+    # Bypasses Python's buffers, so that lines of other threads or of the forked engine core stay intact.
     os.write(1, f"{PHASE_MARK}{name}\n".encode())

@@ -1,4 +1,4 @@
-"""Whether two snapshots turn text into tokens alike: what was made of the one serves the other."""
+"""Whether two snapshots tokenize identically, so that a tokenizer built from one serves the other."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ NAMES = (
 
 
 def tokenize_alike(one: Path, other: Path) -> bool:
-    """Compares the files that a tokenizer, its template and its special tokens are read from."""
+    """Compare the files that define the tokenizer, its chat template and its special tokens."""
     return all(_content(one / name) == _content(other / name) for name in NAMES)
 
 

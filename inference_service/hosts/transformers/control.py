@@ -1,6 +1,6 @@
 """The control routes of a transformers host: heartbeat, weight check, swaps, adapters.
 
-The same routes as those of hosts/vllm/control.py. An engine whose swap failed must not serve any more.
+The same routes as in hosts/vllm/control.py. After a failed swap the engine must not serve any more.
 """
 
 from dataclasses import replace
@@ -32,15 +32,15 @@ async def heartbeat(request: Request) -> dict[str, int]:
 async def weight_check(request: Request) -> JSONResponse:
     """The highest logits of a fixed prompt, as the weights compute them now."""
 
-    async def look() -> dict[str, Any]:
+    async def check() -> dict[str, Any]:
         return {"fingerprint": await _served(request).engine.weight_check()}
 
-    return await reply(look)
+    return await reply(check)
 
 
 @control.post("/swap")
 async def swap(request: Request) -> JSONResponse:
-    """Serve the snapshot that the HostSpec in the body names, with weights of the same shapes."""
+    """Serve the snapshot of the HostSpec in the body; its weights must have the same shapes."""
     spec = HostSpec.from_json(await request.json())
     if request.app.state.in_place_of_another and spec.fallback is not None:
         spec = replace(spec, arguments=spec.fallback)
@@ -57,12 +57,12 @@ async def swap(request: Request) -> JSONResponse:
 
 @control.post("/adapters")
 async def add_adapter(request: Request) -> JSONResponse:
-    """Read an adapter: `name` (with its revision), `id` (never used before) and `directory`."""
-    order = await request.json()
+    """Load an adapter: `name` (including its revision), `id` (never used before) and `directory`."""
+    command = await request.json()
 
     async def add() -> dict[str, Any]:
         engine = _served(request).engine
-        await engine.add_adapter(order["name"], order["id"], Path(order["directory"]))
+        await engine.add_adapter(command["name"], command["id"], Path(command["directory"]))
         return {}
 
     return await reply(add)
@@ -70,7 +70,7 @@ async def add_adapter(request: Request) -> JSONResponse:
 
 @control.delete("/adapters/{name}")
 async def remove_adapter(request: Request, name: str) -> JSONResponse:
-    """Forget an adapter that no request uses."""
+    """Unload an adapter that no request uses."""
 
     async def remove() -> dict[str, Any]:
         await _served(request).engine.remove_adapter(name)

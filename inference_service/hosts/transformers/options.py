@@ -1,4 +1,4 @@
-"""The command line of a transformers host, as engines/factory.py writes it, and what follows from it."""
+"""The command line of a transformers host, as backends/transformers.py builds it, and its parsed options."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from inference_service.hosts.transformers.openai.serving import Served
 
 @dataclass(frozen=True)
 class HostOptions:
-    """`reasons`: the model writes its thoughts between tags, to be told apart from its answer."""
+    """`reasons`: the model writes its reasoning between tags, to be separated from its answer."""
 
     engine: EngineOptions
     reasons: bool
@@ -49,10 +49,10 @@ def parse_options(spec: HostSpec) -> HostOptions:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Not the end of the process: it may be an order to a host that serves."""
+        """Raise instead of exiting: a swap request to a running host is parsed here, too."""
         raise ValueError(f"{self.prog}: {message}")
 
 
 def serve(engine: Engine, spec: HostSpec, options: HostOptions) -> Served:
-    """What the host serves from now on: the engine under the model's name, with its defaults."""
+    """What the host serves: the engine under the model's name, with its defaults."""
     return Served(engine, spec.model, spec.default_max_tokens, options.reasons, TokenTexts(engine.tokenizer))

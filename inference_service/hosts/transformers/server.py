@@ -1,7 +1,7 @@
-"""OpenAI's API over a model that transformers runs, on the socket that the service handed down.
+"""OpenAI's API over a model that transformers runs, on the socket that the service passed in.
 
-For machines without vLLM (Apple's, any CPU) and architectures that it lacks. Builds and ends it; generation/
-runs the model, openai/ speaks with clients, transformers_control.py obeys the service.
+For machines without vLLM (Apple's, any CPU) and architectures that vLLM lacks. Starts and stops the server;
+generation/ runs the model, openai/ is the API, control.py handles the service's control requests.
 """
 
 import asyncio
@@ -29,21 +29,21 @@ from inference_service.hosts.transformers.options import parse_options, serve
 
 POLL_INTERVAL = 0.2
 QUIET_SECONDS = 5.0
-# Longer than the service keeps an idle connection.
+# Longer than the service keeps idle connections.
 KEEP_ALIVE_SECONDS = 5
 
 logger = logging.getLogger(__name__)
 
 
 def run(spec: HostSpec, listener: socket.socket, instead_of: str | None = None) -> None:
-    """Serve until SIGTERM. Raises whatever transformers raises when the model cannot be loaded.
+    """Serve until SIGTERM. Raises transformers' error if the model cannot be loaded.
 
-    `instead_of`: the backend that was meant to, and has refused.
+    `instead_of`: the backend that should have served the model but does not support it.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    # Its bars are drawn for people; the service tells the phases.
+    # Progress bars are for terminals; the service reports the phases.
     transformers_logging.disable_progress_bar()
-    # What it makes of its own settings, at each start.
+    # It logs its settings at each start.
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
     enter_phase("start")
     options = parse_options(spec)
@@ -54,9 +54,9 @@ def run(spec: HostSpec, listener: socket.socket, instead_of: str | None = None) 
     try:
         notes = [engine.limitation] if engine.limitation is not None else []
         if options.engine.place.int8:
-            notes.append("weights have 8 bits (CPU_INT8)")
+            notes.append("weights are quantized to 8 bits (CPU_INT8)")
         if instead_of is not None:
-            notes.append(f"{instead_of} does not run this architecture: transformers serves it, slower")
+            notes.append(f"{instead_of} does not run this architecture: transformers serves it, more slowly")
         app = build_app(serve(engine, spec, options), notes)
         app.state.in_place_of_another = instead_of is not None
         asyncio.run(_serve(app, engine, listener))
@@ -94,7 +94,7 @@ async def _death(engine: Engine) -> None:
 
 
 async def _tidy(engine: Engine) -> None:
-    """What a burst of requests took beside the weights goes back to the system in the first quiet moment."""
+    """Return the memory that a burst of requests took to the system once the engine is idle."""
     tidied = last = engine.runner.steps
     while True:
         await asyncio.sleep(QUIET_SECONDS)
@@ -107,14 +107,14 @@ async def _tidy(engine: Engine) -> None:
 
 class _Unsignalled(uvicorn.Server):
     def capture_signals(self) -> Any:
-        """SIGTERM is the host's own affair."""
+        """Leave SIGTERM to _serve."""
         from contextlib import nullcontext
 
         return nullcontext()
 
 
 def build_app(served: Served, notes: list[str]) -> FastAPI:
-    """`notes`: what its operator should know of how the model is run."""
+    """`notes`: what the operator should know about how the model is run."""
     app = FastAPI(openapi_url=None)
     app.state.served = served
     app.state.notes = notes
@@ -127,7 +127,7 @@ def build_app(served: Served, notes: list[str]) -> FastAPI:
 
 
 async def _health(request: Request) -> dict[str, Any]:
-    """The service tells its operator."""
+    """The service shows this to its operator."""
     return {"backend": "transformers", "notes": request.app.state.notes}
 
 

@@ -1,7 +1,7 @@
 """The control routes of a vLLM host: heartbeat, weight check, swaps, adapters.
 
-The service sends no request while the weights change, so nothing here guards against one. Whatever fails in a
-swap leaves an engine that nobody may use; the service ends it.
+The service sends no request while the weights change, so nothing here guards against one. A failed swap
+leaves the engine unusable; the service ends it.
 """
 
 import asyncio
@@ -42,27 +42,26 @@ _reserved_tokens = CompletionRequest.build_tok_params
 
 
 def parse_arguments(spec: HostSpec) -> Namespace:
-    """vLLM's own reading of its command line."""
+    """The command line, parsed and validated by vLLM itself."""
     args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(list(spec.arguments))
     validate_parsed_serve_args(args)
     return args
 
 
 async def serve_model(state: Any, engine: EngineClient, args: Namespace, spec: HostSpec) -> None:
-    """(Re)build what serves the model that the engine holds now, under its name and with its defaults."""
+    """(Re)build the OpenAI server for the engine's current model, under its name and with its defaults."""
     await init_app_state(engine, state, args, state.supported_tasks)
     _apply_default_max_tokens(state, spec.default_max_tokens)
     models = state.openai_serving_models
-    # vLLM tells adapters apart by their name, which holds the revision; the client knows the plain one.
+    # vLLM identifies adapters by name, here with the revision; clients know the name without it.
     own_name = models.model_name
     models.model_name = lambda lora_request=None: model_of(own_name(lora_request))
 
 
 def _apply_default_max_tokens(state: Any, default_max_tokens: int) -> None:
-    """Where a request names no limit: a default that gives way to a long prompt.
+    """Apply a default to requests without a limit, capped at what the prompt leaves of the context.
 
-    vLLM takes the smaller of this and what the context has left, so a silent request never fails for
-    a limit that its client did not set.
+    vLLM does the capping, so that a request never fails because of a limit that its client did not set.
     """
     for serving in (
         state.openai_serving_chat,
@@ -71,7 +70,7 @@ def _apply_default_max_tokens(state: Any, default_max_tokens: int) -> None:
     ):
         if serving is not None:
             serving.default_sampling_params["max_tokens"] = default_max_tokens
-    # A silent completion: vLLM fills in this field's default (OpenAI's old 16 tokens) before it looks.
+    # A completion without a limit: vLLM first fills in this field's default (OpenAI's old 16 tokens).
     CompletionRequest.model_fields["max_tokens"].default = default_max_tokens
 
     def build_tok_params(request: Any, model_config: Any) -> Any:
@@ -84,7 +83,7 @@ def _apply_default_max_tokens(state: Any, default_max_tokens: int) -> None:
 
 
 def count_steps(engine: Any, state: Any) -> None:
-    """Count what the engine core sends, once a step, also while a long prompt yields no token yet."""
+    """Count the engine core's messages: one per step, also while a long prompt yields no token yet."""
     state.steps = 0
     processor = engine.output_processor
     updating = processor.update_scheduler_stats
@@ -116,20 +115,20 @@ async def weight_check(request: Request) -> JSONResponse:
 
 @control.post("/swap")
 async def swap(request: Request) -> JSONResponse:
-    """Serve the snapshot that the HostSpec in the body names, with weights of the same shapes."""
+    """Serve the snapshot of the HostSpec in the body; its weights must have the same shapes."""
     spec = HostSpec.from_json(await request.json())
     return await reply(lambda: _swap(request.app.state, spec))
 
 
 @control.post("/adapters")
 async def add_adapter(request: Request) -> JSONResponse:
-    """Read an adapter: `name` (with its revision), `id` (never used before) and `directory`."""
-    order, state = await request.json(), request.app.state
+    """Load an adapter: `name` (including its revision), `id` (never used before) and `directory`."""
+    command, state = await request.json(), request.app.state
 
     async def add() -> dict[str, Any]:
-        adapter = LoRARequest(order["name"], order["id"], order["directory"])
+        adapter = LoRARequest(command["name"], command["id"], command["directory"])
         await state.engine_client.add_lora(adapter)
-        state.openai_serving_models.lora_requests[order["name"]] = adapter
+        state.openai_serving_models.lora_requests[command["name"]] = adapter
         return {}
 
     return await reply(add)
@@ -137,7 +136,7 @@ async def add_adapter(request: Request) -> JSONResponse:
 
 @control.delete("/adapters/{name}")
 async def remove_adapter(request: Request, name: str) -> JSONResponse:
-    """Forget an adapter that no request uses."""
+    """Unload an adapter that no request uses."""
     state = request.app.state
 
     async def remove() -> dict[str, Any]:
@@ -153,7 +152,7 @@ async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
     engine, args = state.engine_client, parse_arguments(spec)
     before = Path(engine.model_config.model)
     started = time.monotonic()
-    await engine.pause_generation(mode="wait")  # drops what the old weights have left in the prefix cache
+    await engine.pause_generation(mode="wait")  # clears the prefix cache of the old weights
     for adapter in list(state.openai_serving_models.lora_requests.values()):
         await engine.remove_lora(adapter.lora_int_id)
     await engine.collective_rpc("swap_weights", kwargs={"model": spec.model, "directory": spec.directory})
@@ -161,14 +160,14 @@ async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
     weights = time.monotonic()
     retitle(spec.model)
     _take_over(engine, args, rendered_alike=tokenize_alike(before, Path(spec.directory)))
-    # The engine core computes the weight check while its front is rebuilt.
+    # The engine core computes the weight check while the server is rebuilt.
     weight_check, _ = await asyncio.gather(_weight_check(engine), serve_model(state, engine, args, spec))
     seconds = {"weights": weights - started, "warm-up": time.monotonic() - weights}
     return {**weight_check, "seconds": seconds}
 
 
 def _take_over(engine: Any, args: Namespace, *, rendered_alike: bool) -> None:
-    """The front of the engine: tokenizer, template, generation config and metric labels of the new model."""
+    """Switch the front end to the new model: tokenizer, template, generation config, metric labels."""
     config = engine.vllm_config.model_config
     config.model = config.tokenizer = args.model
     config.hf_config_path = None
@@ -185,7 +184,7 @@ def _take_over(engine: Any, args: Namespace, *, rendered_alike: bool) -> None:
 
 
 def _render_anew(engine: Any) -> None:
-    # Kept by path, of which each swap brings another.
+    # Cached by path, which changes with each swap.
     for cached in (tokenizers.cached_get_tokenizer, tokenizers.cached_resolve_tokenizer_args):
         cached.cache_clear()
     old, engine.renderer = engine.renderer, renderer_from_config(engine.vllm_config)
@@ -194,16 +193,16 @@ def _render_anew(engine: Any) -> None:
 
 
 async def warm_up(engine: Any) -> None:
-    """Run the weight check once: its kernels, among them that of log probabilities, compile on first use.
+    """Run the weight check once: its kernels, including those of log probabilities, compile on first use.
 
-    What it finds, damaged weights too, is reported when the service asks for it.
+    Errors, such as damaged weights, are reported when the service asks for the weight check.
     """
     with suppress(ValueError):
         await _weight_check(engine)
 
 
 async def _weight_check(engine: Any) -> dict[str, Any]:
-    """Token ids with their log probabilities, highest first; raises ValueError where one is no number."""
+    """Token ids with their log probabilities, highest first; raises ValueError if one is not finite."""
     config = engine.vllm_config.model_config
     vocabulary, count = config.get_vocab_size(), min(WEIGHT_CHECK_TOKENS, config.max_model_len - 1)
     prompt = {"prompt_token_ids": [(7919 * (number + 1)) % vocabulary for number in range(count)]}
@@ -214,9 +213,9 @@ async def _weight_check(engine: Any) -> dict[str, Any]:
     async for output in engine.generate(prompt, params, f"weight-check-{uuid.uuid4().hex}"):
         last = output
     if last is None or not last.outputs[0].logprobs:
-        raise ValueError("the weight check brought no token")
+        raise ValueError("the weight check returned no token")
     found = last.outputs[0].logprobs[0].items()
     top = sorted(((token, each.logprob) for token, each in found), key=lambda pair: (-pair[1], pair[0]))
     if not all(math.isfinite(logprob) for _, logprob in top):
-        raise ValueError("the weight check brought logits that are no numbers: the weights are damaged")
+        raise ValueError("the weight check returned logits that are not finite: the weights are damaged")
     return {"fingerprint": top}

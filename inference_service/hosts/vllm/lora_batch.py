@@ -1,6 +1,6 @@
-"""The products of many adapters with one batch: tokens of one adapter together, those of none left alone.
+"""Apply many adapters to one batch: tokens are grouped by adapter, those without one are skipped.
 
-On the CPU, where one matrix product of many tokens is far cheaper than many of one token. PyTorch only.
+For the CPU, where one matrix product of many tokens is far cheaper than many of one token. PyTorch only.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-# An adapter with fewer tokens in a batch shares one batched product with the others of its kind.
+# Adapters with fewer tokens than this in a batch share one batched product.
 FEW_TOKENS = 8
 Rows: TypeAlias = slice | Tensor
 
 
 @dataclass(frozen=True)
 class _FewEach:
-    """Adapters with few tokens each, as one batched product: `slots` by `width` tokens, some of them padding.
+    """Adapters with few tokens each, as one batched product: `slots` x `width` tokens, some of them padding.
 
-    `rows`: the token of each place; `real`: the places that are no padding, None where all are; `targets`:
-    their tokens.
+    `rows`: the token at each place; `real`: the places that are not padding, None if there is no padding;
+    `targets`: the tokens of the real places.
     """
 
     slots: Rows
@@ -55,10 +55,10 @@ class _FewEach:
 
 
 class Batch:
-    """Which tokens of a batch are whose."""
+    """The tokens of a batch, grouped by adapter."""
 
     def __init__(self, slots: Sequence[int]) -> None:
-        """`slots`: of each token its adapter's, negative for none."""
+        """`slots`: the adapter slot of each token, negative for none."""
         tokens: dict[int, list[int]] = {}
         for row, slot in enumerate(slots):
             if slot >= 0:
@@ -70,9 +70,9 @@ class Batch:
         self._many = [(slot, _rows(rows)) for slot, rows in tokens.items() if slot not in few]
 
     def add(self, outputs: Tensor, inputs: Tensor, chain: Sequence[Tensor], scale: float = 1.0) -> None:
-        """To tokens x outputs: tokens x inputs times the token's own matrices, one of `chain` after another.
+        """Add to `outputs` (tokens x outputs) the `inputs` (tokens x inputs) times each token's own matrices.
 
-        Each of these has the shape slots x outputs x inputs of that product.
+        These are applied in the order of `chain`, whose elements have the shape slots x outputs x inputs.
         """
         for slot, rows in self._many:
             product = inputs[rows]
@@ -87,6 +87,6 @@ class Batch:
 
 
 def _rows(numbers: list[int]) -> Rows:
-    """A slice, which copies nothing, where they follow one another."""
+    """A slice, which copies nothing, if the numbers are consecutive."""
     first, last = numbers[0], numbers[-1]
     return slice(first, last + 1) if last - first == len(numbers) - 1 else torch.tensor(numbers)

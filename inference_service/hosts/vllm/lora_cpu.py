@@ -1,8 +1,8 @@
-"""LoRA on the CPU, right and fast: in the place of vLLM's PyTorch-native wrapper (vllm/lora/punica_wrapper).
+"""Correct and fast LoRA on the CPU: replaces vLLM's PyTorch-native wrapper (vllm/lora/punica_wrapper).
 
-Its kernels take -1, which means "no adapter", for an index: once all slots are in use a request without an
-adapter is answered with the last slot's. And they copy an adapter's matrices once for each token. Here it is
-found out once a step which tokens are whose (lora_batch.py).
+The kernels of vLLM's wrapper use -1, which means "no adapter", as an index: once all slots are in use, a
+request without an adapter is answered with the last slot's. They also copy an adapter's matrices for each
+token. Here tokens are grouped by adapter once per step (lora_batch.py).
 """
 
 from typing import Any
@@ -14,18 +14,18 @@ from inference_service.hosts.vllm.lora_batch import Batch
 
 
 def _matrices(stacked: Tensor, outputs: int | None = None) -> Tensor:
-    """vLLM's stack without its dimension of one; no more outputs than there are: either may be padded."""
+    """vLLM's stack without its dimension of size 1, cut to `outputs`: stack and outputs may be padded."""
     matrices = stacked.squeeze(1) if stacked.dim() == 4 else stacked
     return matrices if outputs is None else matrices[:, :outputs]
 
 
 class GroupedPunicaWrapper(punica_cpu.PunicaWrapperCPU):  # type: ignore[misc]
-    """vLLM's wrapper, whose layers call it once each with the stacked matrices of all slots."""
+    """vLLM's wrapper; each layer calls it once, with the stacked matrices of all slots."""
 
     _tokens = _samples = Batch(())
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
-        """Called with each batch that has other tokens than the one before."""
+        """Called for each batch whose tokens differ from those of the previous one."""
         super().update_metadata(*args, **kwargs)
         self._tokens = Batch(self.token_lora_indices.tolist())
         self._samples = Batch(self.sampler_indices.tolist())
@@ -40,7 +40,7 @@ class GroupedPunicaWrapper(punica_cpu.PunicaWrapperCPU):  # type: ignore[misc]
         output_slices: tuple[int, ...],
         **kwargs: Any,
     ) -> None:
-        """To the outputs of a linear layer, of one or several projections side by side."""
+        """Add to the outputs of a linear layer, with one or more projections side by side."""
         begin = 0
         for down, up, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
             _add(self._tokens, y[:, begin : begin + width], x, (down, up), scale)
@@ -49,7 +49,7 @@ class GroupedPunicaWrapper(punica_cpu.PunicaWrapperCPU):  # type: ignore[misc]
     def add_lora_embedding(
         self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> None:
-        """To embeddings; `x` is what the first matrix has made of the tokens."""
+        """Add to embeddings; `x` are the tokens after the first matrix."""
         _add(self._tokens, y, x, (lora_b_stacked,), 1.0)
 
     def add_lora_logits(
@@ -61,7 +61,7 @@ class GroupedPunicaWrapper(punica_cpu.PunicaWrapperCPU):  # type: ignore[misc]
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """To the logits."""
+        """Add to the logits."""
         logits = y.view(-1, y.shape[-1])
         _add(self._samples, logits, x.view(-1, x.shape[-1]), (lora_a_stacked, lora_b_stacked), scale)
 
@@ -73,5 +73,5 @@ def _add(batch: Batch, y: Tensor, x: Tensor, stacks: tuple[Tensor, ...], scale: 
 
 
 def install() -> None:
-    """Let vLLM use it: its platform names the class."""
+    """Make vLLM use it: its platform looks the class up by name."""
     punica_cpu.PunicaWrapperCPU = GroupedPunicaWrapper

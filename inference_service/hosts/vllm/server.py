@@ -1,8 +1,8 @@
-"""vLLM's own OpenAI server over one AsyncLLM, on the socket that the service handed down.
+"""vLLM's own OpenAI server over one AsyncLLM, on the socket that the service passed in.
 
-Everything inside a request's body (templates, tools, structured outputs, log probabilities) is vLLM's.
-This module builds and ends it, and makes the engine core a fork of the host; what the service orders of it
-while it lives is vllm_control.py's.
+vLLM handles everything inside a request's body (templates, tools, structured outputs, log probabilities).
+This module builds the server, makes the engine core a fork of the host, and shuts both down; control.py
+handles the service's control requests.
 """
 
 import asyncio
@@ -32,16 +32,16 @@ from inference_service.hosts.vllm.control import control, count_steps, parse_arg
 
 logger = logging.getLogger(__name__)
 
-# How vLLM says that it has no model class for a checkpoint (model_executor/models/registry.py).
+# vLLM's errors for a checkpoint without a model class (model_executor/models/registry.py).
 _REFUSED = re.compile(r"are not supported for now|has no vLLM implementation|not compatible with vLLM")
-# Less than the service waits before it kills the group.
+# Less than GRACE_SECONDS, after which the service kills the process group.
 ENGINE_SHUTDOWN_SECONDS = 3.0
-# vLLM's own watchdog looks every five seconds: too late for those who wait for the engine.
+# vLLM's own watchdog polls every 5 s: too slow for requests that wait for the engine.
 POLL_INTERVAL = 0.2
 
 
 def run(spec: HostSpec, listener: socket.socket) -> None:
-    """Serve until SIGTERM. Raises whatever vLLM raises when the engine cannot be built."""
+    """Serve until SIGTERM. Raises vLLM's error if the engine cannot be built."""
     decorate_logs("Host")
     args = parse_arguments(spec)
     _inspect_models_here()
@@ -56,10 +56,10 @@ def run(spec: HostSpec, listener: socket.socket) -> None:
 
 
 def _serve_by_transformers(spec: HostSpec, listener: socket.socket, reason: str) -> None:
-    """vLLM refuses the architecture before it has built anything: the other backend takes its place here."""
+    """vLLM rejects an architecture before it builds anything, so transformers can take over this process."""
     from inference_service.hosts.transformers import server as transformers_server
 
-    logger.warning("vLLM does not run this model, the transformers backend does: %s", reason)
+    logger.warning("vLLM does not support this model, using the transformers backend: %s", reason)
     arguments = spec.fallback or ()
     transformers_server.run(dataclasses.replace(spec, arguments=arguments), listener, instead_of="vLLM")
 
@@ -75,7 +75,7 @@ async def _serve(args: Namespace, spec: HostSpec, listener: socket.socket) -> No
             timeout_graceful_shutdown=1,
         )
         server = NoSignalServer(config)
-        app.state.server = server  # vLLM's error handlers end it when the engine is dead
+        app.state.server = server  # vLLM's error handlers stop it when the engine is dead
         await _until_terminated(server, engine, listener)
 
 
@@ -89,7 +89,7 @@ async def _until_terminated(server: uvicorn.Server, engine: EngineClient, listen
     dying = loop.create_task(_death(engine))
     await asyncio.wait({serving, waiting, dying}, return_when=asyncio.FIRST_COMPLETED)
     if terminated.is_set():
-        # Otherwise it takes the engine core's orderly end for its death and logs an error.
+        # Otherwise it mistakes the engine core's shutdown for a crash and logs an error.
         engine.output_handler.cancel()
         await asyncio.to_thread(engine.shutdown, timeout=ENGINE_SHUTDOWN_SECONDS)
     server.should_exit = True
@@ -109,25 +109,25 @@ async def _build(args: Namespace, spec: HostSpec, engine: EngineClient) -> FastA
     await serve_model(app.state, engine, args, spec)
     await warm_up(engine)
     count_steps(engine, app.state)
-    # Sixty lines that list vLLM's routes at every start.
+    # It lists vLLM's routes at every start, in sixty lines.
     logging.getLogger("vllm.entrypoints.launchers.launcher").setLevel(logging.WARNING)
     return app
 
 
 def _inspect_models_here() -> None:
-    """Look at a model's class in this process: vLLM starts another, which imports everything again.
+    """Inspect a model's class in this process: vLLM starts another one, which imports everything again.
 
-    It does so lest CUDA is initialised here. The launcher has imported the class without that; and where an
-    import does it all the same, vLLM sees it and spawns the engine core.
+    vLLM does so to keep CUDA uninitialised here. The launcher has already imported the class without
+    initialising CUDA; if an import does so anyway, vLLM detects it and spawns the engine core.
     """
     if hasattr(model_registry, "_run_in_subprocess"):
         model_registry._run_in_subprocess = lambda inspect: inspect()
 
 
 def _fork_engine_core() -> None:
-    """Fork the engine core: on the CPU vLLM spawns it, which imports everything a second time.
+    """Fork the engine core: on the CPU vLLM spawns it, which imports everything again.
 
-    On CUDA forking is vLLM's own choice as long as the parent has not touched CUDA.
+    On CUDA, vLLM forks by itself unless the parent has initialised CUDA.
     """
     if hasattr(engine_utils, "get_mp_context"):
         engine_utils.get_mp_context = lambda: multiprocessing.get_context("fork")

@@ -1,8 +1,8 @@
-"""What this project adds to vLLM's workers (`--worker-extension-cls`).
+"""This project's extension of vLLM's workers (`--worker-extension-cls`).
 
-vLLM's engine core outlives a parent that was killed (SIGKILL of the host), with all its memory. This
-module is imported in every process that holds a worker and ends it with its parent. It says when weights are
-read and when the engine warms up, and puts another checkpoint's weights into the live model.
+vLLM's engine core outlives a parent that was killed (SIGKILL of the host), and keeps its memory. This module
+is imported in every process that holds a worker and ends it with its parent. It reports when weights are
+loaded and when the engine warms up, and swaps another checkpoint's weights into the live model.
 """
 
 import logging
@@ -29,20 +29,20 @@ class WorkerExtension:
     model_runner: Any
 
     def swap_weights(self, model: str, directory: str) -> None:
-        """Read the weights of `model` in `directory`, of the same shapes, into the live model.
+        """Load the weights of `model` in `directory`, of the same shapes, into the live model.
 
-        Whatever it raises leaves the model unusable: the engine must go.
+        Any error leaves the model unusable: the engine must be ended.
         """
         if current_platform.is_cpu():
             _embed_only(self.model_runner.get_model())
         self.model_runner.reload_weights(weights_path=directory)
-        retitle(model)  # this process, where it is not the host's own
+        retitle(model)  # this process, if it is not the host's own
         if current_platform.is_cpu():
             _tie_again(self.model_runner.get_model())
 
 
 def _embed_only(model: Any) -> None:
-    """On the CPU embeddings are packed for products too, which only an output layer needs; it has its own."""
+    """Do not pack the embeddings on the CPU: only the output layer, a separate one, needs them packed."""
     head, embeddings = _unwrapped(getattr(model, "lm_head", None)), _embeddings(model)
     if head is None or embeddings is None or head is embeddings:
         return
@@ -51,7 +51,7 @@ def _embed_only(model: Any) -> None:
 
 
 def _tie_again(model: Any) -> None:
-    """On the CPU a tied output layer keeps a packed copy of the old embeddings, and answers with it."""
+    """Repack a tied output layer: on the CPU it would keep using a packed copy of the old embeddings."""
     config = getattr(model, "config", None)
     head = _unwrapped(getattr(model, "lm_head", None))
     embeddings = _embeddings(model)
@@ -67,7 +67,7 @@ def _embeddings(model: Any) -> Any:
 
 
 def _unwrapped(layer: Any) -> Any:
-    """The layer itself, where LoRA has wrapped it."""
+    """The layer itself, if LoRA has wrapped it."""
     return getattr(layer, "base_layer", layer)
 
 
@@ -84,7 +84,7 @@ def _end_with_parent() -> None:
 
 
 def _tell_phases(worker: type[Any]) -> None:
-    """Say that a phase begins when the worker's method for it is called."""
+    """Report a phase when the worker's method for it is called."""
     for name, phase in _PHASES.items():
         if name in vars(worker):
             setattr(worker, name, _telling(vars(worker)[name], phase))
@@ -92,17 +92,17 @@ def _tell_phases(worker: type[Any]) -> None:
 
 def _telling(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
     @wraps(method)
-    def told(*args: Any, **kwargs: Any) -> Any:
+    def reporting(*args: Any, **kwargs: Any) -> Any:
         enter_phase(phase)
         return method(*args, **kwargs)
 
-    return told
+    return reporting
 
 
 _end_with_parent()
 title_child()
 _tell_phases(Worker)
-# A tied output layer and rotary embeddings have no tensor of their own in a checkpoint: nothing is missing.
+# It warns of tied output layers and rotary embeddings, which have no tensor in a checkpoint.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker

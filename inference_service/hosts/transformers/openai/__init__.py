@@ -1,1 +1,1 @@
-"""OpenAI's API over an engine that knows tokens only: what may be asked, and how answers look. No torch."""
+"""OpenAI's API over an engine that knows only tokens: request validation, response formats. No torch."""

@@ -18,9 +18,9 @@ from inference_service.hosts.transformers.openai.output_parsers import (
     NamedToolParser,
     OutputParser,
     RequiredToolParser,
+    parser_for,
     schema_of_arguments,
     schema_of_calls,
-    writer_for,
 )
 from inference_service.hosts.transformers.openai.prompts import chat_prompt, room_for_answer
 from inference_service.hosts.transformers.openai.protocol import ChatRequest, NamedTool, parse_chat
@@ -37,18 +37,18 @@ from inference_service.hosts.transformers.openai.serving import (
     running_usage,
     usage,
 )
-from inference_service.hosts.transformers.openai.stream import Begin, EventStream, pieces, unless_gone
+from inference_service.hosts.transformers.openai.stream import Begin, EventStream, chunks, unless_gone
 
 
 @dataclass
 class _Chat:
-    """One request on its way."""
+    """One request in progress."""
 
     served: Served
     request: ChatRequest
     prompt: list[int]
     begins: list[tuple[Choice, Begin]]
-    writers: list[OutputParser]
+    parsers: list[OutputParser]
 
     @property
     def choices(self) -> list[Choice]:
@@ -71,7 +71,7 @@ async def _answer(request: Request, served: Served) -> Response:
 
 
 def _prepare(served: Served, body: ChatRequest, grammar: Grammar | None) -> _Chat:
-    """Everything that may take a while or be refused, before anything runs."""
+    """Everything that may take a while or be rejected, before anything runs."""
     engine = served.engine
     tools = _tools(body)
     prompt = chat_prompt(engine.tokenizer, body, engine.bounds, with_tools=bool(tools))
@@ -81,8 +81,8 @@ def _prepare(served: Served, body: ChatRequest, grammar: Grammar | None) -> _Cha
     template = getattr(engine.tokenizer, "response_template", None)
     begins = begin_choices(served, body, prompt, params, grammar, raw=template is not None or bool(tools))
     text = engine.tokenizer.decode(prompt) if template is not None or served.reasons else ""
-    writers = [_writer(body, tools, template, text, served) for _ in begins]
-    return _Chat(served, body, prompt, begins, writers)
+    parsers = [_parser(body, tools, template, text, served) for _ in begins]
+    return _Chat(served, body, prompt, begins, parsers)
 
 
 def _tools(body: ChatRequest) -> list[dict[str, Any]]:
@@ -95,7 +95,9 @@ def _grammar(served: Served, body: ChatRequest) -> Grammar | None:
         if forced is not None:
             return served.engine.grammars.schema(forced, compact=True)
     except BadGrammar as error:
-        raise RequestError(f"A tool's parameters cannot be followed: {error}", "tools") from error
+        raise RequestError(
+            f"A tool's parameters are not a supported JSON schema: {error}", "tools"
+        ) from error
     return grammar_of(body, lambda: served.engine.grammars)
 
 
@@ -108,40 +110,39 @@ def _forced_schema(body: ChatRequest, tools: list[dict[str, Any]]) -> dict[str, 
     return None
 
 
-def _writer(
+def _parser(
     body: ChatRequest, tools: list[dict[str, Any]], template: Any, prompt: str, served: Served
 ) -> OutputParser:
     if isinstance(body.tool_choice, NamedTool):
         return NamedToolParser(body.tool_choice.function.name)
     if body.tool_choice == "required":
         return RequiredToolParser()
-    return writer_for(template, prompt, tools, reasons=served.reasons)
+    return parser_for(template, prompt, tools, reasons=served.reasons)
 
 
 async def _whole(chat: _Chat) -> bytes:
-    gains = [Delta() for _ in chat.begins]
+    deltas = [Delta() for _ in chat.begins]
     tokens: list[list[Token]] = [[] for _ in chat.begins]
     finishes: list[str | None] = [None] * len(chat.begins)
-    async for choice, piece in pieces(chat.begins, chat.served.engine.runner.cancel):
-        gains[choice.index] += chat.writers[choice.index].add(piece.text)
-        tokens[choice.index] += piece.tokens
-        finishes[choice.index] = piece.finish
-    return await rendered(chat.request, lambda: to_json(_told(chat, gains, tokens, finishes)))
+    async for choice, chunk in chunks(chat.begins, chat.served.engine.runner.cancel):
+        deltas[choice.index] += chat.parsers[choice.index].add(chunk.text)
+        tokens[choice.index] += chunk.tokens
+        finishes[choice.index] = chunk.finish
+    return await rendered(chat.request, lambda: to_json(_told(chat, deltas, tokens, finishes)))
 
 
 def _told(
-    chat: _Chat, gains: list[Delta], tokens: list[list[Token]], finishes: list[str | None]
+    chat: _Chat, deltas: list[Delta], tokens: list[list[Token]], finishes: list[str | None]
 ) -> dict[str, Any]:
     choices = []
-    for index, writer in enumerate(chat.writers):
-        gain = _bounded(chat.request, gains[index] + writer.finish(), 0)
-        told = _logprobs(chat, tokens[index])
+    for index, parser in enumerate(chat.parsers):
+        delta = _bounded(chat.request, deltas[index] + parser.finish(), 0)
         choices.append(
             {
                 "index": index,
-                "message": _message(gain),
-                "finish_reason": _finish(chat.request, finishes[index], called=bool(gain.calls)),
-                "logprobs": told,
+                "message": _message(delta),
+                "finish_reason": _finish(chat.request, finishes[index], called=bool(delta.calls)),
+                "logprobs": _logprobs(chat, tokens[index]),
             }
         )
     start = head("chatcmpl", "chat.completion", chat.served, chat.request)
@@ -152,7 +153,7 @@ async def _events(chat: _Chat) -> AsyncIterator[bytes]:
     start = head("chatcmpl", "chat.completion.chunk", chat.served, chat.request)
     called = [0] * len(chat.begins)
 
-    def chunk(index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> bytes:
+    def event_of(index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> bytes:
         part = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
         return event(
             start | {"choices": [part]} | running_usage(chat.request, chat.prompt, chat.choices[index])
@@ -160,33 +161,33 @@ async def _events(chat: _Chat) -> AsyncIterator[bytes]:
 
     begun: set[int] = set()
     waiting: list[list[Token]] = [[] for _ in chat.begins]
-    async for choice, piece in pieces(chat.begins, chat.served.engine.runner.cancel):
-        index, writer = choice.index, chat.writers[choice.index]
+    async for choice, chunk in chunks(chat.begins, chat.served.engine.runner.cancel):
+        index, parser = choice.index, chat.parsers[choice.index]
         if index not in begun:
             begun.add(index)
-            yield chunk(index, {"role": "assistant", "content": ""})
-        gain = writer.add(piece.text)
-        if piece.finish is not None:
-            gain += writer.finish()
-        gain = _bounded(chat.request, gain, called[index])
-        waiting[index] += piece.tokens
-        if gain or piece.finish is not None or _logprobs(chat, waiting[index]):
-            told, waiting[index] = _logprobs(chat, waiting[index]), []
-            if gain or told:
-                yield chunk(index, _delta(gain, called[index]), logprobs=told)
-            called[index] += len(gain.calls)
-        if piece.finish is not None:
-            finish = _finish(chat.request, piece.finish, called=bool(called[index]))
-            yield chunk(index, {}, finish)
+            yield event_of(index, {"role": "assistant", "content": ""})
+        delta = parser.add(chunk.text)
+        if chunk.finish is not None:
+            delta += parser.finish()
+        delta = _bounded(chat.request, delta, called[index])
+        waiting[index] += chunk.tokens
+        if delta or chunk.finish is not None or _logprobs(chat, waiting[index]):
+            logprobs, waiting[index] = _logprobs(chat, waiting[index]), []
+            if delta or logprobs:
+                yield event_of(index, _delta(delta, called[index]), logprobs=logprobs)
+            called[index] += len(delta.calls)
+        if chunk.finish is not None:
+            finish = _finish(chat.request, chunk.finish, called=bool(called[index]))
+            yield event_of(index, {}, finish)
     if chat.request.wants_usage:
         yield event(start | {"choices": [], "usage": usage(len(chat.prompt), chat.choices)})
 
 
-def _bounded(request: ChatRequest, gain: Delta, before: int) -> Delta:
-    """One call only where the client wants no parallel ones."""
+def _bounded(request: ChatRequest, delta: Delta, before: int) -> Delta:
+    """At most one call if the client disables parallel calls."""
     if request.parallel_tool_calls is False:
-        gain.calls = gain.calls[: max(0, 1 - before)]
-    return gain
+        delta.calls = delta.calls[: max(0, 1 - before)]
+    return delta
 
 
 def _logprobs(chat: _Chat, tokens: list[Token]) -> dict[str, Any] | None:
@@ -194,27 +195,27 @@ def _logprobs(chat: _Chat, tokens: list[Token]) -> dict[str, Any] | None:
 
 
 def _finish(request: ChatRequest, finish: str | None, *, called: bool) -> str | None:
-    """OpenAI says `stop` where the client has named the function itself."""
+    """OpenAI reports `stop` if the client named the function itself."""
     if called and finish == "stop" and not isinstance(request.tool_choice, NamedTool):
         return "tool_calls"
     return finish
 
 
-def _message(gain: Delta) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": gain.content}
-    if gain.calls:
-        message |= {"content": gain.content or None, "tool_calls": gain.calls}
-    return message | ({"reasoning": gain.reasoning} if gain.reasoning else {})
+def _message(delta: Delta) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": delta.content}
+    if delta.calls:
+        message |= {"content": delta.content or None, "tool_calls": delta.calls}
+    return message | ({"reasoning": delta.reasoning} if delta.reasoning else {})
 
 
-def _delta(gain: Delta, before: int) -> dict[str, Any]:
-    delta: dict[str, Any] = {}
-    if gain.content or not (gain.reasoning or gain.calls or gain.arguments):
-        delta["content"] = gain.content
-    if gain.reasoning:
-        delta["reasoning"] = gain.reasoning
-    if gain.calls:
-        delta["tool_calls"] = [call | {"index": before + number} for number, call in enumerate(gain.calls)]
-    if gain.arguments:
-        delta["tool_calls"] = [{"index": before - 1, "function": {"arguments": gain.arguments}}]
-    return delta
+def _delta(delta: Delta, before: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if delta.content or not (delta.reasoning or delta.calls or delta.arguments):
+        fields["content"] = delta.content
+    if delta.reasoning:
+        fields["reasoning"] = delta.reasoning
+    if delta.calls:
+        fields["tool_calls"] = [call | {"index": before + number} for number, call in enumerate(delta.calls)]
+    if delta.arguments:
+        fields["tool_calls"] = [{"index": before - 1, "function": {"arguments": delta.arguments}}]
+    return fields

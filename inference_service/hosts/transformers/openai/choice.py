@@ -1,4 +1,4 @@
-"""One of a request's answers while it arrives: tokens in, pieces of text with their log probabilities out."""
+"""One of a request's answers while it is generated: tokens in, chunks of text with log probabilities out."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from inference_service.hosts.transformers.openai.detokenizer import Detokenizer,
 
 @dataclass
 class TextChunk:
-    """What an answer has gained. `tokens` are those whose text it holds; `finish` is set on the last."""
+    """New text of an answer. `tokens`: the tokens of this text; `finish` is set on the last chunk."""
 
     text: str
     tokens: list[Token] = field(default_factory=list)
@@ -16,8 +16,10 @@ class TextChunk:
 
 
 class Choice:
-    """Takes tokens in order; `index` among the answers of its request. No stop string ends it before it has
-    `min_tokens`."""
+    """Takes tokens in order, and ends at a stop string once it has `min_tokens`.
+
+    `index`: its place among the request's answers.
+    """
 
     def __init__(self, index: int, detokenizer: Detokenizer, stops: StopFinder, min_tokens: int = 0) -> None:
         self.index = index
@@ -29,10 +31,10 @@ class Choice:
         self._waiting: list[Token] = []
 
     def take(self, token: Token) -> TextChunk | None:
-        """The piece that can be shown now; None while a character or a stop string may be unfinished."""
+        """The chunk that can be sent now; None while a character or a stop string may be incomplete."""
         self.tokens += 1
         text = ""
-        # The mark that ends an answer has a log probability, which lm-eval counts on, but no text.
+        # The end-of-sequence token has a log probability, which lm-eval needs, but no text.
         self._waiting.append(token)
         if token.finish is not Finish.STOP:
             may_end = self.tokens > self._min_tokens

@@ -31,12 +31,12 @@ from inference_service.hosts.transformers.openai.serving import (
     running_usage,
     usage,
 )
-from inference_service.hosts.transformers.openai.stream import Begin, EventStream, pieces, unless_gone
+from inference_service.hosts.transformers.openai.stream import Begin, EventStream, chunks, unless_gone
 
 
 @dataclass
 class _Text:
-    """One of the answers. `offset`: characters of the tokens whose log probabilities were told."""
+    """One of the answers. `offset`: characters of the tokens whose log probabilities were sent."""
 
     choice: Choice
     begin: Begin
@@ -47,15 +47,15 @@ class _Text:
     tokens: list[Token] = field(default_factory=list)
     finish: str | None = None
 
-    def take(self, piece: TextChunk) -> None:
-        self.text += piece.text
-        self.tokens += piece.tokens
-        self.finish = piece.finish
+    def take(self, chunk: TextChunk) -> None:
+        self.text += chunk.text
+        self.tokens += chunk.tokens
+        self.finish = chunk.finish
 
 
 @dataclass
 class _Completion:
-    """One request on its way. `free`: no grammar binds its answers."""
+    """One request in progress. `free`: no grammar constrains its answers."""
 
     served: Served
     request: CompletionRequest
@@ -85,7 +85,7 @@ async def _answer(request: Request, served: Served) -> Response:
 
 
 def _prepare(served: Served, body: CompletionRequest, grammar: Grammar | None) -> _Completion:
-    """Everything that may take a while or be refused, before anything runs."""
+    """Everything that may take a while or be rejected, before anything runs."""
     engine = served.engine
     prompts = completion_prompts(engine.tokenizer, body, engine.bounds)
     answers: list[_Text] = []
@@ -112,8 +112,8 @@ def _answers(
 async def _whole(completion: _Completion) -> bytes:
     echoed = await _echo(completion)
     left = [(answer.choice, answer.begin) for answer in completion.answers if answer.finish is None]
-    async for choice, piece in pieces(left, completion.served.engine.runner.cancel):
-        completion.answers[choice.index].take(piece)
+    async for choice, chunk in chunks(left, completion.served.engine.runner.cancel):
+        completion.answers[choice.index].take(chunk)
     return await rendered(completion.request, lambda: to_json(_told(completion, echoed)))
 
 
@@ -134,32 +134,32 @@ def _told(completion: _Completion, echoed: list[TextChunk]) -> dict[str, Any]:
 async def _events(completion: _Completion) -> AsyncIterator[bytes]:
     start = head("cmpl", "text_completion", completion.served, completion.request)
 
-    def chunk(answer: _Text, piece: TextChunk) -> bytes:
+    def event_of(answer: _Text, chunk: TextChunk) -> bytes:
         part = {
             "index": answer.choice.index,
-            "text": piece.text,
-            "finish_reason": piece.finish,
-            "logprobs": (told := _logprobs(completion, piece.tokens, answer.offset)),
+            "text": chunk.text,
+            "finish_reason": chunk.finish,
+            "logprobs": (logprobs := _logprobs(completion, chunk.tokens, answer.offset)),
         }
-        answer.offset += sum(map(len, told["tokens"])) if told is not None else 0
+        answer.offset += sum(map(len, logprobs["tokens"])) if logprobs is not None else 0
         running = running_usage(completion.request, answer.prompt.tokens, answer.choice)
         return event(start | {"choices": [part]} | running)
 
     echoed = await _echo(completion)
     for answer, prompt in zip(completion.answers, echoed, strict=True):
         if completion.request.echo:
-            yield await rendered(completion.request, partial(chunk, answer, prompt))
+            yield await rendered(completion.request, partial(event_of, answer, prompt))
             if answer.finish is not None:
-                yield chunk(answer, TextChunk(answer.text, answer.tokens, answer.finish))
+                yield event_of(answer, TextChunk(answer.text, answer.tokens, answer.finish))
     left = [(answer.choice, answer.begin) for answer in completion.answers if answer.finish is None]
-    async for choice, piece in pieces(left, completion.served.engine.runner.cancel):
-        yield chunk(completion.answers[choice.index], piece)
+    async for choice, chunk in chunks(left, completion.served.engine.runner.cancel):
+        yield event_of(completion.answers[choice.index], chunk)
     if completion.request.wants_usage:
         yield event(start | {"choices": [], "usage": completion.usage})
 
 
 async def _echo(completion: _Completion) -> list[TextChunk]:
-    """For each answer its prompt, scored where that is asked for, or nothing."""
+    """Each answer's prompt, with log probabilities if requested, or an empty chunk without `echo`."""
     if not completion.request.echo:
         return [TextChunk("") for _ in completion.answers]
     each = completion.request.n or 1
@@ -174,7 +174,7 @@ async def _echo(completion: _Completion) -> list[TextChunk]:
 
 
 async def _read_prompt(completion: _Completion, answers: list[_Text]) -> TextChunk:
-    """The prompt of these answers with its log probabilities, and where each has one token only, that too."""
+    """These answers' prompt with its log probabilities. If each answer has one token, generate it, too."""
     request, engine, prompt = completion.request, completion.served.engine, answers[0].prompt.tokens
     text = answers[0].prompt.text
     if text is None:
@@ -189,9 +189,9 @@ async def _read_prompt(completion: _Completion, answers: list[_Text]) -> TextChu
     except NoRoom as error:
         raise RequestError(f"{error} Send a shorter prompt.", "prompt") from error
     for answer, token in zip(following, chosen, strict=True):
-        piece = answer.choice.take(token)
-        if piece is not None:
-            answer.take(piece)
+        chunk = answer.choice.take(token)
+        if chunk is not None:
+            answer.take(chunk)
     return TextChunk(text, [Token(prompt[0]), *scored])
 
 

@@ -1,17 +1,17 @@
-"""From tokens to text as they come, right for characters of several tokens; strings that end it. Pure."""
+"""Incremental detokenization, correct for characters that span several tokens, and stop strings. Pure."""
 
 from functools import lru_cache
 from typing import Any
 
-# What a decoder puts in the place of bytes that are no character yet.
+# A decoder's replacement for bytes that are not a complete character.
 _UNFINISHED = "�"
-# Tokens of the prompt before the first new one: some tokenizers write a space between two tokens only.
+# Tokens of the prompt decoded before the first new one: some tokenizers add a space only between two tokens.
 CONTEXT_TOKENS = 6
 KEPT_TEXTS = 1 << 16
 
 
 class Detokenizer:
-    """Text of the tokens so far; a character that lacks bytes waits for them."""
+    """The text of the tokens so far; an incomplete character is held back until its bytes arrive."""
 
     def __init__(self, tokenizer: Any, prompt: list[int], *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -21,12 +21,12 @@ class Detokenizer:
         self._read = len(self._ids)
 
     def add(self, token: int) -> str:
-        """The text that this token has completed."""
+        """The text that this token completes."""
         self._ids.append(token)
         return self._advance(final=False)
 
     def finish(self) -> str:
-        """What is left, without the bytes that never became a character."""
+        """The remaining text, without bytes that never became a character."""
         return self._advance(final=True).rstrip(_UNFINISHED)
 
     def _advance(self, *, final: bool) -> str:
@@ -45,17 +45,17 @@ class Detokenizer:
 
 
 class StopFinder:
-    """Holds back what may be the beginning of a stop string, and ends the text before the first one."""
+    """Holds back text that may begin a stop string, and ends the text before the first stop string."""
 
     def __init__(self, stops: list[str], *, keep: bool = False) -> None:
-        """`keep`: the stop string itself is part of the text."""
+        """`keep`: include the stop string in the text."""
         self._stops = stops
         self._keep = keep
         self._held = ""
         self.found = False
 
     def add(self, text: str, *, may_end: bool = True) -> str:
-        """What may be shown now; nothing after a stop string was found. `may_end`: whether one counts yet."""
+        """The text that can be sent now, none after a stop string. `may_end`: stop strings count already."""
         if self.found:
             return ""
         self._held += text
@@ -69,12 +69,12 @@ class StopFinder:
         return shown
 
     def finish(self) -> str:
-        """What was held back in vain."""
+        """The text that was held back but did not become a stop string."""
         shown, self._held = ("" if self.found else self._held), ""
         return shown
 
     def _unsure(self) -> int:
-        """Characters at the end with which a stop string may begin."""
+        """The number of characters at the end that may begin a stop string."""
         longest = max(map(len, self._stops), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             tail = self._held[-length:]
@@ -84,12 +84,12 @@ class StopFinder:
 
 
 class TokenTexts:
-    """Single tokens as text and as the bytes that they stand for."""
+    """Single tokens as text and as bytes."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._byte_of = _bytes_by_character() if _is_byte_level(tokenizer) else None
-        # The same few thousand come again and again.
+        # A few thousand tokens account for most calls.
         self.text = lru_cache(KEPT_TEXTS)(self._text)
 
     def _text(self, token: int) -> str:
@@ -112,7 +112,7 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _bytes_by_character() -> dict[str, int]:
-    """GPT-2's alphabet for bytes: printable ones are themselves, the others are put behind Latin-1.
+    """GPT-2's byte alphabet: printable bytes map to themselves, the others to characters after Latin-1.
 
     https://github.com/openai/gpt-2/blob/master/src/encoder.py
     """

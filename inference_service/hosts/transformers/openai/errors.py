@@ -1,4 +1,4 @@
-"""A request that is not carried out, in OpenAI's words."""
+"""A rejected or failed request, in OpenAI's error format."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 
 class RequestError(Exception):
-    """What is wrong, with which field, and what to do."""
+    """What is wrong, with which field, and what to do next."""
 
     def __init__(self, message: str, param: str | None = None, *, status: int = 400) -> None:
         super().__init__(message)
@@ -17,7 +17,7 @@ class RequestError(Exception):
 
     def envelope(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "internal_error"
-        # The service reads the status of a stream's error from `code`.
+        # The service reads the status of an error in a stream from `code`.
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
 
     def response(self) -> Response:

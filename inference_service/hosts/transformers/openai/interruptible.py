@@ -1,4 +1,4 @@
-"""Work in a thread that can be broken off: a chat template is the model's own program, and may never end."""
+"""Work in a thread that can be interrupted: a chat template is the model's own program, and may never end."""
 
 import asyncio
 import ctypes
@@ -9,19 +9,19 @@ from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
 
-# Of one model; what its template takes, it takes from everybody.
+# Per model: its chat template's CPU time is taken from all of its requests.
 AT_ONCE = asyncio.Semaphore(6)
 
 
 class _BrokenOff(BaseException):
-    """Raised in the thread, between two steps of Python's."""
+    """Raised in the thread, between two Python bytecodes."""
 
 
 async def interruptible(work: Callable[[], Result], seconds: float) -> Result:
-    """What `work` returns; raises TimeoutError after so many seconds. Who leaves ends it as well."""
+    """The result of `work`; raises TimeoutError after `seconds`. Cancellation interrupts the work, too."""
     async with AT_ONCE:
         breakable = _Breakable(work)
-        # A thread of its own: one that is told to break off a moment too late harms nobody.
+        # A dedicated thread: an interrupt that arrives too late cannot hit other work.
         threading.Thread(target=breakable.run, name="interruptible", daemon=True).start()
         try:
             async with asyncio.timeout(seconds):

@@ -1,16 +1,16 @@
-"""Log probabilities in the two shapes that OpenAI's clients know."""
+"""Log probabilities in OpenAI's two formats."""
 
 from typing import Any
 
 from inference_service.hosts.transformers.generation.sequence import Token
 from inference_service.hosts.transformers.openai.detokenizer import TokenTexts
 
-# JSON has no minus infinity; OpenAI writes this.
+# JSON has no minus infinity; OpenAI uses this value.
 _LEAST = -9999.0
 
 
 def of_chat(tokens: list[Token], texts: TokenTexts) -> dict[str, Any]:
-    def told(token: int, logprob: float | None) -> dict[str, Any]:
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
         return {
             "token": texts.text(token),
             "logprob": _finite(logprob),
@@ -18,14 +18,14 @@ def of_chat(tokens: list[Token], texts: TokenTexts) -> dict[str, Any]:
         }
 
     content = [
-        told(token.id, token.logprob) | {"top_logprobs": [told(*pair) for pair in token.top]}
+        entry(token.id, token.logprob) | {"top_logprobs": [entry(*pair) for pair in token.top]}
         for token in tokens
     ]
     return {"content": content, "refusal": None}
 
 
 def of_completion(tokens: list[Token], texts: TokenTexts, offset: int) -> dict[str, Any]:
-    """`offset` of the first token in the text. A token without a log probability is a prompt's first."""
+    """`offset`: of the first token in the text. Only a prompt's first token has no log probability."""
     found: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
     for token in tokens:
         text = texts.text(token.id)
@@ -33,7 +33,7 @@ def of_completion(tokens: list[Token], texts: TokenTexts, offset: int) -> dict[s
         found["tokens"].append(text)
         known = token.logprob is not None
         found["token_logprobs"].append(_finite(token.logprob) if known else None)
-        # The likeliest last: where two tokens have the same text it is the one that counts.
+        # The most likely token last: it overwrites others with the same text.
         pairs = [(token.id, token.logprob), *reversed(token.top)]
         top = {texts.text(each): _finite(logprob) for each, logprob in pairs}
         found["top_logprobs"].append(dict(reversed(top.items())) if known else None)

@@ -1,7 +1,7 @@
-"""An assistant's message while it is written: content, reasoning and tool calls, told apart as they come.
+"""Parses an assistant's message while it is generated: separates content, reasoning and tool calls.
 
-Where the model's tokenizer has a response template, transformers' parser follows it; else JSON tool calls are
-found in the forms in which most models write them.
+If the model's tokenizer has a response template, transformers' parser follows it; otherwise JSON tool calls
+are recognized in the formats that most models use.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from transformers.utils import chat_parsing
 
-# Hermes, Qwen 2 and 3, SmolLM 2 and 3 and many fine-tunes of others write their calls so.
+# The format of Hermes, Qwen 2 and 3, SmolLM 2 and 3 and many fine-tunes of other models.
 _JSON_CALLS = {
     "open_pattern": r"\s*<tool_call>",
     "close": "</tool_call>",
@@ -24,13 +24,13 @@ _JSON_CALLS = {
 _THINKING = {"open": "<think>", "close": "</think>", "content": "text"}
 _CONTENT = {"content": "text", "content_args": {"strip": False}}
 _THINK = "<think>"
-# What Llama 3 and Mistral put before the JSON of their calls.
+# What Llama 3 and Mistral write before the JSON of their calls.
 _CALL_MARKS = re.compile(r"\s*(?:<\|python_tag\|>|\[TOOL_CALLS\])?\s*")
 
 
 @dataclass
 class Delta:
-    """What a message has gained. `arguments` continue those of the call before."""
+    """What is new in a message. `arguments` continue those of the last call."""
 
     content: str = ""
     reasoning: str = ""
@@ -54,12 +54,12 @@ class Delta:
 
 
 class OutputParser(Protocol):
-    """Makes messages of text."""
+    """Turns text into the parts of a message."""
 
     def add(self, text: str) -> Delta: ...
 
     def finish(self) -> Delta:
-        """What is left; nothing is added afterwards."""
+        """The rest; `add` is not called afterwards."""
         ...
 
 
@@ -74,7 +74,7 @@ class Plain:
 
 
 class NamedToolParser:
-    """All text is the arguments of one function: a grammar has seen to it."""
+    """All text is the arguments of one function, which a grammar ensures."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -91,7 +91,7 @@ class NamedToolParser:
 
 
 class RequiredToolParser:
-    """All text is a list of calls: a grammar has seen to it."""
+    """All text is a list of calls, which a grammar ensures."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -105,7 +105,7 @@ class RequiredToolParser:
 
 
 class JsonToolParser:
-    """A message of nothing but JSON may be calls, which shows at its end; any other is content at once."""
+    """A message that is only JSON may be calls, as its end shows; any other is passed on at once."""
 
     def __init__(self, names: frozenset[str], otherwise: OutputParser) -> None:
         self._names = names
@@ -133,7 +133,7 @@ class JsonToolParser:
 
 
 class TemplateParser:
-    """As a response template tells the parts of a message apart."""
+    """Separates the parts of a message by a response template."""
 
     def __init__(self, template: Any, prefix: str, tools: list[dict[str, Any]]) -> None:
         self._parser = chat_parsing.ResponseParser(template, prefix=prefix, tools=tools)
@@ -141,29 +141,29 @@ class TemplateParser:
         self._broken = False
 
     def add(self, text: str) -> Delta:
-        # One by one: only so it is known where in the text a part has ended.
+        # Character by character, to know where in the text a part ends.
         return sum(map(self._add, text), Delta())
 
     def _add(self, character: str) -> Delta:
         if self._broken:
             return Delta(character)
         self._raw += character
-        return self._gained(lambda: self._parser.feed(character))
+        return self._parsed(lambda: self._parser.feed(character))
 
     def finish(self) -> Delta:
-        return Delta() if self._broken else self._gained(lambda: self._parser.finalize()[1])
+        return Delta() if self._broken else self._parsed(lambda: self._parser.finalize()[1])
 
-    def _gained(self, step: Any) -> Delta:
+    def _parsed(self, step: Any) -> Delta:
         try:
             events = step()
-            gain = sum((self._of(event) for event in events), Delta())
+            delta = sum((self._of(event) for event in events), Delta())
         except (ValueError, RecursionError):
-            # A call that is no JSON, or no sane one: shown as it was written.
+            # A call that is not valid JSON, or nested too deeply: passed on as text.
             self._broken = True
             return Delta(self._raw)
         if any(event["type"] == "region_close" and event["field"] != "content" for event in events):
             self._raw = ""
-        return gain
+        return delta
 
     def _of(self, event: dict[str, Any]) -> Delta:
         kind, name = event["type"], event["field"]
@@ -174,13 +174,13 @@ class TemplateParser:
             return Delta(reasoning=event["text"]) if name == "thinking" else Delta()
         if kind == "region_close" and name == "tool_calls":
             calls = _calls_in(event["value"])
-            # JSON that is no call: shown as it was written, too.
+            # JSON that is not a call is passed on as text, too.
             return Delta(self._raw) if calls is None else Delta(calls=calls)
         return Delta()
 
 
-def writer_for(template: Any, prompt: str, tools: list[dict[str, Any]], *, reasons: bool) -> OutputParser:
-    """`template` of the tokenizer or None; `reasons`: the model writes its thoughts between tags."""
+def parser_for(template: Any, prompt: str, tools: list[dict[str, Any]], *, reasons: bool) -> OutputParser:
+    """`template`: the tokenizer's, or None; `reasons`: the model writes its reasoning between tags."""
     if template is not None:
         return TemplateParser(template, prompt, tools)
     if not tools and not reasons:
@@ -197,8 +197,8 @@ def writer_for(template: Any, prompt: str, tools: list[dict[str, Any]], *, reaso
 
 
 def schema_of_calls(tools: list[dict[str, Any]], *, parallel: bool) -> dict[str, Any]:
-    """JSON schema of a list with at least one call of one of the tools."""
-    # Each tool's schema lies in one place, so that what it refers to within itself is found.
+    """JSON schema of a list of one or more calls of these tools."""
+    # Each tool's schema is defined in one place, so that its internal references can be rewritten.
     places = [f"#/$defs/tool-{number}" for number in range(len(tools))]
     schemas = [
         {
@@ -221,7 +221,7 @@ def schema_of_calls(tools: list[dict[str, Any]], *, parallel: bool) -> dict[str,
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """The schema with its references to itself as they are once it lies in another."""
+    """The schema with its internal references rewritten for its new place in another schema."""
     if isinstance(schema, list):
         return [_moved(each, place) for each in schema]
     if not isinstance(schema, dict):
@@ -238,7 +238,7 @@ def schema_of_arguments(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _calls_or_content(text: str, names: frozenset[str] | None = None) -> Delta:
-    """The calls that a text of JSON holds, of these functions only; the text itself where it holds none."""
+    """The calls in a JSON text; the text itself if it has none, or one of a function not in `names`."""
     mark = _CALL_MARKS.match(text)
     try:
         calls = _calls_in(json.loads(text[mark.end() :] if mark else text))
@@ -250,7 +250,7 @@ def _calls_or_content(text: str, names: frozenset[str] | None = None) -> Delta:
 
 
 def _calls_in(found: Any) -> list[dict[str, Any]] | None:
-    """A call, or a list of them; None where there is none, or something else among them."""
+    """The call or list of calls in `found`; None if there is none, or anything else among them."""
     functions = list(_functions(found))
     if not functions or any(
         not isinstance(each, dict) or not isinstance(each.get("name"), str) for each in functions
@@ -263,7 +263,7 @@ def _calls_in(found: Any) -> list[dict[str, Any]] | None:
 
 
 def _functions(found: Any) -> Iterable[Any]:
-    """What lists hold, and what is the `function` of something, however deep."""
+    """Unwraps nested lists and `function` keys at any depth."""
     pending = [found]
     while pending:
         each = pending.pop()
@@ -279,7 +279,7 @@ def _as_text(arguments: Any) -> str:
     if isinstance(arguments, str):
         return _writable(arguments)
     text = json.dumps(arguments, ensure_ascii=False)
-    # Half of a pair, which a model may write as an escape, can only be written so.
+    # A lone surrogate, which a model may write as an escape, can only be written as an escape.
     return text if _writable(text) == text else json.dumps(arguments)
 
 

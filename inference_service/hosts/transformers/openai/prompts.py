@@ -1,4 +1,4 @@
-"""From messages or text to the tokens of a prompt, within the model's context. Blocks for milliseconds."""
+"""Turns messages or text into prompt tokens that fit the model's context. Blocks for milliseconds."""
 
 import json
 from dataclasses import dataclass
@@ -10,30 +10,30 @@ from inference_service.hosts.transformers.generation.checkpoint import Bounds
 from inference_service.hosts.transformers.openai.errors import RequestError
 from inference_service.hosts.transformers.openai.protocol import ChatRequest, CompletionRequest
 
-# Of one request: prompts times n.
+# Per request: prompts times n.
 MAX_ANSWERS = 2_048
-# Of one answer with `echo`: tokens of the prompts times n times those that are told for each.
+# Per answer with `echo`: tokens of the prompts times n times log probabilities per token.
 MAX_LOGPROBS = 1 << 20
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a completion goes on from. `text` as the client wrote it; None where it sent tokens."""
+    """The prompt of a completion. `text`: as the client sent it, None if it sent tokens."""
 
     tokens: list[int]
     text: str | None = None
 
 
 def chat_prompt(tokenizer: Any, request: ChatRequest, bounds: Bounds, *, with_tools: bool) -> list[int]:
-    """The model's own template over the messages; raises RequestError."""
+    """The messages rendered by the model's chat template. Raises RequestError."""
     if not getattr(tokenizer, "chat_template", None):
         raise RequestError(
             "The model has no chat template: use /v1/completions, or upload a chat_template.jinja.",
             "messages",
         )
     if with_tools and "tools" not in _template_text(tokenizer):
-        raise RequestError("The model's chat template has no place for tools.", "tools")
+        raise RequestError("The model's chat template does not support tools.", "tools")
     messages = [_message(message, number) for number, message in enumerate(request.messages)]
     arguments = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:
@@ -51,7 +51,7 @@ def chat_prompt(tokenizer: Any, request: ChatRequest, bounds: Bounds, *, with_to
             continue_final_message=bool(request.continue_final_message),
             **arguments,
         )
-    except Exception as error:  # a template is the model's: it may raise anything
+    except Exception as error:  # the template is the model's own program: it may raise anything
         raise RequestError(f"The chat template cannot render these messages: {error}", "messages") from error
     return _encode(tokenizer, text, bounds, "messages", special=bool(request.add_special_tokens))
 
@@ -67,9 +67,13 @@ def completion_prompts(tokenizer: Any, request: CompletionRequest, bounds: Bound
         prompts = list(prompt)
     special = request.add_special_tokens is not False
     if len(prompts) * (request.n or 1) > MAX_ANSWERS:
-        raise RequestError(f"{len(prompts)} prompts times 'n' are more than {MAX_ANSWERS} answers.", "n")
+        raise RequestError(
+            f"{len(prompts)} prompts times 'n' exceed the maximum of {MAX_ANSWERS} answers: lower 'n' or "
+            "send fewer prompts.",
+            "n",
+        )
     if not prompts:
-        raise RequestError("There is no prompt.", "prompt")
+        raise RequestError("'prompt' is an empty list: send at least one prompt.", "prompt")
     found = [
         Prompt(_encode(tokenizer, each, bounds, "prompt", special=special), each)
         if isinstance(each, str)
@@ -93,28 +97,29 @@ def _check_size(request: CompletionRequest, tokens: int) -> None:
 
 
 def room_for_answer(prompt: list[int], wanted: int | None, default: int, longest: int) -> int:
-    """Tokens that an answer may have: as many as are wanted, or `default`, or what the context has left.
+    """The token limit of an answer: `wanted` or `default`, at most what the context has left.
 
-    Raises RequestError where it has none left.
+    Raises RequestError if it has none left.
     """
     left, asked = longest - len(prompt), default if wanted is None else wanted
     if left < min(1, asked):
         raise RequestError(
-            f"This model's maximum context length is {longest} tokens. The prompt has {len(prompt)}, which "
-            "leaves none for the answer: shorten it.",
+            f"This model's maximum context length is {longest} tokens. The prompt has {len(prompt)} tokens, "
+            "which leaves none for the answer: shorten it.",
             "messages" if wanted is None else "max_tokens",
         )
     return min(asked, left)
 
 
 def _checked(tokens: list[int], bounds: Bounds, field: str) -> list[int]:
-    """Also of what the tokenizer brings: a fine-tune may know tokens that its model has no embedding for."""
+    """Checks the tokenizer's output, too: a fine-tune's tokenizer may know tokens without an embedding."""
     if not tokens:
-        raise RequestError("A prompt without a token cannot be continued.", field)
+        raise RequestError("The prompt has no tokens: it must not be empty.", field)
     outside = next((token for token in tokens if not 0 <= token < bounds.vocabulary), None)
     if outside is not None:
         raise RequestError(
-            f"The prompt's token {outside} is outside the model's vocabulary of {bounds.vocabulary}.", field
+            f"The prompt's token {outside} is outside the model's vocabulary of {bounds.vocabulary} tokens.",
+            field,
         )
     return tokens
 
@@ -122,8 +127,8 @@ def _checked(tokens: list[int], bounds: Bounds, field: str) -> list[int]:
 def _encode(tokenizer: Any, text: str, bounds: Bounds, field: str, *, special: bool) -> list[int]:
     if len(text) > bounds.characters:
         raise RequestError(
-            f"This model's maximum context length is {bounds.tokens} tokens, which are {bounds.characters} "
-            f"characters at most. The prompt has {len(text)}: shorten it.",
+            f"This model's maximum context length is {bounds.tokens} tokens, at most {bounds.characters} "
+            f"characters. The prompt has {len(text)} characters: shorten it.",
             field,
         )
     tokens: list[int] = tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"]
@@ -136,36 +141,35 @@ def _template_text(tokenizer: Any) -> str:
 
 
 def _message(message: dict[str, Any], number: int) -> dict[str, Any]:
-    """As templates expect it: text for content, `system` for `developer`, arguments as objects."""
+    """Normalized for templates: content as text, `system` for `developer`, arguments as objects."""
     role = message.get("role")
     if role not in _ROLES:
         raise RequestError(
-            f"Message {number} has the role '{str(role)[:40]}'; known are {', '.join(_ROLES)}.", "messages"
+            f"Message {number} has the unknown role '{str(role)[:40]}': use one of {', '.join(_ROLES)}.",
+            "messages",
         )
-    told = {**message, "role": "system" if role == "developer" else role}
-    told["content"] = _content(message.get("content"), number)
+    normalized = {**message, "role": "system" if role == "developer" else role}
+    normalized["content"] = _content(message.get("content"), number)
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
-        raise RequestError(f"The tool_calls of message {number} are no list.", "messages")
+        raise RequestError(f"'tool_calls' of message {number} must be a list.", "messages")
     if calls:
-        told["tool_calls"] = [_tool_call(call, number) for call in calls]
-    return told
+        normalized["tool_calls"] = [_tool_call(call, number) for call in calls]
+    return normalized
 
 
 def _content(content: Any, number: int) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
-        raise RequestError(
-            f"The content of message {number} is neither text nor a list of parts.", "messages"
-        )
+        raise RequestError(f"The content of message {number} must be a text or a list of parts.", "messages")
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
         if kind not in ("text", "refusal") or not isinstance(text, str):
             raise RequestError(
-                f"Message {number} holds a part of type {kind!r}; the transformers backend reads text only.",
+                f"Message {number} has a part of type {kind!r}: the transformers backend supports text only.",
                 "messages",
             )
         texts.append(text)

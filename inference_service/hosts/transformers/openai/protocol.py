@@ -1,6 +1,6 @@
-"""Bodies of requests, with every field that has a meaning here; the others are ignored or refused by name.
+"""Request bodies with every supported field; other fields are ignored or rejected by name.
 
-The service has bounded sizes and the best-known fields before; what it lets pass is validated here.
+The service has already bounded sizes and checked the most common fields; the rest is validated here.
 """
 
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -23,7 +23,7 @@ MAX_STOP_TOKENS = 64
 MAX_CHOICES_OF_GRAMMAR = 1_024
 MAX_TOOLS = 128
 Number = StrictInt | StrictFloat
-# What other engines take and this one does not: silence would be a lie.
+# Fields that other engines support and this one does not: rejected, because ignoring them would mislead.
 LACKING = frozenset(
     {
         *("allowed_token_ids", "audio", "bad_words", "documents", "function_call", "functions"),
@@ -33,7 +33,7 @@ LACKING = frozenset(
         *("use_beam_search", "vllm_xargs", "web_search_options"),
     }
 )
-# What a template's own arguments may be called; the rest is ours to set.
+# Arguments that the service sets itself; a template's own arguments must have other names.
 _NO_TEMPLATE_ARGUMENTS = frozenset(
     {
         *("chat_template", "conversation", "messages", "tokenize", "tools", "documents", "return_dict"),
@@ -60,7 +60,7 @@ class ResponseFormat(BaseModel):
 
 
 class StructuredOutputs(BaseModel):
-    """vLLM's field: exactly one of its keys."""
+    """vLLM's field: exactly one of its keys must be set."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -115,7 +115,7 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What chat and completions have in common; None: the model's or the service's default."""
+    """Fields that chat and completions share; None: the model's or the service's default."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, populate_by_name=True)
 
@@ -145,13 +145,13 @@ class GenerationRequest(BaseModel):
 
     @property
     def stops(self) -> list[str]:
-        """Strings that end an answer; empty ones end nothing."""
+        """Strings that end an answer; empty ones are ignored."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [text for text in given if text]
 
     @property
     def wants_grammar(self) -> bool:
-        """Whether an answer is to follow one; `text` is none."""
+        """Whether answers must follow a grammar; the format `text` has none."""
         wanted = self.response_format is not None and self.response_format.type != "text"
         return wanted or self.structured_outputs is not None
 
@@ -199,14 +199,15 @@ def parse_chat(body: Any) -> ChatRequest:
     """Raises RequestError with the field's name."""
     request = _parsed(body, ChatRequest)
     if request.top_logprobs and not request.logprobs:
-        raise RequestError("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
+        raise RequestError("'top_logprobs' requires 'logprobs': true.", "top_logprobs")
     if request.continue_final_message and request.add_generation_prompt:
         raise RequestError(
-            "A final message cannot be continued and followed by a new one.", "continue_final_message"
+            "'continue_final_message' cannot be combined with 'add_generation_prompt'.",
+            "continue_final_message",
         )
     for name in request.chat_template_kwargs or ():
         if name in _NO_TEMPLATE_ARGUMENTS:
-            raise RequestError(f"'{name}' cannot be given to the chat template.", "chat_template_kwargs")
+            raise RequestError(f"'{name}' cannot be set for the chat template.", "chat_template_kwargs")
     _check_tool_choice(request)
     return request
 
@@ -248,9 +249,9 @@ def _check_tool_choice(request: ChatRequest) -> None:
     if choice in (None, "none", "auto"):
         return
     if not tools:
-        raise RequestError("'tool_choice' needs 'tools'.", "tool_choice")
+        raise RequestError("'tool_choice' requires 'tools'.", "tool_choice")
     names = [tool.function.name for tool in tools]
     if isinstance(choice, NamedTool) and choice.function.name not in names:
         raise RequestError(
-            f"'tool_choice' names '{choice.function.name}', which is not among the tools.", "tool_choice"
+            f"'tool_choice' names '{choice.function.name}', which is not one of the tools.", "tool_choice"
         )

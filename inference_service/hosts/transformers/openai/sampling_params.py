@@ -1,4 +1,4 @@
-"""From a request to the sampling parameters of its sequences, and to the grammar that they follow."""
+"""The sampling parameters and the grammar of a request's sequences."""
 
 import re
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def sampling_params(
     stop_tokens: frozenset[int],
     vocabulary: int,
 ) -> SamplingParams:
-    """What the request is silent on comes from `defaults`; raises RequestError."""
+    """Fields that the request does not set come from `defaults`. Raises RequestError."""
 
     def chosen(name: str, neutral: float) -> float:
         value = getattr(request, name)
@@ -28,7 +28,7 @@ def sampling_params(
 
     own_stops = frozenset(request.stop_token_ids or ())
     if not all(0 <= token < vocabulary for token in own_stops):
-        raise RequestError(f"A stop token is outside the vocabulary of {vocabulary}.", "stop_token_ids")
+        raise RequestError(f"A stop token is not in the vocabulary of {vocabulary} tokens.", "stop_token_ids")
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=chosen("temperature", 1.0),
@@ -51,14 +51,14 @@ def _biases(given: dict[str, Any], vocabulary: int) -> dict[int, float]:
     for name, bias in given.items():
         if not _TOKEN_ID.fullmatch(name) or int(name) >= vocabulary:
             raise RequestError(
-                f"'{name[:40]}' is no token of this model: 0 to {vocabulary - 1}.", "logit_bias"
+                f"'{name[:40]}' is not a token id of this model: use 0 to {vocabulary - 1}.", "logit_bias"
             )
         biases[int(name)] = float(bias)
     return biases
 
 
 def grammar_of(request: GenerationRequest, grammars: Callable[[], Grammars]) -> Grammar | None:
-    """The grammar that the request asks for; raises RequestError. Blocks while it compiles."""
+    """The grammar that the request asks for. Raises RequestError; blocks while it compiles."""
     wanted = request.response_format
     try:
         if request.structured_outputs is not None:
@@ -68,11 +68,11 @@ def grammar_of(request: GenerationRequest, grammars: Callable[[], Grammars]) -> 
         if wanted.type == "json_object":
             return grammars().json()
         if wanted.json_schema is None or wanted.json_schema.content is None:
-            raise RequestError("'json_schema' needs a 'schema'.", "response_format")
+            raise RequestError("'json_schema' requires a 'schema'.", "response_format")
         return grammars().schema(wanted.json_schema.content)
     except BadGrammar as error:
         field = "response_format" if request.structured_outputs is None else "structured_outputs"
-        raise RequestError(f"The grammar cannot be followed: {error}", field) from error
+        raise RequestError(f"The grammar is invalid or not supported: {error}", field) from error
 
 
 def _structured(wanted: StructuredOutputs, grammars: Grammars) -> Grammar:

@@ -1,4 +1,4 @@
-"""The routes, and what chat and completions have in common: from a body to the choices that are begun."""
+"""What chat and completions share: from a request's body to choices that are ready to start."""
 
 import asyncio
 import time
@@ -30,7 +30,7 @@ from inference_service.hosts.transformers.openai.stream import Begin
 
 @dataclass
 class Served:
-    """What the host serves at this moment: the engine, and how its model is called and answers by default."""
+    """What the host currently serves: the engine, its model's name and its defaults."""
 
     engine: Engine
     name: str
@@ -39,7 +39,7 @@ class Served:
     texts: TokenTexts
 
     def adapter(self, name: str | None) -> str | None:
-        """The adapter that a request names, None for the model itself; raises RequestError."""
+        """The adapter that a request names, None for the model itself. Raises RequestError."""
         if name is None or name == self.name:
             return None
         if name in self.engine.adapters:
@@ -49,7 +49,7 @@ class Served:
 
 Prepared = TypeVar("Prepared")
 
-# Neither shares threads with templates and tokenizers: what takes long holds up its own kind only.
+# Separate from templates and tokenizers, and from each other: slow work delays only work of its own kind.
 _PARSERS = ThreadPoolExecutor(2, thread_name_prefix="parse")
 _COMPILERS = ThreadPoolExecutor(2, thread_name_prefix="compile")
 _RENDERERS = ThreadPoolExecutor(2, thread_name_prefix="render")
@@ -58,30 +58,30 @@ PREPARE_SECONDS = 20.0
 
 
 async def compiled(work: Callable[[], Grammar | None]) -> Grammar | None:
-    """The grammar that `work` compiles; raises RequestError where it takes too long."""
+    """The grammar that `work` compiles; raises RequestError if that takes too long."""
     try:
         async with asyncio.timeout(COMPILE_SECONDS):
             return await asyncio.get_running_loop().run_in_executor(_COMPILERS, work)
     except TimeoutError as error:
         raise RequestError(
-            f"The grammar was not compiled within {COMPILE_SECONDS:.0f} s: make it smaller, or try again.",
+            f"Compiling the grammar took more than {COMPILE_SECONDS:.0f} s: simplify it, or try again.",
             "response_format",
         ) from error
 
 
 async def prepared(work: Callable[[], Prepared]) -> Prepared:
-    """What `work` makes of a request before anything runs; raises RequestError where it takes too long."""
+    """The result of `work`, which prepares a request; raises RequestError if that takes too long."""
     try:
         return await interruptible(work, PREPARE_SECONDS)
     except TimeoutError as error:
         raise RequestError(
-            f"The prompt was not made within {PREPARE_SECONDS:.0f} s: make it shorter, or mend the model's "
+            f"Preparing the prompt took more than {PREPARE_SECONDS:.0f} s: shorten it, or fix the model's "
             "chat template.",
         ) from error
 
 
 async def rendered(request: ChatRequest | CompletionRequest, work: Callable[[], bytes]) -> bytes:
-    """An answer's bytes; log probabilities, which may be megabytes, are written beside the event loop."""
+    """An answer's bytes; log probabilities, which may be megabytes, are serialized outside the event loop."""
     if request.logprobs is None:
         return work()
     return await asyncio.get_running_loop().run_in_executor(_RENDERERS, work)
@@ -105,7 +105,7 @@ def begin_choices(
     *,
     raw: bool = False,
 ) -> list[tuple[Choice, Begin]]:
-    """The choices of one prompt, and how each is begun. `raw`: special tokens are part of the text."""
+    """The choices of one prompt, and how to start each. `raw`: special tokens are part of the text."""
     adapter = served.adapter(request.model)
     skip_special = request.skip_special_tokens is not False and not raw
     begins: list[tuple[Choice, Begin]] = []
@@ -122,12 +122,12 @@ def begin_choices(
 
 
 def for_answer(params: SamplingParams, number: int) -> SamplingParams:
-    """The wishes of one of a request's answers: each draws numbers of its own."""
+    """The parameters of one of a request's answers: each has its own seed."""
     return params if params.seed is None else replace(params, seed=params.seed + number)
 
 
 def head(prefix: str, kind: str, served: Served, request: GenerationRequest) -> dict[str, Any]:
-    """The fields that every part of an answer begins with; the revision in an adapter's name is ours."""
+    """The first fields of every chunk of an answer; the model's name without the revision."""
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind,
@@ -146,7 +146,7 @@ def usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, int]:
 
 
 def running_usage(request: GenerationRequest, prompt: list[int], choice: Choice) -> dict[str, Any]:
-    """The usage that a part of an answer carries where the client wishes it in each."""
+    """The usage for one chunk of an answer, if the client requests it in every chunk."""
     return {"usage": usage(len(prompt), [choice])} if request.wants_running_usage else {}
 
 

@@ -1,4 +1,4 @@
-"""A request's answers from the engine, and their way to a client that may leave at any time."""
+"""A request's answers from the engine to a client that may disconnect at any time."""
 
 import asyncio
 import logging
@@ -21,31 +21,31 @@ DONE = b"data: [DONE]\n\n"
 Begin = Callable[[Callable[[Token | Failure], None]], Sequence]
 
 
-async def pieces(
+async def chunks(
     begins: list[tuple[Choice, Begin]], cancel: Callable[[Sequence], None]
 ) -> AsyncIterator[tuple[Choice, TextChunk]]:
-    """The pieces of all choices as they come; whatever ends this ends their sequences.
+    """The chunks of all choices as they arrive; when the iteration ends, their sequences are cancelled.
 
-    Raises RequestError where the engine fails.
+    Raises RequestError if the engine fails.
     """
-    news: asyncio.Queue[tuple[Choice, Token | Failure]] = asyncio.Queue()
+    results: asyncio.Queue[tuple[Choice, Token | Failure]] = asyncio.Queue()
     sequences: dict[int, Sequence] = {}
     try:
         for choice, begin in begins:
-            sequences[choice.index] = begin(_into(news, choice))
+            sequences[choice.index] = begin(_into(results, choice))
         left = len(begins)
         while left:
-            choice, told = await news.get()
+            choice, result = await results.get()
             if choice.finished:
                 continue
-            if isinstance(told, Failure):
-                raise _refusal(told)
-            piece = choice.take(told)
+            if isinstance(result, Failure):
+                raise _refusal(result)
+            chunk = choice.take(result)
             if choice.finished:
                 left -= 1
                 cancel(sequences[choice.index])
-            if piece is not None:
-                yield choice, piece
+            if chunk is not None:
+                yield choice, chunk
     except RunnerDead as error:
         raise RequestError(f"The engine failed: {error}", status=500) from error
     finally:
@@ -55,24 +55,24 @@ async def pieces(
 
 def _refusal(failure: Failure) -> RequestError:
     if failure.refused:
-        return RequestError(f"The request cannot be followed: {failure.reason}")
+        return RequestError(f"The request cannot be processed: {failure.reason}")
     return RequestError(f"The engine failed: {failure.reason}", status=500)
 
 
 def _unforeseen(error: Exception) -> RequestError:
-    """A fault of ours: this request's alone, and told in full in the log."""
+    """An internal error: it fails only this request, and its traceback is logged."""
     logger.exception("a request failed", exc_info=error)
-    return RequestError(f"The engine failed at this request: {type(error).__name__}: {error}", status=500)
+    return RequestError(f"The engine failed on this request: {type(error).__name__}: {error}", status=500)
 
 
 def _into(
-    news: "asyncio.Queue[tuple[Choice, Token | Failure]]", choice: Choice
+    results: "asyncio.Queue[tuple[Choice, Token | Failure]]", choice: Choice
 ) -> Callable[[Token | Failure], None]:
-    return lambda told: news.put_nowait((choice, told))
+    return lambda result: results.put_nowait((choice, result))
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """What `work` returns; where the client leaves it is cancelled, and with it what it has begun."""
+    """The result of `work`, which is cancelled, with everything it started, if the client disconnects."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request.receive))
     try:
@@ -92,7 +92,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> 
 
 
 class EventStream(Response):
-    """Server-sent events; an error is the last of them. Ends `events` whichever way it ends itself."""
+    """Server-sent events; an error is the last one. However it ends, it closes `events`."""
 
     media_type = "text/event-stream"
 
