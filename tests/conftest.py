@@ -12,17 +12,9 @@ from tests.fixtures.fakes import Fakes
 from tests.fixtures.pinned_vllm import PinnedVllm, ask_pinned_vllm
 from tests.fixtures.service_process import ServiceProcess, running_service
 
-TESTS = Path(__file__).parent
-# What runs real engines takes most of the time.
-ROOMS = {"e2e": 0, "hosts": 1}
 # `make test-fast` has an environment without torch and vLLM.
 HAS_TORCH, HAS_VLLM = (importlib.util.find_spec(name) is not None for name in ("torch", "vllm"))
 collect_ignore = [] if HAS_TORCH else ["e2e", "hosts/transformers", "hosts/vllm"]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: test processes that run side by side then end together (see `make test`)."""
-    items.sort(key=lambda item: ROOMS.get(item.path.relative_to(TESTS).parts[0], len(ROOMS)))
 
 
 @pytest.fixture(scope="session", name="checkpoints")
