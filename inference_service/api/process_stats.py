@@ -29,7 +29,7 @@ class LoopLag:
 
 
 def process_stats() -> dict[str, int | float | None]:
-    """Memory, descriptors, the kernel's threads, the event loop's tasks; None where it cannot be told."""
+    """Memory, descriptors, the kernel's threads, the event loop's tasks; None if unknown."""
     open_files = _entries("fd")
     return {
         "resident_bytes": _resident_bytes(),

@@ -104,7 +104,7 @@ class Relay(Response):
         return None
 
     async def _death(self) -> ServiceError | None:
-        """What is to be told instead of the engine's error where the engine is dead."""
+        """The error to report instead of the engine's own if the engine is dead."""
         if self._lease is None or self._client_left:
             return None
         return await self._service.pool.suspect(self._lease)

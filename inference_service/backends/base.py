@@ -22,7 +22,7 @@ def choose_backend(choice: EngineChoice, device: Device, *, int8: bool = False) 
     """The backend for `device`; raises BackendMissing when `choice` cannot run here.
 
     `auto`: vLLM on CUDA, transformers on MPS, on the CPU vLLM's CPU build if it is installed; transformers
-    where weights of 8 bits are wished for, which only it has on a CPU.
+    for 8-bit weights, which only it supports on a CPU.
     """
     backend = _best_backend(device, int8) if choice is EngineChoice.AUTO else Backend(choice.value)
     missing = missing_for(backend, device)

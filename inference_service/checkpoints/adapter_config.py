@@ -1,6 +1,6 @@
 """LoRA adapters: what adapter_config.json says of one, and whether it belongs to a base.
 
-Pure. What vLLM's peft_helper.py would refuse when the adapter is loaded is told here before anything is
+Pure. Adapters that vLLM's peft_helper.py would refuse at load are refused here before anything is
 downloaded, in the client's words.
 """
 
@@ -94,7 +94,7 @@ def why_malformed(config: AdapterConfig, tensors: dict[str, Tensor]) -> str | No
     for name, tensor in sorted(tensors.items()):
         module, lora, rest = name.rpartition(".lora_")
         if not lora or len(tensor.shape) != 2 or rest[:1] not in ("A", "B"):
-            continue  # told by what compares it with the base
+            continue  # the comparison with the base reports it
         rank = tensor.shape[0 if rest[0] == "A" else 1]
         if rank > config.rank or (config.rank_of_all is not None and rank != config.rank_of_all):
             return f"its {_shown(name)} has the rank {rank}, its adapter_config.json says {config.rank}."

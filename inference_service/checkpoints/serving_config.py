@@ -52,7 +52,7 @@ class SamplingDefaults(_Strict):
 
 
 class Serving(_Strict):
-    """One model's wishes; None: as the environment says."""
+    """How one model is served; None: as the settings say."""
 
     max_model_len: int | None = Field(None, ge=1, le=100_000_000)
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -104,4 +104,4 @@ def _refuse_doubles(content: bytes) -> None:
     except BadServing:
         raise
     except (ValueError, RecursionError):
-        return  # told by the validation
+        return  # the validation reports it

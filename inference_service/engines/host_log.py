@@ -35,7 +35,7 @@ class HostLog:
     """A pipe whose lines become log records with `model=name`.
 
     `writer` is the descriptor for the process; close it here once the process has its own copy. `entered` is
-    told the phases that it names.
+    called with the phases that it names.
     """
 
     def __init__(self, model: str, entered: Callable[[str], None] = lambda phase: None) -> None:

@@ -105,7 +105,7 @@ class Launcher:
             del self._launching[order]
             raise EngineStartFailed("The launcher does not answer; too many orders wait for it.") from error
         except ConnectionError:
-            # It has just died: `_receive` is told so and fails every order under way.
+            # It has just died: `_receive` sees that and fails every pending launch.
             logger.warning("the launcher died with an order on its way")
         try:
             return await launched
@@ -193,7 +193,7 @@ class Launcher:
             except BlockingIOError:
                 return
             except ConnectionResetError:
-                # It ended with orders unread. That is told first, and only once; its last messages
+                # It ended with commands unread. That is reported first, and only once; its last messages
                 # are still there.
                 continue
             if messages is None:

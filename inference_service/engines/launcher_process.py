@@ -257,7 +257,7 @@ def _die_with(parent: int) -> None:
     """Let the kernel end this process with the service, also in the middle of an import."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before the kernel was told
+    if os.getppid() != parent:  # it was gone before this call
         sys.exit(1)
 
 

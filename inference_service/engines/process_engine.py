@@ -152,7 +152,7 @@ class ProcessEngine:
     async def close(self, grace: float = GRACE_SECONDS) -> None:
         self.abort_all(self.died())
         if self._disconnecting is not None:
-            # Shielded: a teardown that is cancelled begins anew and waits for it again.
+            # Shielded: a teardown that is cancelled is started again and waits for it again.
             await asyncio.shield(self._disconnecting)
         if self._host is not None:
             await self._end(self._host, grace)

@@ -133,7 +133,7 @@ def _named(nvml: Any, entry: str, present: list[Any]) -> Any:
 
 
 def _like_first(nvml: Any, gpus: list[Any]) -> bool:
-    """Whether the GPUs are of the kind of the machine's first one, which is what an import is told of.
+    """Whether the GPUs are of the kind of the machine's first one, which is what an import sees.
 
     Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA counts the fastest first and NVML does not: where a machine has
     several kinds, an index may mean another one.

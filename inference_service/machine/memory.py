@@ -12,7 +12,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: Device) -> int | None:
-    """The least that any of the devices has free; None where it cannot be told. Blocks for milliseconds."""
+    """The least that any of the devices has free; None if unknown. Blocks for milliseconds."""
     if device.kind is DeviceKind.CUDA:
         return _free_on_gpus()
     found = [free for free in (_available(), _left_in_cgroup(_CGROUP)) if free is not None]

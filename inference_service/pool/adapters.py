@@ -43,7 +43,7 @@ class LoadedAdapter:
 class Adapters:
     """Adapters by reference; beyond `limit` the least recently used idle ones give way.
 
-    `take` gets an adapter's snapshot, which is released when the engine has it no more; `added` is told of
+    `take` gets an adapter's snapshot, which is released when the engine has it no more; `added` is called for
     each that the engine has taken, and of the phases of that. What is `pinned` does not give way.
     """
 
@@ -191,7 +191,7 @@ class Adapters:
 
     async def _forget(self, adapter: LoadedAdapter) -> None:
         logger.info("adapter removed", extra={"model": adapter.model.name})
-        # First out of sight: who wants it from now on adds it anew, under another name.
+        # Out of sight first: a request that needs it from now on adds it again, under another name.
         del self._known[adapter.model.reference]
         snapshot, adapter.snapshot = adapter.snapshot, None
         try:

@@ -33,8 +33,8 @@ class LoadBackoff:
         count: int = before.count + 1 if before is not None and before.revision == revision else 1
         pause: float = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (count - 1))
         # A copy: the error itself holds on to the request that met it first.
-        told = error.again(error.message, retry_after=None)
-        self._failures[model] = _Failures(revision, count, told, now + pause)
+        kept = error.again(error.message, retry_after=None)
+        self._failures[model] = _Failures(revision, count, kept, now + pause)
         return min(MAX_RETRY_SECONDS, math.ceil(pause))
 
     def succeeded(self, model: str, revision: str) -> None:

@@ -62,7 +62,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Who is told every event and each fetch that ended ahead of its engine; what the pool knows of models.
+    """Callbacks into the pool: for events, for fetches that end ahead of their engine, and what it knows.
 
     `wanted`: whether somebody waits for a reference.
     """
@@ -167,12 +167,12 @@ class EngineLifecycle:
             slot.engine.abort_all(error)
 
     def failed(self, model: Model, error: Exception) -> ServiceError:
-        """Count a load, or a fetch ahead of one, that failed; what those who waited are told."""
+        """Count a failed load, or a failed fetch ahead of one; returns the error to report."""
         self._metrics.loads.labels(model.name, "failed").inc()
-        told = error if isinstance(error, ServiceError) else refusals.unexplained(model.name, error)
-        if isinstance(told, _LASTING):
-            told.retry_after = self.backoff.failed(model.name, model.revision, told, self._clock())
-        return told
+        failure = error if isinstance(error, ServiceError) else refusals.unexplained(model.name, error)
+        if isinstance(failure, _LASTING):
+            failure.retry_after = self.backoff.failed(model.name, model.revision, failure, self._clock())
+        return failure
 
     def refusal(self, model: Model) -> ServiceError | None:
         """Why the model is not tried again yet: it failed lately."""
@@ -181,7 +181,7 @@ class EngineLifecycle:
     async def suspect(self, lease: Lease) -> EngineDied | None:
         """A request met an error of its engine's: if that is dead, nobody else is sent to it.
 
-        Returns what is to be told of an engine that is dead.
+        Returns the error to report if the engine is dead.
         """
         slot = lease.slot
         if lease not in slot.leases or slot.engine is None:
@@ -287,11 +287,11 @@ class EngineLifecycle:
             return None
         logger.error("engine died: %s", reason, extra={"model": name})
         self._metrics.deaths.labels(name).inc()
-        told = refusals.died(name, reason)
-        self.abort_all(slot, told)
+        error = refusals.died(name, reason)
+        self.abort_all(slot, error)
         self._dispatch(Died(slot.key))
         self._tear_down(slot, hurry=True)
-        return told
+        return error
 
     def _is(self, slot: Slot, *states: EngineState) -> bool:
         """Whether this very slot is still the model's, in one of these states."""

@@ -44,7 +44,7 @@ _HEARTBEAT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Parts:
-    """What a load is made of. `free_bytes`: what the device has free; None where that cannot be told.
+    """What a load is made of. `free_bytes`: what the device has free; None if unknown.
 
     `footprint`: what a model's engine would take on it.
     `swap_key`: models with the same can take one another's place in an engine; None: it is loaded afresh.
@@ -71,7 +71,7 @@ class Timeouts(NamedTuple):
 class EngineLoader:
     """The loads and teardowns of one device.
 
-    `starting` is told that the device's turn is a slot's, and of which snapshot. `departure` waits for an
+    `starting` is called when a slot has the device's turn, with its snapshot. `departure` waits for an
     engine that is leaving anyway, False where none is. `make_room` is asked where so many bytes on the disk,
     or memory (0), are missing: it tears one idle engine down and returns once it is gone, or False where that
     would not help.
@@ -202,7 +202,7 @@ class EngineLoader:
                     await slot.engine.close()
         except Exception:
             logger.exception("engine did not close cleanly", extra={"model": slot.model.name})
-        # Not where the teardown was cancelled: it begins anew, in more of a hurry.
+        # Not if the teardown was cancelled: it is then started again, with less time.
         if slot.snapshot is not None:
             self._parts.release(slot.snapshot)
 

@@ -58,7 +58,7 @@ TICK_SECONDS = 0.005
 
 
 class Superseded(ServiceError):
-    """Another revision of the model serves from now on: resolve it anew. No client meets it."""
+    """Another revision of the model serves from now on: resolve the name again. Never sent to a client."""
 
 
 class Pool:
@@ -329,7 +329,7 @@ class Pool:
         return removed
 
     def retire(self, reference: str) -> None:
-        """Another revision has taken over: the engine ends with its last lease, and who waits is told."""
+        """Another revision has taken over: the engine ends with its last lease, waiters resolve again."""
         self._supersede(reference)
         slot = self._lifecycle.slots.get(reference)
         if slot is not None:
@@ -363,7 +363,7 @@ class Pool:
     async def suspect(self, lease: Lease) -> EngineDied | None:
         """A request met an error of its engine's: if that is dead, nobody else is sent to it.
 
-        Returns what is to be told of an engine that is dead.
+        Returns the error to report if the engine is dead.
         """
         return await self._lifecycle.suspect(lease)
 
@@ -403,7 +403,7 @@ class Pool:
     def _dispatch(self, event: Event) -> None:
         """Tell the scheduler and carry out its actions; the only place where state moves on.
 
-        What the carrying out brings about is told after it, in order.
+        Events that an action causes are dispatched after it, in order.
         """
         if isinstance(event, Loaded):
             self._operator_loads.loaded(event.key)
@@ -496,7 +496,7 @@ class Pool:
         self._dispatch(Released(lease.slot.key))
 
     def _waited_too_long(self, waiter: Waiter) -> QueueTimedOut:
-        """The client is told to come again, and its load goes on until it is done."""
+        """The error for a request whose time is up; its load goes on until it is done."""
         name, now = waiter.wanted.name, self._clock()
         scheduler, estimates = self._scheduler, self._lifecycle.estimates
         state = self.state(waiter.model.reference)
@@ -505,9 +505,9 @@ class Pool:
             retry_after = estimates.retry_after_queue(scheduler.waiting)
             limits = self._limits
             limit = limits.place_wait if waiter.place_by <= waiter.load_by else limits.load_wait
-            told = refusals.still_busy(name, scheduler.running, scheduler.policy, limit, retry_after)
+            error = refusals.still_busy(name, scheduler.running, scheduler.policy, limit, retry_after)
             self._abandon(waiter, 0.0)
-            return told
+            return error
         loading = state is EngineState.STARTING or fetching
         since = self._lifecycle.slots[waiter.model.reference].began if state is EngineState.STARTING else now
         retry_after = estimates.retry_after_load(name, since, now)
@@ -518,7 +518,7 @@ class Pool:
     def _abandon(self, waiter: Waiter, linger: float) -> None:
         """The waiter's request is gone, perhaps in the moment in which its lease was granted.
 
-        A client that was told to come again, or tries again by itself, shall find its load there.
+        A client that retries must find its load in progress.
         """
         self._waiters.pop(waiter.number, None)
         lease = waiter.lease

@@ -36,7 +36,7 @@ class Fetch:
 class Prefetcher:
     """At most one a model reference.
 
-    `seconds`: what one may take. `ended` is told of each that ends by itself and that nobody is about to
+    `seconds`: what one may take. `ended` is called for each that ends by itself and that no slot is about to
     take, with its error if any; `wanted` whether somebody waits for a reference.
     """
 
@@ -111,7 +111,7 @@ class Prefetcher:
             loop.call_at(fetch.kept_until, self.drop, reference)
 
     def drop(self, reference: str) -> None:
-        """Unless somebody waits for it, is about to take it, or was told that it goes on."""
+        """Unless somebody waits for it, is about to take it, or it was promised to go on."""
         fetch = self._under_way.get(reference)
         if fetch is None or fetch.takers or self._wanted(reference):
             return

@@ -1,4 +1,4 @@
-"""What a request is told that the pool does not serve: what happened, to which model, what to do next."""
+"""Errors for requests that the pool does not serve: what happened, to which model, what to do next."""
 
 from inference_service.checkpoints.memory_profile import Footprint
 from inference_service.checkpoints.reference import model_of
@@ -23,9 +23,8 @@ def shutting_down() -> ShuttingDown:
 
 def overloaded(policy: Policy, running: int, waiting: int, retry_after: int) -> Overloaded:
     return Overloaded(
-        f"{waiting} requests wait already, the most that this service takes (MAX_QUEUED_REQUESTS="
-        f"{policy.queued}), and {running} run (MAX_CONCURRENT_REQUESTS={policy.concurrency}). Try again in "
-        f"{retry_after} s.",
+        f"{waiting} requests are waiting, the maximum (MAX_QUEUED_REQUESTS={policy.queued}), and {running} are "
+        f"running (MAX_CONCURRENT_REQUESTS={policy.concurrency}). Try again in {retry_after} s.",
         retry_after=retry_after,
     )
 

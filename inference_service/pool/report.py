@@ -56,14 +56,16 @@ class Report:
 
     def notes(self) -> dict[str, list[str]]:
         """What the hosts have to say of how their models are run."""
-        told = {slot.model.name: slot.engine.about.notes for slot in self._lifecycle.ready() if slot.engine}
-        return {name: list(notes) for name, notes in told.items() if notes}
+        by_model = {
+            slot.model.name: slot.engine.about.notes for slot in self._lifecycle.ready() if slot.engine
+        }
+        return {name: list(notes) for name, notes in by_model.items() if notes}
 
     async def stats(self) -> dict[str, Any]:
         """Slots, budget, engines, waiters and what would give way, for the operator."""
         now, policy = self._clock(), self._scheduler.policy
         slots = list(self._lifecycle.slots.values())
-        # All at this moment: an engine may be gone when the others have told what they run.
+        # All at this moment: an engine may be gone when the others have answered.
         described = [self._engine(slot, now) for slot in slots]
         ready = self._lifecycle.ready()
         reserved = sum(engine.bytes for engine in self._scheduler.engines.values())

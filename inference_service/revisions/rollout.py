@@ -217,7 +217,7 @@ class Rollout:
         if names:
             await self._registry.catalog.models()
         for name in sorted(names):
-            with suppress(ServiceError):  # what is wrong with it is told to whom asks for it
+            with suppress(ServiceError):  # requests for the model report it
                 newest = (await self._registry.find(name)).model
                 if name in self._lines:
                     self._look(self._lines[name], newest)

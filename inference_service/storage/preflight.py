@@ -155,7 +155,7 @@ class Preflight:
         return self._documents if snapshot is None else SnapshotDocuments(snapshot)
 
     def _judge(self, model: Model, reader: Reader, of_base: Reader, fetch: bool) -> _Verdict:
-        """Whether the model can be served; what is damaged is told and not kept: it may be the wire."""
+        """Whether the model can be served; damage is reported and not remembered: it may be the network's."""
         if fetch:
             self._check_disk(model.name, model.bytes)
         if self._backend is Backend.FAKE:  # nothing reads the insides of its models

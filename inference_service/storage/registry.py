@@ -143,7 +143,7 @@ class Registry:
         return self._preflight.architectures(model)
 
     async def newest_architectures(self, count: int) -> set[str]:
-        """The architectures of the checkpoints that were uploaded last; what cannot be told is left out."""
+        """The architectures of the newest checkpoints, without those that cannot be read."""
         described = [each for each in await self.catalog.described() if isinstance(each, DescribedModel)]
         checkpoints = [each for each in described if each.kind is ModelKind.CHECKPOINT]
         newest = sorted(checkpoints, key=lambda each: each.created, reverse=True)[:count]
@@ -163,7 +163,7 @@ class Registry:
     async def fetch(self, model: Model, entered: Callable[[str], None] = lambda phase: None) -> Snapshot:
         """The model's snapshot, held until `release`, every byte of it verified.
 
-        `entered` is told the phases: list, sync, verify. Raises StoreError, CacheError, DiskFull, and
+        `entered` is called with the phases: list, sync, verify. Raises StoreError, CacheError, DiskFull, and
         ObjectReplaced where the bucket holds another revision by now.
         """
         entered("list")
@@ -173,7 +173,7 @@ class Registry:
             snapshot = await self._verified(model, entered)
         except SnapshotCorrupt as error:
             # What was right when it came has been damaged on the disk since.
-            logger.warning("fetching it anew: %s", error, extra={"model": model.name})
+            logger.warning("fetching it again: %s", error, extra={"model": model.name})
             snapshot = await self._verified(model, entered)
         except ObjectReplaced:
             self.catalog.forget()

@@ -131,7 +131,7 @@ class Catalog:
         return model
 
     async def look_again(self) -> None:
-        """List anew after this call, soon; raises StoreError where nothing has ever been listed."""
+        """List again after this call, soon; raises StoreError if nothing has ever been listed."""
         called = time.monotonic()
         while not self._listed_since(called):
             await self._next_listing()

@@ -36,7 +36,7 @@ class Downloader:
         self._changed = threading.Condition()
 
     def move(self, spans: Iterable[Span], progress: Progress, note: Callable[[Stretch], None]) -> Job:
-        """Begin a fetch; returns at once. `note` is told of every stretch that has arrived.
+        """Begin a fetch; returns at once. `note` is called for every stretch that has arrived.
 
         All files of `spans` are verified and durable once the job has ended without an error. Until then
         somebody has to call `watch` every now and then.
@@ -239,7 +239,7 @@ class Downloader:
             self._complete(job, part.file)
 
     def _account(self, job: Job, part: Part) -> bool:
-        """Count what a part has brought; whether its file is complete now, which is told once."""
+        """Count what a part has brought; whether its file is complete now, true only once."""
         part.accounted = True
         part.file.missing -= part.gained
         job.retries_left = min(self.config.retries, job.retries_left + part.gained / self.config.credit)
@@ -279,7 +279,7 @@ class Downloader:
             raise SnapshotCorrupt(
                 f"{file.stored.name} arrived damaged {file.damaged} times: crc32c {found:08x} "
                 f"over {file.stored.size} bytes, the store holds {expected:08x}. Nothing of it was kept; "
-                "try again, and upload it anew if this goes on.",
+                "try again, and upload it again if this goes on.",
                 retry_after=RETRY_AFTER_SECONDS,
             )
         job.progress.advance(-file.stored.size)

@@ -141,7 +141,7 @@ def last_used(snapshot: Path) -> float:
 
 
 def disown(snapshot: Path) -> None:
-    """What lies there is no snapshot any more: the next that wants it fetches it anew."""
+    """Invalidate the snapshot: the next request for it fetches it again."""
     with suppress(OSError):
         (snapshot / MANIFEST).unlink()
 

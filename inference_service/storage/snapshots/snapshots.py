@@ -289,9 +289,9 @@ class SnapshotStore:
         )
 
 
-def _call_in(loop: asyncio.AbstractEventLoop, told: Callable[[], None]) -> None:
+def _call_in(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
     with suppress(RuntimeError):  # the loop is closed: nobody waits there any more
-        loop.call_soon_threadsafe(told)
+        loop.call_soon_threadsafe(callback)
 
 
 def _log(progress: Progress, message: str) -> None:

@@ -80,7 +80,7 @@ class Adapters:
 def _without_warnings() -> Iterator[None]:
     """PEFT asks at the second adapter whether several are meant, and tells which it makes the active one;
     transformers misses the weights of those that are there already."""
-    told = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
@@ -88,4 +88,4 @@ def _without_warnings() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
             yield
     finally:
-        logging.set_verbosity(told)
+        logging.set_verbosity(verbosity)

@@ -38,7 +38,7 @@ def generation_config(directory: Path) -> GenerationConfig:
 
 
 def sampling_defaults(generation: GenerationConfig) -> dict[str, Any]:
-    """What the checkpoint wishes where a request is silent; raises BadCheckpointError."""
+    """The checkpoint's defaults for what a request leaves open; raises BadCheckpointError."""
     given = generation.to_diff_dict()
     found = {name: given[name] for name in _RANGES if given.get(name) is not None}
     for name, value in found.items():

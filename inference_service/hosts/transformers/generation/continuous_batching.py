@@ -200,7 +200,7 @@ class AdapterRoundRobin(FIFOScheduler):  # type: ignore[misc]
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
         """A turn for which the cache has no room is left out; where it has room for none, one that holds some
-        of it is told of, so that transformers can put its sequences off."""
+        of it is reported, so that transformers can put its sequences off."""
         self._look_who_is_there()
         turns = self._turns()
         holding = [turn for turn in turns if turn in self._adapters_of(self.active_requests)]
@@ -291,7 +291,7 @@ class _Chooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
 
 
 class _Router(OutputRouter):  # type: ignore[misc]
-    """Takes failures only: tokens have been told by then."""
+    """Takes failures only: tokens have been sent by then."""
 
     def __init__(self, fail: Callable[[str, str], None]) -> None:
         super().__init__()

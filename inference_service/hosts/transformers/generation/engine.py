@@ -193,7 +193,7 @@ class Engine:
         params: list[SamplingParams],
         unwanted: threading.Event,
     ) -> tuple[list[Token], list[Token]]:
-        told, logits = score(
+        scored, logits = score(
             self.runner,
             self.adapters.enter,
             prompt,
@@ -204,7 +204,7 @@ class Engine:
             unwanted=unwanted,
         )
         following = [Sequence("scored", prompt, each, lambda news: None) for each in params]
-        return told, choose(logits.expand(len(following), -1), following) if following else []
+        return scored, choose(logits.expand(len(following), -1), following) if following else []
 
     async def weight_check(self) -> list[tuple[int, float]]:
         """The likeliest tokens after a fixed prompt with their log probabilities, highest first.
@@ -215,7 +215,7 @@ class Engine:
             self._weight_check_prompt(), SamplingParams(1, temperature=0, logprobs=self._top())
         )
         if not all(math.isfinite(logprob) for _, logprob in token.top):
-            raise ValueError("the weight check brought logits that are no numbers: the weights are damaged")
+            raise ValueError("the weight check returned logits that are not finite: the weights are damaged")
         return sorted(token.top, key=lambda pair: (-pair[1], pair[0]))
 
     async def swap(self, directory: Path, options: EngineOptions) -> dict[str, float]:

@@ -115,5 +115,5 @@ class Grammars:
         try:
             return Grammar(compile_it(), self._vocabulary)
         except Exception as error:  # xgrammar raises RuntimeError, ValueError and its own
-            told = str(error).strip().splitlines()[-1] if str(error) else repr(error)
-            raise BadGrammar(_PLACE.sub("", told)) from error
+            reason = str(error).strip().splitlines()[-1] if str(error) else repr(error)
+            raise BadGrammar(_PLACE.sub("", reason)) from error

@@ -1,6 +1,6 @@
 """Linear layers of a CPU with their weights laid out as oneDNN multiplies them fastest: two to three times.
 
-PyTorch packs them anew for each product, unless a compiler does it; these are the operators that its compiler
+PyTorch packs them for each product, unless a compiler does it; these are the operators that its compiler
 uses (torch/_inductor/fx_passes/mkldnn_fusion.py). Where a build lacks them, layers stay as they are.
 """
 

@@ -42,7 +42,7 @@ def score(  # noqa: PLR0913  (each is one fact of the request)
     size = LOGITS_BYTES // (4 * vocabulary)
     size = max(MIN_PIECE_TOKENS, min(MAX_PIECE_TOKENS, size)) if in_pieces else len(prompt)
     past = DynamicCache() if size < len(prompt) else None
-    told: list[Token] = []
+    tokens: list[Token] = []
     logits = torch.empty(0)
     for start in range(0, len(prompt), size):
         piece = prompt[start : start + size]
@@ -53,8 +53,8 @@ def score(  # noqa: PLR0913  (each is one fact of the request)
             logits = forward(model, piece, past)
         targets = prompt[start + 1 : start + len(piece) + 1]
         scored = likeliest(logits[: len(targets)], targets, top)
-        told += [Token(token, *found) for token, found in zip(targets, scored, strict=True)]
-    return told, logits[-1:]
+        tokens += [Token(token, *found) for token, found in zip(targets, scored, strict=True)]
+    return tokens, logits[-1:]
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

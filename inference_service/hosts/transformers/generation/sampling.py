@@ -1,4 +1,4 @@
-"""From logits to tokens, for sequences with different wishes in one batch.
+"""From logits to tokens, for sequences with different parameters in one batch.
 
 Their order is vLLM's: grammar and bias, penalties, temperature, min_p, top_k, top_p. Log probabilities are
 those of the logits as they came.
@@ -18,10 +18,10 @@ def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Token]:
     """The next token of each sequence; `logits` float32 [sequences, vocabulary], left as they are."""
     scores = _adjusted(logits, sequences)
     chosen = _draw(scores, sequences)
-    told = _logprobs(logits, chosen, sequences)
+    logprobs = _logprobs(logits, chosen, sequences)
     return [
         sequence.take(token, *of_token)
-        for sequence, token, of_token in zip(sequences, chosen, told, strict=True)
+        for sequence, token, of_token in zip(sequences, chosen, logprobs, strict=True)
     ]
 
 
@@ -49,11 +49,11 @@ def _adjusted(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
 
 
 def _change_or_fail(row: torch.Tensor, sequence: Sequence) -> None:
-    """What goes wrong with one sequence's wishes is its own affair, not its neighbours'."""
+    """An error in one sequence's parameters fails that sequence, not its neighbours."""
     try:
         _change(row, sequence)
         if not bool(torch.isfinite(row.max())):
-            raise ValueError("its wishes leave no token to choose")
+            raise ValueError("its parameters leave no token to choose")
     except Exception as error:
         sequence.failure = Failure(str(error) or repr(error), refused=True)
         row.zero_()
@@ -160,7 +160,7 @@ def _column(values: list[float] | list[int], like: torch.Tensor) -> torch.Tensor
 def _logprobs(
     logits: torch.Tensor, chosen: list[int], sequences: list[Sequence]
 ) -> list[tuple[float | None, Likeliest]]:
-    told: list[tuple[float | None, Likeliest]] = [(None, ())] * len(sequences)
+    reported: list[tuple[float | None, Likeliest]] = [(None, ())] * len(sequences)
     wanted = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
     if wanted:
         count = max(sequences[row].params.logprobs or 0 for row in wanted)
@@ -168,5 +168,5 @@ def _logprobs(
             logits[torch.tensor(wanted, device=logits.device)], [chosen[row] for row in wanted], count
         )
         for row, (logprob, top) in zip(wanted, found, strict=True):
-            told[row] = (logprob, top[: sequences[row].params.logprobs])
-    return told
+            reported[row] = (logprob, top[: sequences[row].params.logprobs])
+    return reported

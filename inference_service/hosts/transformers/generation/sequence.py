@@ -1,4 +1,4 @@
-"""One sequence: what is wished of it, what it has brought so far, and who is told.
+"""One sequence: its parameters, its output so far, and the sink that receives it.
 
 Knows no model; its numbers are changed by whoever runs it, in one thread.
 """
@@ -66,7 +66,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Failure:
-    """The engine cannot go on with a sequence. `refused`: because of what was wished of it."""
+    """The engine cannot go on with a sequence. `refused`: because of its parameters."""
 
     reason: str
     refused: bool = False

@@ -46,7 +46,7 @@ def load(directory: Path, place: Placement) -> Any:
             raise
         model = _read(directory, place, "eager")
     model.requires_grad_(requires_grad=False).eval()
-    # `generate` fills in from it what a request leaves open; what a checkpoint wishes is engine.py's to know.
+    # `generate` would take defaults from it; engine.py applies the checkpoint's.
     model.generation_config = GenerationConfig()
     if place.int8:
         quantize(model)
