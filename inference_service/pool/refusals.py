@@ -23,7 +23,7 @@ def shutting_down() -> ShuttingDown:
 
 def overloaded(policy: Policy, running: int, waiting: int, retry_after: int) -> Overloaded:
     return Overloaded(
-        f"{waiting} requests are waiting, the maximum (MAX_QUEUED_REQUESTS={policy.queued}), and {running} are "
+        f"{waiting} requests wait, the maximum (MAX_QUEUED_REQUESTS={policy.queued}), and {running} are "
         f"running (MAX_CONCURRENT_REQUESTS={policy.concurrency}). Try again in {retry_after} s.",
         retry_after=retry_after,
     )
