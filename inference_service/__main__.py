@@ -1,7 +1,7 @@
 """`inference-service` and `python -m inference_service`: settings -> socket -> launcher -> server.
 
 The socket listens before anything heavy is imported, and the launcher starts before any thread or event
-loop exists. The other commands, `models` and `pull`, are commands.py's.
+loop exists. The other commands, `models` and `pull`, are in cli.py.
 """
 
 import argparse
@@ -32,13 +32,13 @@ logger = logging.getLogger("inference_service")
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 30
 LAST_CONNECTIONS_SECONDS = 1
-# After DRAIN_TIMEOUT, for engines to end and connections to close; then the process ends however far it is.
+# After DRAIN_TIMEOUT, for engines to end and connections to close; then the process exits in any case.
 # Cloud Run kills it 10 s after the signal, DRAIN_TIMEOUT is 7 s by default.
 LAST_SECONDS = 1.35
 
 
 def main() -> None:
-    """Carry out the command that is given, or serve."""
+    """Run the given command, or serve."""
     parser = argparse.ArgumentParser(prog="inference-service", description="Serve the models in a bucket.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -55,8 +55,8 @@ def main() -> None:
 
 
 def _command(given: argparse.Namespace) -> None:
-    """Exit code 1 and one line for an error, 2 for a setting that cannot be."""
-    # A shell starts what runs in its background with Ctrl-C ignored.
+    """Exit code 1 and one line for an error, 2 for a bad setting."""
+    # A shell starts background jobs with Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         settings = load_settings()
@@ -73,12 +73,12 @@ def _command(given: argparse.Namespace) -> None:
             cli.pull(settings, given.model, sys.stdout)
         sys.stdout.flush()
     except BrokenPipeError:
-        os._exit(0)  # whoever read the output has seen enough
+        os._exit(0)  # the reader of the output is gone
     except (ServiceError, OSError) as error:
         _exit(1, error)
     except KeyboardInterrupt:
-        _exit(130, "interrupted; what has arrived is kept, and the next pull goes on from there")
-    # Not sys.exit: a connection that hangs holds no one up.
+        _exit(130, "interrupted; what has arrived is kept, and the next pull resumes there")
+    # Not sys.exit: a hanging connection must not delay the exit.
     os._exit(0)
 
 
@@ -89,7 +89,7 @@ def _exit(code: int, error: object) -> NoReturn:
 
 
 def serve() -> None:
-    """Serve until SIGTERM or Ctrl-C; exit code 2 and one line for a setting that cannot be."""
+    """Serve until SIGTERM or Ctrl-C; exit code 2 and one line for a bad setting."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     try:
@@ -112,7 +112,7 @@ def _make_cache(settings: Settings) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"LOCAL_MODEL_CACHE={cache} cannot be made: {error.strerror or error}") from error
+        raise OSError(f"LOCAL_MODEL_CACHE={cache} cannot be created: {error.strerror or error}") from error
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -122,8 +122,8 @@ def _listen(settings: Settings) -> socket.socket:
         return socket.create_server(address, family=family, backlog=BACKLOG)
     except (OSError, TypeError, UnicodeError) as error:
         raise OSError(
-            f"PORT={settings.port} on LISTEN_ADDRESS={settings.listen_address} cannot be listened "
-            f"on: {getattr(error, 'strerror', None) or error}"
+            f"PORT={settings.port} on LISTEN_ADDRESS={settings.listen_address} cannot be bound: "
+            f"{getattr(error, 'strerror', None) or error}"
         ) from error
 
 
@@ -151,7 +151,7 @@ def _serve(settings: Settings, device: Device, backend: Backend, listener: socke
         from inference_service.app import build_app
 
         app = build_app(settings, device, backend, launcher)
-        # What is there by now stays: a full collection need not look at it again, 26 ms each time.
+        # What exists by now stays: full collections need not scan it again, 26 ms each time.
         gc.collect()
         gc.freeze()
         config = uvicorn.Config(
@@ -159,7 +159,7 @@ def _serve(settings: Settings, device: Device, backend: Backend, listener: socke
             log_config=None,
             access_log=False,
             server_header=False,
-            # The peer is who holds the other end of the socket, whatever a header says of it (/admin).
+            # /admin trusts the socket's peer, not what a header says about it.
             proxy_headers=False,
             ws="none",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -208,7 +208,7 @@ async def _until_signal(server: "uvicorn.Server", service: "Service", listener: 
 
 
 def _exit_after(seconds: float) -> None:
-    """Whatever hangs: the hosts end with this process, for it alone holds their lifeline."""
+    """In case anything hangs: the hosts end with this process, which alone holds their lifeline."""
     last_resort = threading.Timer(seconds, os._exit, (0,))
     last_resort.daemon = True
     last_resort.start()

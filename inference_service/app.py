@@ -106,7 +106,7 @@ def _registry(settings: Settings, device: Device, backend: Backend) -> Registry:
 
 
 def _no_swap(model: Checkpoint) -> None:
-    """WEIGHT_SWAP=off: every model is loaded afresh."""
+    """WEIGHT_SWAP=off: every model is loaded into a fresh engine."""
 
 
 def _policy(settings: Settings, budget: Budget) -> Policy:

@@ -1,7 +1,7 @@
 """Prometheus metrics of the service.
 
-Labels are `model`, `status` and `phase` only, and `model` is always a name that the catalog knows, so that no
-client can grow the number of series.
+Labels are `model`, `status` and `phase` only, and `model` is always a name in the catalog, so that clients
+cannot grow the number of series.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-# The same buckets as vLLM's own histograms, so that both can be drawn in one graph.
+# The same buckets as vLLM's own histograms, so that both fit in one graph.
 _FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640),
@@ -56,17 +56,17 @@ class Metrics:
         )
         self.swaps = self._counter(
             "swaps_total",
-            "Weights put into a live engine, status ok or failed (it was loaded afresh then)",
+            "Weights put into a live engine, status ok or failed (then loaded into a fresh engine)",
             "status",
         )
         self.rollouts = self._counter(
             "rollouts_total",
-            "Revisions of models that served: ok (a new one took over), rejected (the old one serves on), "
+            "Revisions of models that served: ok (a new one took over), rejected (the old one still serves), "
             "rolled_back",
             "status",
         )
         self.evictions = self._counter(
-            "evictions_total", "Engines torn down in good order: for another, idle or unloaded"
+            "evictions_total", "Engines stopped in good order: for another model, idle or unloaded"
         )
         self.deaths = self._counter("engine_deaths_total", "Engines that died or hung")
 
@@ -75,7 +75,7 @@ class Metrics:
         self.registry.register(_EnginesByState(count_by_state))
 
     def loaded(self, model: str, seconds: float, phases: Mapping[str, float]) -> None:
-        """A load has ended well."""
+        """A load has succeeded."""
         self.loads.labels(model, "ok").inc()
         self.load_seconds.labels(model).observe(seconds)
         for phase, spent in phases.items():

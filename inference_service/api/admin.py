@@ -17,7 +17,7 @@ router = APIRouter(prefix="/admin", dependencies=[Depends(admit_operator)])
 
 @router.post("/load/{name:path}")
 async def load(name: str, service: ServiceDep, response: Response, wait: bool = True) -> Placement:
-    """Load the model; answers once it is ready, or with 202 at once where `wait` is false."""
+    """Load the model; answers once it is ready, or with 202 at once if `wait` is false."""
     requested = await service.resolve(name)
     if wait:
         await service.resolver.load(requested)
@@ -29,9 +29,9 @@ async def load(name: str, service: ServiceDep, response: Response, wait: bool = 
 
 @router.post("/unload/{name:path}")
 async def unload(name: str, service: ServiceDep, force: bool = False) -> Unloaded:
-    """Tear the model's engine down; answers when it is gone.
+    """Stop the model's engine; answers when it is gone.
 
-    Its running requests end first; where `force` is true they end now, with an error.
+    Its running requests finish first; if `force` is true they end now, with an error.
     """
     name = canonical_name(name)
     if name not in service.pool.names():
@@ -41,9 +41,9 @@ async def unload(name: str, service: ServiceDep, force: bool = False) -> Unloade
 
 @router.post("/rollback/{name:path}")
 async def rollback(name: str, service: ServiceDep) -> Placement:
-    """Go back to the revision before, whose snapshot is on the disk; answers once it serves.
+    """Go back to the previous revision, whose snapshot is on the disk; answers once it serves.
 
-    The revision that served until now does not come back by itself; the next upload takes over again.
+    The revision that is rolled back does not return by itself; the next upload takes over again.
     """
     requested = await service.find(name)
     return _placement(service, await service.rollout.rollback(requested.model))
@@ -51,13 +51,13 @@ async def rollback(name: str, service: ServiceDep) -> Placement:
 
 @router.post("/pin/{name:path}")
 async def pin(name: str, service: ServiceDep) -> Placement:
-    """Never tear the model's engine down for another model; does not load it."""
+    """Never evict the model's engine for another model; does not load it."""
     return await _pin(service, name, pinned=True)
 
 
 @router.post("/unpin/{name:path}")
 async def unpin(name: str, service: ServiceDep) -> Placement:
-    """Let the model's engine give way to others again, whatever its serving.json says."""
+    """Let the model's engine be evicted again, whatever its serving.json says."""
     return await _pin(service, name, pinned=False)
 
 

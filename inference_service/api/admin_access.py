@@ -1,8 +1,8 @@
-"""Access to /admin: with the operator's key, or where none is set from the machine that the service runs on.
+"""Access to /admin: with the operator's key, or without one from the machine that the service runs on.
 
-A page of another site never has access: a browser sends what such a page asks it to, from the operator's own
-machine. Sec-Fetch-Site and Origin show it; no page can forge them, and no command-line client sends them.
-Keys for /v1 are no concern of this module.
+Pages of other sites never have access: the operator's own browser would send their requests from this
+machine. Sec-Fetch-Site and Origin reveal them; a page cannot forge these headers, and command-line clients
+send neither. This module does not deal with keys for /v1.
 """
 
 import hmac
@@ -15,11 +15,11 @@ from inference_service.api.service import ServiceDep
 from inference_service.errors import AdminForbidden, AdminKeyWrong
 
 _SCHEME = "bearer "
-# A page of the service itself, and an address that was typed.
+# A page of the service itself, and a typed address.
 _OWN_PAGES = frozenset({"same-origin", "none"})
-# Headers of a proxy: it may run on this machine and pass on requests of any other.
+# Headers of a proxy, which may run on this machine and forward requests from any other.
 _FORWARDED = ("forwarded", "x-forwarded", "x-real-ip", "x-original", "via")
-# A name or an address, and a port: nothing that two parsers could read in two ways.
+# A name or an address, and a port; nothing ambiguous between parsers.
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]*)?", re.IGNORECASE)
 
 
@@ -44,7 +44,7 @@ def _refuse_other_sites(request: Request) -> None:
 
 
 def _is_foreign(origin: str, request: Request) -> bool:
-    """Whether a page of another address sent the request; `null` is the origin of one that hides its own."""
+    """Whether a page of another site sent the request; `null` is the origin of pages that hide theirs."""
     _, scheme, address = origin.lower().partition("://")
     return not (scheme and address) or address != request.headers.get("host", "").lower()
 
@@ -52,7 +52,7 @@ def _is_foreign(origin: str, request: Request) -> bool:
 def _check_key(request: Request, key: str) -> None:
     given = request.headers.get("authorization", "")
     is_bearer = given[: len(_SCHEME)].lower() == _SCHEME
-    # As bytes: compare_digest refuses text that is not ASCII.
+    # As bytes: compare_digest rejects non-ASCII text.
     token = given[len(_SCHEME) :].strip().encode()
     if not is_bearer:
         raise AdminKeyWrong("Missing admin API key: send 'Authorization: Bearer ADMIN_API_KEY'.")

@@ -1,6 +1,6 @@
 """From bytes on the wire to a bounded, valid body, or a clear 400.
 
-The whole body is capped before it is parsed; big ones are parsed off the event loop.
+The body's size is limited before it is parsed; large bodies are parsed off the event loop.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ from inference_service.api.service import ServiceDep
 from inference_service.errors import BodyTooLarge, ClientLeft, InvalidRequest, RequestTimedOut
 
 MAX_BODY_BYTES = 4 << 20
-# Above this a parse would hold the event loop, and every stream with it, for a visible moment.
+# Parsing more than this would block the event loop, and every stream, for a noticeable time.
 PARSE_ON_LOOP_BYTES = 64 << 10
 
-# A float beyond its range becomes infinity, an integer beyond 64 bits overflows in engines; only a text
-# with such a number is worth a second look.
+# A float out of range becomes infinity, an integer beyond 64 bits overflows in engines; only bodies with such
+# a number are checked again.
 _HUGE_NUMBER = re.compile(rb"[eE]\+?\d{2}|\d{19}")
 _INT64 = 2**63 - 1
 _PARSERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parse")
@@ -46,7 +46,7 @@ async def _body(request: Request, seconds: float, kind: type[Body]) -> Body:
     except TimeoutError as error:
         raise RequestTimedOut(seconds) from error
     except ClientDisconnect as error:
-        raise ClientLeft("The client left before its request was whole.") from error
+        raise ClientLeft("The client disconnected before its request was complete.") from error
     if len(raw) <= PARSE_ON_LOOP_BYTES:
         return parse(raw, kind)
     return await asyncio.get_running_loop().run_in_executor(_PARSERS, parse, raw, kind)
@@ -67,13 +67,13 @@ async def _read(request: Request) -> bytes:
 
 
 def _too_large() -> BodyTooLarge:
-    return BodyTooLarge(f"The request's body is larger than {MAX_BODY_BYTES} bytes, the most accepted.")
+    return BodyTooLarge(f"The request's body is larger than the maximum of {MAX_BODY_BYTES} bytes.")
 
 
 def parse(raw: bytes, kind: type[Body]) -> Body:
     """A valid body; raises InvalidRequest that names the field.
 
-    Strict JSON: no NaN, no Infinity, no number too large for a float, no half of a surrogate pair.
+    Strict JSON: no NaN, no Infinity, no number too large for a float, no lone surrogate.
     """
     try:
         value = from_json(raw, allow_inf_nan=False)
@@ -105,7 +105,7 @@ def _holds_huge_number(value: Any) -> bool:
 def _invalid(error: ValidationError, kind: type[GenerationBody]) -> InvalidRequest:
     problems = error.errors(include_url=False, include_input=False, include_context=False)
     problem = problems[0]
-    # A union reports the branch that it tried; the client knows the field only.
+    # A union reports the branch that it tried; the client knows only the field.
     field = str(problem["loc"][0]) if problem["loc"] else None
     path = ".".join(map(str, problem["loc"])) if len(problems) == 1 else field
     if field == "chat_template":

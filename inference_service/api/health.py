@@ -28,7 +28,7 @@ async def health(service: ServiceDep) -> Health:
 
 @router.get("/ready")
 async def ready(service: ServiceDep) -> dict[str, str]:
-    """Requests are taken; 503 once the service shuts down."""
+    """Requests are accepted; 503 once the service shuts down."""
     if service.stopping:
         raise ShuttingDown("The service is shutting down.")
     return {"status": "ready"}

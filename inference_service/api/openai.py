@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1")
 async def chat_completions(
     body: Annotated[ChatBody, Depends(chat_body)], service: ServiceDep, request: Request
 ) -> Response:
-    """A chat completion, streamed as server-sent events where `stream` is true."""
+    """A chat completion, streamed as server-sent events if `stream` is true."""
     return Relay(service, body, request)
 
 
@@ -29,7 +29,7 @@ async def completions(
     service: ServiceDep,
     request: Request,
 ) -> Response:
-    """A text completion, streamed as server-sent events where `stream` is true."""
+    """A text completion, streamed as server-sent events if `stream` is true."""
     return Relay(service, body, request)
 
 
@@ -42,7 +42,7 @@ async def list_models(service: ServiceDep) -> ModelList:
 
 @router.get("/models/{name:path}")
 async def retrieve_model(name: str, service: ServiceDep) -> ModelCard:
-    """One model; its name may hold slashes."""
+    """One model; its name may contain slashes."""
     model = (await service.find(name)).model.described
     if model.unservable is not None and not _is_served(service, model):
         raise ModelNotServable(model.name, model.unservable)

@@ -1,4 +1,4 @@
-"""What the service's own process holds at this moment: its operator sees here what does not come back."""
+"""Resources of the service's own process, to show leaks."""
 
 import asyncio
 import resource
@@ -9,7 +9,7 @@ POLL_INTERVAL = 0.05
 
 
 class LoopLag:
-    """How late the event loop comes to what is due: what blocks it holds every stream up."""
+    """How late the event loop runs; whatever blocks it delays every stream."""
 
     def __init__(self) -> None:
         self._worst = 0.0
@@ -33,7 +33,7 @@ def process_stats() -> dict[str, int | float | None]:
     open_files = _entries("fd")
     return {
         "resident_bytes": _resident_bytes(),
-        # The look itself takes a descriptor.
+        # Listing them takes a descriptor itself.
         "open_files": None if open_files is None else open_files - 1,
         "threads": _entries("task"),
         "tasks": len(asyncio.all_tasks()),

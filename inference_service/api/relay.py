@@ -1,8 +1,8 @@
 """The relay: one request's way from a lease to the client's last byte.
 
-Owns the lease and the host's reply and gives both back on every way out: the end, an error, the timeout,
-shutdown, a client that left. Closing the reply is what aborts the generation in the host. A class and
-not an async generator, whose `finally` does not run if it was never started.
+Owns the lease and the host's reply and releases both on every way out: the end, an error, the timeout,
+shutdown, a client that disconnected. Closing the reply aborts the generation in the host. A class rather than
+an async generator, whose `finally` does not run if it was never started.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ from inference_service.errors import (
 from inference_service.pool.leases import ANSWERING, Lease
 from inference_service.storage.model import Model
 
-# A client that does not read would hold its error, and this task, for ever.
+# A client that does not read would otherwise block its error event, and this task, forever.
 LAST_WORD_SECONDS = 2.0
-# Proxies cut a connection that is silent, most of them after a minute.
+# Proxies close silent connections, most of them after a minute.
 COMMENT_SECONDS = 3.0
 REVISION_HEADER = b"x-model-revision"
 BASE_REVISION_HEADER = b"x-base-revision"
 _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold the events back
+    (b"x-accel-buffering", b"no"),  # nginx would buffer the events
 ]
 
 
@@ -85,13 +85,13 @@ class Relay(Response):
 
     def end_by(self, deadline: float) -> None:
         """End at `deadline` (the event loop's time) at the latest: the service shuts down."""
-        if self._model is None:  # it waits for the bucket, which may be slow, and has no engine yet
+        if self._model is None:  # it still waits for the bucket, which may be slow
             deadline = asyncio.get_running_loop().time()
         if deadline < self._deadline:
             self._cut(deadline, ShuttingDown("The service is shutting down. Try again.", retry_after=5))
 
     async def _run_within_limit(self, send: Send) -> ServiceError | None:
-        """The error that ended the request, None if it was answered."""
+        """The error that ended the request; None if it was answered."""
         try:
             async with asyncio.timeout_at(self._deadline) as self._limit:
                 await self._run(send)
@@ -144,7 +144,7 @@ class Relay(Response):
             if reader.done:
                 break
         if not reader.done:
-            raise EngineError("The engine ended the stream before its end.")
+            raise EngineError("The engine closed the stream before its end.")
         self._count_tokens(reader.usage)
         self._close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -166,7 +166,7 @@ class Relay(Response):
         self._answered = True
 
     async def _open(self, send: Send) -> None:
-        """Open the stream, unless a comment has."""
+        """Open the stream, unless a comment has opened it."""
         if self._status is not None:
             return
         headers = [
@@ -175,11 +175,11 @@ class Relay(Response):
             *_STREAM_HEADERS,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        # Only now: a comment that is cancelled while it waits to be sent has opened nothing.
+        # Only now: a comment that is cancelled before it is sent has opened nothing.
         self._status = 200
 
     def _revisions(self) -> list[tuple[bytes, bytes]]:
-        """Which revision answers, and of an adapter its base's; nothing while that is not decided yet."""
+        """The revision that answers, for an adapter also its base's; nothing until that is decided."""
         if self._lease is None:
             return []
         headers = [(REVISION_HEADER, self._lease.model.revision.encode())]
@@ -209,7 +209,7 @@ class Relay(Response):
             await asyncio.sleep(COMMENT_SECONDS)
 
     async def _end_comments(self) -> None:
-        """No comment is on its way to the client when this returns."""
+        """When this returns, no comment is being sent."""
         self._stop_comments()
         if self._comments is not None:
             await asyncio.wait({self._comments})
@@ -246,7 +246,7 @@ class Relay(Response):
         if self._limit is not None and not self._limit.expired():
             try:
                 self._limit.reschedule(deadline)
-            except RuntimeError:  # the work within the limit has ended in this very moment
+            except RuntimeError:  # the work within the limit has just ended
                 return
 
     def _close(self) -> None:
@@ -278,5 +278,5 @@ class Relay(Response):
 
     @property
     def _label(self) -> str:
-        """The model in metrics; a name that is not resolved is the client's own, and may be any."""
+        """The model's label in metrics; empty for an unresolved name, which the client could choose."""
         return "" if self._model is None else self._model.name

@@ -1,6 +1,6 @@
-"""What every request gets, whatever becomes of it: an id, its arrival time and one line in the log.
+"""For every request: an id, its arrival time and one line in the log.
 
-Also the last resort: an error that nobody expected becomes a 500 in OpenAI's envelope.
+An unexpected error becomes a 500 in OpenAI's envelope.
 """
 
 import logging
@@ -55,7 +55,7 @@ class RequestLog:
 
 
 def _internal_error() -> JSONResponse:
-    message = "The service failed in a way that it does not know. Its log has the details."
+    message = "The service failed unexpectedly. Its log has the details."
     return JSONResponse(error_envelope(message, "server_error", code="internal_error"), 500)
 
 
@@ -71,5 +71,5 @@ def _log(scope: Scope, status: int, arrived: float, request_id: bytes) -> None:
         "seconds": round(time.monotonic() - arrived, 3),
         "request_id": request_id.decode("latin-1"),
     }
-    # The path is the client's: shown escaped, so that it cannot forge a line of the log.
+    # The client chooses the path: escaped, so that it cannot forge a log line.
     logger.log(level, "%s %s", scope["method"], ascii(scope["path"])[1:-1], extra=fields)

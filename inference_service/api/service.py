@@ -1,4 +1,4 @@
-"""What the routes work with: the parts that app.py has built, and which relays are under way."""
+"""State shared by the routes: the parts that app.py has built, and the relays in progress."""
 
 import asyncio
 import logging
@@ -29,12 +29,12 @@ from inference_service.storage.registry import Registry
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-# For the error events of what ends with the shutdown; who does not read his is not waited for.
+# For the error events of requests that the shutdown ends; clients that do not read them are not waited for.
 LAST_EVENTS_SECONDS = 0.2
 
 
 class UnderWay(Protocol):
-    """A request under way, as far as a shutdown is concerned with it."""
+    """A request in progress, as a shutdown sees it."""
 
     ended: asyncio.Future[None]
 
@@ -69,7 +69,7 @@ class Service:
         return await self._in_time(self.resolver.find(name))
 
     async def _in_time(self, asking: Awaitable[_T]) -> _T:
-        """Within REQUEST_TIMEOUT also where the bucket is slow, and not beyond a shutdown."""
+        """Bound by REQUEST_TIMEOUT, even if the bucket is slow, and ended by a shutdown."""
         task = asyncio.current_task()
         self._asking.add(task)
         try:
@@ -94,7 +94,7 @@ class Service:
         slots = self.settings.max_cached_models
         named, rest = self.settings.preload_models[:slots], self.settings.preload_models[slots:]
         if rest:
-            message = "not preloaded, for there are only %s engines (MAX_CACHED_MODELS): %s"
+            message = "not preloaded, the maximum is %s engines (MAX_CACHED_MODELS): %s"
             logger.warning(message, slots, ", ".join(rest))
         loading = [asyncio.create_task(self.resolver.load_or_log(name)) for name in named]
         return [*loading, asyncio.create_task(self._preload_marked(slots - len(named)))]

@@ -1,4 +1,4 @@
-"""What the relay reads in a stream of server-sent events, and nothing more.
+"""What the relay reads in a stream of server-sent events.
 
 Pure: bytes in, bytes out. Chunks pass as they are unless one holds the usage event or an error.
 """
@@ -25,9 +25,9 @@ _CONTEXT_LENGTH = re.compile(r"context length|max_model_len|maximum model length
 
 
 class StreamReader:
-    """Feed it a host's chunks; it gives back what the client may see.
+    """Takes a host's chunks and returns what the client may see.
 
-    `usage` holds the usage that the host reported, `done` whether the stream ended as it should.
+    `usage` holds the usage that the host reported, `done` whether the stream ended properly.
     """
 
     def __init__(self, *, keep_usage: bool) -> None:
@@ -38,7 +38,7 @@ class StreamReader:
         self.done = False
 
     def feed(self, chunk: bytes) -> bytes:
-        """The whole events in `chunk` and what was left before it, up to an error of the host's."""
+        """The complete events in `chunk` and the rest before it, up to an error of the host."""
         if self._partial or not chunk.endswith(EVENT_END):
             whole, end, self._partial = (self._partial + chunk).rpartition(EVENT_END)
             chunk = whole + end
@@ -84,7 +84,7 @@ def host_error(status: int, body: bytes) -> ServiceError:
 
 
 def progress_comment(model: str, progress: LoadProgress) -> bytes:
-    """`: loading my-model phase=start 43% eta 12s`: clients ignore it, proxies see that something comes."""
+    """`: loading my-model phase=start 43% eta 12s`: clients ignore it, proxies see traffic."""
     parts = [f": loading {model} phase={progress.phase}"]
     if progress.percent is not None:
         parts.append(f"{progress.percent}%")

@@ -1,4 +1,4 @@
-"""From the name in a request to a lease: which revision is meant, and which serves where that one cannot."""
+"""From the name in a request to a lease: which revision it means, and which serves if that one cannot."""
 
 import asyncio
 import logging
@@ -43,7 +43,7 @@ class Resolver:
         return self._rollout.meant(requested)
 
     async def lease(self, name: str, arrived: float, resolved: Callable[[Model], None]) -> Lease:
-        """A lease on the engine that serves the name; on an older revision's, where the newest fails.
+        """A lease on the engine that serves the name; on an older revision's if the newest fails.
 
         `arrived`: when the request came, in monotonic seconds. `resolved` is called with the model before its
         engine is waited for. Raises as `resolve` and Pool.lease do.
@@ -80,7 +80,7 @@ class Resolver:
         self._rollout.served(requested)
 
     def load_soon(self, model: Model) -> None:
-        """Begin to load the model; an error of the load is logged. Raises what refuses the load at once."""
+        """Start to load the model; an error of the load is logged. Raises if the load is refused at once."""
         self._pool.operator_load(model).add_done_callback(partial(_log_failure, model.name))
 
     async def load_or_log(self, name: str) -> None:
@@ -109,7 +109,7 @@ class Resolver:
     async def _resolve(self, name: str) -> Requested[Model]:
         requested = await self._registry.find(name)
         model = self._rollout.meant(requested)
-        # A loaded model is served also while the bucket cannot be reached.
+        # A loaded model is served even while the bucket cannot be reached.
         if not isinstance(model, Unservable) and self._pool.is_live(model):
             return Requested(model, requested.exact)
         if isinstance(model, Unservable) or (
@@ -139,7 +139,7 @@ class Resolver:
 
 
 async def _listed_again(ask: Callable[[], Awaitable[_T]]) -> _T:
-    """The answer, asked again where an object was replaced since it was listed: the bucket is listed then."""
+    """The answer, asked again if an object was replaced since it was listed: that lists the bucket again."""
     try:
         return await ask()
     except ObjectReplaced:

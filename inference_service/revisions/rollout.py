@@ -1,7 +1,7 @@
 """Which revision a model's plain name means, and how a new one takes over from the one that serves.
 
-A new revision is fetched, verified and loaded while the old one serves; whatever fails on that way leaves the
-old one serving. What was rejected, or rolled back by the operator, is not tried again.
+A new revision is fetched, verified and loaded while the old one serves; if anything fails, the old one goes
+on serving. A revision that was rejected, or rolled back by the operator, is not tried again.
 """
 
 import asyncio
@@ -35,17 +35,18 @@ logger = logging.getLogger(__name__)
 MIN_POLL_INTERVAL = 0.3
 KEPT = 16
 ROLLED_BACK = "rolled back by the operator"
-# The revision itself is at fault; everything else may be better at the next look.
+# The revision itself is at fault; any other error may be gone at the next poll.
 _ITS_FAULT = (EngineStartFailed, SnapshotCorrupt, AdapterRefused, ModelNotServable)
 _NOT_ITS_FAULT = (EngineKilled, LoadTimedOut)
 
 
 @dataclass(eq=False)
 class _Line:
-    """The revisions of one model: the one that serves, those before it, and what must not serve and why.
+    """The revisions of one model: the one that serves, those before it, and the rejected ones with the
+    reason.
 
-    `candidate` is on its way to take over; `problem` is what keeps it from that for now. `seen`: the bucket's
-    newest at the last look.
+    `candidate` is about to take over; `problem` is what prevents that for now. `seen`: the bucket's newest
+    revision at the last poll.
     """
 
     serving: AnyModel
@@ -54,7 +55,7 @@ class _Line:
     candidate: AnyModel | None = None
     problem: str | None = None
     seen: str | None = None
-    # One takes over at a time.
+    # One rollout at a time.
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def reject(self, revision: str, reason: str) -> None:
@@ -73,7 +74,7 @@ class _Line:
 
 
 class Rollout:
-    """The lines of all models that have served, and the watch over the bucket for their next revisions."""
+    """The revisions of all models that have served; polls the bucket for new ones."""
 
     def __init__(self, pool: Pool, registry: Registry, metrics: Metrics, poll_interval: float) -> None:
         self._pool = pool
@@ -103,7 +104,7 @@ class Rollout:
         return serving if wrong or self._admits(serving) else newest
 
     def serving_revision(self, newest: ListedModel) -> str:
-        """The revision that a plain name means, for a list: nothing is begun for it."""
+        """The revision that a plain name means, for a listing: starts nothing."""
         line = self._lines.get(newest.name)
         if line is None:
             return newest.revision
@@ -111,7 +112,7 @@ class Rollout:
         return line.serving.revision if wrong or self._admits(line.serving) else newest.revision
 
     def served(self, requested: Requested[Model]) -> None:
-        """The model serves: what its plain name means until another revision has taken over."""
+        """The model serves: its plain name means this revision until another takes over."""
         model = requested.model
         if isinstance(model, Adapter):
             self._follow(model.engine_model)
@@ -126,14 +127,14 @@ class Rollout:
             self._replace_lost(line, model)
 
     def _replace_lost(self, line: _Line, model: Model) -> None:
-        """Another revision was loaded; a lease that was granted just before a rollout is no way back."""
+        """Another revision was loaded; a lease granted just before a rollout must not undo it."""
         if not self._admits(self._placed(line.serving, model)):
             line.take_over(model)
 
     async def older_than(self, model: AnyModel, error: ServiceError) -> Model | None:
-        """The revision that serves instead of `model`, which failed with `error`; None where none does.
+        """The revision that serves instead of `model`, which failed with `error`; None if none does.
 
-        Where none has served since the service began: the one on the disk that served last.
+        If none has served since the service started: the one on the disk that served last.
         """
         if not _at_fault(model, error):
             return None
@@ -172,7 +173,7 @@ class Rollout:
         async with line.turn:
             current = line.serving
             if current is not asked and asked.revision in line.rejected:
-                return current  # another rollback was faster
+                return current  # another rollback came first
             previous = await self._previous(line, newest)
             await self._roll(line, previous)
             self._metrics.rollouts.labels(newest.name, "rolled_back").inc()
@@ -182,24 +183,24 @@ class Rollout:
         return line.serving
 
     async def watch(self) -> None:
-        """Look for new revisions of what an engine holds, until cancelled."""
+        """Poll for new revisions of loaded models, until cancelled."""
         while True:
             await asyncio.sleep(self._poll_interval)
             try:
                 await self._look_at_all()
             except StoreError as error:
-                logger.warning("no look for new revisions: %s", error)
+                logger.warning("cannot poll for new revisions: %s", error)
             except Exception:
-                logger.exception("no look for new revisions")
+                logger.exception("cannot poll for new revisions")
 
     async def close(self) -> None:
-        """End what is under way."""
+        """Cancel all rollouts in progress."""
         for task in self._rolling:
             task.cancel()
         await asyncio.gather(*self._rolling, return_exceptions=True)
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """As /admin/stats shows the lines: of models with more than one revision."""
+        """For /admin/stats: models with more than one revision."""
         return {
             name: {
                 "serving": line.serving.revision,
@@ -223,7 +224,7 @@ class Rollout:
                     self._look(self._lines[name], newest)
 
     def _look(self, line: _Line, newest: AnyModel) -> None:
-        """Begin what is to be begun: a new revision that has stayed the same since the last look."""
+        """Start the rollout of a new revision that has stayed the same since the last poll."""
         settled, line.seen = line.seen == newest.revision, newest.revision
         if newest.revision == line.serving.revision:
             line.problem = None
@@ -244,7 +245,7 @@ class Rollout:
                 if newest.revision not in line.rejected:
                     old = line.serving.revision
                     await self._roll(line, newest)
-                    if old != newest.revision:  # else it has only made room for an adapter
+                    if old != newest.revision:  # else only its engine was replaced, for an adapter
                         self._metrics.rollouts.labels(newest.name, "ok").inc()
         except ServiceError as error:
             logger.error("revision %s does not take over: %s", newest.revision, error, extra=_of(newest))
@@ -252,13 +253,13 @@ class Rollout:
                 self._reject(line, newest, error)
             else:
                 line.problem = f"revision {newest.revision}: {error.message}"
-            if not isinstance(error, EngineUnloaded):  # else the operator wants it gone
+            if not isinstance(error, EngineUnloaded):  # else the operator has unloaded it
                 await self._restore(line)
         finally:
             line.candidate = None
 
     async def _roll(self, line: _Line, newest: AnyModel) -> None:
-        """Let `newest` take over; raises what keeps it from that."""
+        """Let `newest` take over; raises the error that prevents it."""
         with _candidate(line, newest):
             model = await self._registry.examine(newest)
             if isinstance(model, Adapter):
@@ -281,7 +282,7 @@ class Rollout:
         logger.info("took over", extra={**_of(model), "instead_of": old.revision})
 
     async def _restore(self, line: _Line) -> None:
-        """What served until now serves again, where its engine had to go."""
+        """Load the serving revision again if its engine was replaced."""
         serving = line.serving
         if isinstance(serving, Checkpoint) and self._pool.state(serving.reference) is EngineState.STOPPED:
             try:
@@ -295,9 +296,9 @@ class Rollout:
         line.reject(model.revision, error.message)
 
     def _base_of(self, adapter: Adapter, newest: Checkpoint | Unservable) -> Checkpoint | Unservable:
-        """The base's engine for an adapter; another one than serves, where that takes no such adapter."""
+        """The base's engine for an adapter; a new one if the current one cannot take its rank."""
         meant = self._meant_by_name(newest)
-        if isinstance(meant, Adapter):  # the base's name was an adapter's before
+        if isinstance(meant, Adapter):  # the name of the base was an adapter's before
             return newest
         if isinstance(meant, Unservable) or isinstance(newest, Unservable):
             return meant
@@ -326,8 +327,8 @@ class Rollout:
         others = [revision for revision in kept if revision in line.rejected]
         there = f" On the disk, but rejected or rolled back: {', '.join(others)}." if others else ""
         raise NoPreviousRevision(
-            f"No previous revision of '{newest.name}' is on the disk; {line.serving.revision} serves "
-            f"on.{there} Upload the one that you want, it takes over by itself.",
+            f"No previous revision of '{newest.name}' is on the disk; {line.serving.revision} still "
+            f"serves.{there} Upload the revision that you want; it takes over by itself.",
             param="model",
         )
 
