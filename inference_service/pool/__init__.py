@@ -1,1 +1,1 @@
-"""The pool: which engines live, and who may use them."""
+"""The pool: leases, and the life of engines."""

@@ -1,6 +1,6 @@
-"""The LoRA adapters on one engine: added with their first request, kept while there is room for them.
+"""The LoRA adapters on one engine: added with their first request, kept up to a limit.
 
-How many compute in one batch is the engine's own business (MAX_ADAPTERS); here is which of them it knows.
+The engine decides how many compute in one batch (MAX_ADAPTERS); this module, which of them it has.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from inference_service.storage.model import Adapter
 
 logger = logging.getLogger(__name__)
 
-# Of every adapter on every engine: none is ever mistaken for one that was there before.
+# Across all engines, so that no adapter is mistaken for an earlier one.
 _numbers = itertools.count(1)
 
 
@@ -36,15 +36,15 @@ class LoadedAdapter:
 
     @property
     def served_name(self) -> str:
-        """Unique; clients are shown the model's own name, which it begins with."""
+        """Unique; clients see the model's own name, with which it begins."""
         return str(Reference(self.model.name, self.model.revision, number=self.number))
 
 
 class Adapters:
-    """Adapters by reference; beyond `limit` the least recently used idle ones give way.
+    """Adapters by reference; beyond `limit` the least recently used idle ones are removed.
 
-    `take` gets an adapter's snapshot, which is released when the engine has it no more; `added` is called for
-    each that the engine has taken, and of the phases of that. What is `pinned` does not give way.
+    `take` gets an adapter's snapshot, which is released once the engine no longer has the adapter; `added` is
+    called for each added adapter, with its phases. A `pinned` adapter is not removed.
     """
 
     def __init__(
@@ -94,16 +94,16 @@ class Adapters:
             self.give_back(adapter)
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling():
-                # Not the request was cancelled, but the load, with its engine.
+                # Not the request was cancelled but the load, together with its engine.
                 raise EngineDied(
-                    f"The engine of '{model.name}' went while the adapter was added. Send the request again.",
+                    f"The engine of '{model.name}' ended while the adapter was added. Send it again.",
                     retry_after=1,
                 ) from error
             raise
         return adapter
 
     def give_back(self, adapter: LoadedAdapter) -> None:
-        """One request less uses it."""
+        """A request no longer uses it."""
         adapter.users -= 1
         adapter.last_used = self._clock()
         if not adapter.users and len(self._known) > self._limit and self._tidying is None:
@@ -116,7 +116,7 @@ class Adapters:
             logger.warning("adapters not removed: %s", error)
 
     async def remove(self, reference: str) -> bool:
-        """Forget an adapter that nobody uses; False where there is none or somebody does."""
+        """Remove an unused adapter; False if there is none or it is in use."""
         adapter = self.get(reference)
         if adapter is None or adapter.users:
             return False
@@ -124,7 +124,7 @@ class Adapters:
         return True
 
     def names(self) -> set[str]:
-        """The models that the engine has adapters of."""
+        """The models whose adapters the engine has."""
         return {adapter.model.name for adapter in self._known.values() if adapter.snapshot is not None}
 
     def models(self) -> list[Adapter]:
@@ -132,7 +132,7 @@ class Adapters:
         return [adapter.model for adapter in self._known.values() if adapter.snapshot is not None]
 
     def close(self) -> None:
-        """The engine is gone, or holds other weights: so are its adapters."""
+        """The engine is gone or holds other weights, and its adapters are gone with it."""
         if self._tidying is not None:
             self._tidying.cancel()
         for adapter in self._known.values():
@@ -144,7 +144,7 @@ class Adapters:
         self._known.clear()
 
     def describe(self) -> list[dict[str, Any]]:
-        """As /admin/stats shows them."""
+        """For /admin/stats."""
         now = self._clock()
         return [
             {
@@ -183,7 +183,7 @@ class Adapters:
         while len(self._known) > self._limit:
             idle = [each for each in self._known.values() if self._may_go(each)]
             if not idle:
-                return  # the engine reads what it has no room for from the disk whenever it is used
+                return  # the engine reads adapters beyond its memory from the disk whenever they are used
             await self._forget(min(idle, key=lambda each: each.last_used))
 
     def _may_go(self, adapter: LoadedAdapter) -> bool:

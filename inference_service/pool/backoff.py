@@ -1,6 +1,6 @@
-"""Circuits: a model whose load has failed is not loaded again at once, and not for ever.
+"""Backoff: a model whose load has failed is not loaded again at once, and less and less often.
 
-One per model and revision. Pure: the caller brings the time.
+One per model and revision. Pure: the caller passes the time.
 """
 
 import math
@@ -22,17 +22,17 @@ class _Failures:
 
 
 class LoadBackoff:
-    """The loads that failed lately, by model."""
+    """Recently failed loads, by model."""
 
     def __init__(self) -> None:
         self._failures: dict[str, _Failures] = {}
 
     def failed(self, model: str, revision: str, error: ServiceError, now: float) -> int:
-        """A load has failed; seconds until it is tried again, doubling with each failure of a revision."""
+        """Record a failed load; seconds until the next try, doubled with each failure of a revision."""
         before = self._failures.get(model)
         count: int = before.count + 1 if before is not None and before.revision == revision else 1
         pause: float = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (count - 1))
-        # A copy: the error itself holds on to the request that met it first.
+        # A copy: the error itself keeps the first request alive.
         kept = error.again(error.message, retry_after=None)
         self._failures[model] = _Failures(revision, count, kept, now + pause)
         return min(MAX_RETRY_SECONDS, math.ceil(pause))
@@ -43,7 +43,7 @@ class LoadBackoff:
             del self._failures[model]
 
     def refusal(self, model: str, revision: str, now: float) -> ServiceError | None:
-        """The error of the last load, while no other is to be tried; another revision is tried at once."""
+        """The last load's error while no retry is due; None otherwise, and for another revision."""
         failures = self._failures.get(model)
         if failures is None or failures.revision != revision or now >= failures.until:
             return None
@@ -55,7 +55,7 @@ class LoadBackoff:
         return error.again(f"{error.message}{stop} {again}", retry_after=min(MAX_RETRY_SECONDS, wait))
 
     def describe(self, now: float) -> dict[str, dict[str, object]]:
-        """Open circuits by model, for the operator."""
+        """Models that are held back, for /admin/stats."""
         return {
             model: {
                 "revision": failures.revision,

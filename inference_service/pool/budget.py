@@ -1,6 +1,6 @@
-"""The memory of the device in bytes: what each engine gets, so that as many as there are slots fit together.
+"""The device's memory in bytes: how much each engine gets, so that one per slot fits.
 
-Pure arithmetic; what is really free is measured by machine/memory.py.
+Pure arithmetic; machine/memory.py measures what is really free.
 """
 
 from inference_service.backends.costs import COSTS, OTHER_COST
@@ -12,12 +12,12 @@ _MIB = 1 << 20
 MIN_KV_CACHE_BYTES = 64 * _MIB
 UNKNOWN_KV_CACHE_BYTES = 1024 * _MIB
 FULL_LENGTH_REQUESTS = 4
-# A context that nobody has bounded is not given room in full where room is short.
+# If memory is short, an unbounded context does not get its full KV cache.
 ENOUGH_TOKENS = 4096
 
 
 class Budget:
-    """Bytes on each device for all engines; `total` None: not known, and nothing is counted."""
+    """Bytes on each device for all engines; `total` None: unknown, and nothing is counted."""
 
     def __init__(
         self, device: Device, backend: Backend, utilization: float, slots: int, adapters: int = 0
@@ -31,8 +31,8 @@ class Budget:
     def footprint(self, profile: MemoryProfile, adapter_rank: int = 0) -> Footprint:
         """What an engine with this profile gets on each of its devices, with room for adapters of that rank.
 
-        An equal share where the model fits into one; else what it needs, and fewer engines fit together.
-        Never more than `total`: alone, every engine may be tried.
+        An equal share if the model fits into one; else what it needs, and fewer engines fit together. Never
+        more than `total`: every engine may be tried alone.
         """
         weights = profile.weights_bytes // profile.gpus
         overhead = self._cost.fixed + int(weights * self._cost.per_weight)
@@ -56,5 +56,5 @@ class Budget:
         share, whole = (int(room / (1 + self._cost.per_cache)) for room in rooms)
         if share < max(MIN_KV_CACHE_BYTES, token_bytes * min(profile.context, ENOUGH_TOKENS)):
             return max(MIN_KV_CACHE_BYTES, min(wanted, whole))
-        # On the CPU vLLM touches all of its cache at the start: no more than a few requests can use.
+        # On the CPU vLLM touches all of its cache at the start: only as much as a few requests can use.
         return max(MIN_KV_CACHE_BYTES, min(wanted, share)) if self._touched_at_start else share

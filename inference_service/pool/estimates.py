@@ -1,7 +1,7 @@
-"""What the past says about the wait: how fast requests are served, and how long a model takes to load.
+"""Estimates of waits from the past: how fast requests are served, and how long a model takes to load.
 
-Pure: the caller brings the time. For Retry-After, which is never over MAX_RETRY_SECONDS: OpenAI's client
-does not wait for longer.
+Pure: the caller passes the time. For Retry-After, which is at most MAX_RETRY_SECONDS: OpenAI's client does
+not wait longer.
 """
 
 import math
@@ -9,13 +9,13 @@ from collections import deque
 
 MAX_RETRY_SECONDS = 120
 UNKNOWN_LOAD_SECONDS = 15.0
-# Of the time that an overdue load has taken already.
+# Fraction of the time that an overdue load has already taken.
 OVERDUE = 0.25
 _KEPT = 64
 
 
 class Estimates:
-    """The last requests that ended, and each model's last load."""
+    """The most recently ended requests, and each model's last load."""
 
     def __init__(self) -> None:
         self._ended: deque[float] = deque(maxlen=_KEPT)
@@ -23,7 +23,7 @@ class Estimates:
         self._starts: dict[str, float] = {}
 
     def ended(self, now: float) -> None:
-        """A request has given its lease back."""
+        """A request has released its lease."""
         self._ended.append(now)
 
     def loaded(self, model: str, seconds: float, start_seconds: float) -> None:
@@ -32,25 +32,25 @@ class Estimates:
         self._starts[model] = start_seconds
 
     def start_seconds(self, model: str) -> float:
-        """What the engine's start should take: as last time, or as the others' on average."""
+        """Expected seconds of the engine's start: as last time, or the average of the others."""
         others = self._starts.values()
         known = self._starts.get(model) or (sum(others) / len(others) if others else None)
         return max(0.1, known or UNKNOWN_LOAD_SECONDS)
 
     def load_seconds(self, model: str) -> float | None:
-        """What the model's last load took; None where it was never loaded."""
+        """Seconds of the model's last load; None if it was never loaded."""
         return self._loads.get(model)
 
     def retry_after_queue(self, ahead: int) -> int:
-        """Seconds until about so many requests have been served, at the rate of the last ones."""
+        """Seconds until about this many requests have been served, at the recent rate."""
         if len(self._ended) < 2:
             return _bounded(min(ahead, UNKNOWN_LOAD_SECONDS))
-        # Up to the last one that ended: the idle hour before a rush says nothing of the rate.
+        # Until the last one ended: an idle hour before a rush says nothing about the rate.
         seconds = max(1e-3, self._ended[-1] - self._ended[0])
         return _bounded(ahead * seconds / (len(self._ended) - 1))
 
     def retry_after_load(self, model: str, since: float, now: float) -> int:
-        """Seconds until a load that began at `since` should be done; an overdue one takes a while longer."""
+        """Seconds until a load that began at `since` should be done; an overdue one is given longer."""
         spent = now - since
         return _bounded(max(self._loads.get(model, UNKNOWN_LOAD_SECONDS) - spent, OVERDUE * spent))
 

@@ -1,4 +1,4 @@
-"""What the pool holds: slots with their engines, the leases on them, and who waits for one."""
+"""Slots with their engines, the leases on them, and the waiters."""
 
 import asyncio
 import math
@@ -17,11 +17,12 @@ from inference_service.storage.model import Checkpoint, Model
 
 @dataclass(eq=False)
 class Slot:
-    """The place of one engine with one model, from the decision to load it until nothing of it is left.
+    """The slot of one engine with one model, from the decision to load it until its process is gone.
 
-    Its state is the scheduler's. `began` is on the pool's clock; `tasks` is what runs for it: its load and
-    the watch over its process, then its teardown. `unloaded`: by the operator. `swapped`: its engine held
-    another model before. `fingerprint`: the weight check's.
+    The scheduler owns its state. `began` is on the pool's clock; `tasks` run for it: its load, the watch over
+    its process, its teardown. `unloaded`: by the operator. `swapped`: its engine held another model before.
+    `fingerprint`: the weight check's. `adapter_rank`: a fresh engine must take adapters of at least this
+    rank.
     """
 
     model: Checkpoint
@@ -42,7 +43,7 @@ class Slot:
 
     @property
     def key(self) -> str:
-        """Its engine's name in the scheduler."""
+        """Its engine's key in the scheduler."""
         return self.model.reference
 
 
@@ -56,12 +57,12 @@ class Lease:
 
     @property
     def model(self) -> Model:
-        """What the request is served with: the adapter, or the engine's own model."""
+        """What serves the request: the adapter, or the engine's own model."""
         return self.slot.model if self.adapter is None else self.adapter.model
 
     @property
     def served_name(self) -> str:
-        """The host's name of it."""
+        """Its name in the host."""
         return self.slot.model.name if self.adapter is None else self.adapter.served_name
 
     @property
@@ -71,17 +72,17 @@ class Lease:
         return self.slot.engine
 
     def release(self) -> None:
-        """Give the engine back; synchronous, idempotent."""
+        """Release the engine; synchronous, idempotent."""
         self._released(self)
 
 
 @dataclass(eq=False)
 class Waiter:
-    """A request that waits for a lease, or the operator's order; `number` counts arrivals.
+    """A request that waits for a lease, or an operator's load; `number` counts arrivals.
 
     `since` is on the pool's clock, `load_by` and `place_by` on the event loop's: when the request gives up
-    on a model that is not loaded, and on a place in its engine. `alarm` rings at the earlier of the two; an
-    order has none.
+    waiting for a load, and for a place in its engine. `alarm` fires at the earlier of the two; an operator's
+    load has none. `exact`: this very revision was requested.
     """
 
     number: int
@@ -95,29 +96,29 @@ class Waiter:
     alarm: asyncio.TimerHandle | None = None
 
     def calm(self) -> None:
-        """It does not wait any more."""
+        """It no longer waits."""
         if self.alarm is not None:
             self.alarm.cancel()
 
     @property
     def model(self) -> Checkpoint:
-        """The model whose engine serves it: what is wanted, or an adapter's base."""
+        """The model whose engine serves it: the requested one, or an adapter's base."""
         return self.wanted.engine_model
 
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """How far a model is on its way: what it waits for, percent of that, and seconds until it answers."""
+    """Progress of a load: its phase, percent of that, and seconds until the model answers."""
 
     phase: str
     percent: int | None
     eta_seconds: float | None
 
     def describe(self) -> dict[str, Any]:
-        """As /admin/stats shows it."""
+        """For /admin/stats."""
         eta = None if self.eta_seconds is None else round(self.eta_seconds, 1)
         return {"phase": self.phase, "percent": self.percent, "eta_seconds": eta}
 
 
-# The engine has the request; its first token has not come.
+# The engine has the request and has not sent a token yet.
 ANSWERING = LoadProgress("answer", None, None)

@@ -1,7 +1,7 @@
 """The life of each engine: its load or its swap, the watch over it, its end.
 
-Carries out what the pool wants of one engine and tells it, as events, what has come of it. How a load and a
-teardown are done is loading.py's.
+Carries out the pool's actions on one engine and reports the outcome as events. loader.py performs loads and
+teardowns.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ from inference_service.storage.model import Adapter, Checkpoint, Model
 
 logger = logging.getLogger(__name__)
 
-# Errors of a load that are no better a moment later; those of a bucket or a disk may be.
+# Errors of a load that a quick retry does not fix; those of a bucket or a disk may pass.
 _LASTING = (EngineStartFailed, OutOfMemory, SnapshotCorrupt)
 SUSPECT_SECONDS = 0.5
 _LEAVING = (EngineState.DRAINING, EngineState.STOPPING, EngineState.FAILED)
@@ -47,10 +47,10 @@ _LEAVING = (EngineState.DRAINING, EngineState.STOPPING, EngineState.FAILED)
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a request waits for a load and for a place in a loaded engine; in seconds, how long a load
-    may take and how long an engine may do nothing.
+    """Limits on a request's wait for a load and for a place in a loaded engine; seconds of a load, and of an
+    engine without progress.
 
-    `adapters`: how many an engine knows at once.
+    `adapters`: the maximum number that an engine keeps.
     """
 
     load_wait: WaitLimit
@@ -64,7 +64,7 @@ class Limits:
 class Hooks:
     """Callbacks into the pool: for events, for fetches that end ahead of their engine, and what it knows.
 
-    `wanted`: whether somebody waits for a reference.
+    `wanted`: whether a request waits for a reference.
     """
 
     dispatch: Callable[[Event], None]
@@ -76,7 +76,7 @@ class Hooks:
 class EngineLifecycle:
     """The slots in use, by their models' references.
 
-    The state of each engine is the scheduler's.
+    The scheduler owns the state of each engine.
     """
 
     def __init__(
@@ -124,20 +124,20 @@ class EngineLifecycle:
         return EngineState.STOPPED if engine is None else engine.state
 
     def ready(self) -> list[Slot]:
-        """The slots whose engines serve."""
+        """The slots with ready engines."""
         return [slot for key, slot in self.slots.items() if self.state(key) is EngineState.READY]
 
     def load(self, model: Checkpoint) -> None:
-        """Begin to load the model into a free slot."""
+        """Start to load the model into a free slot."""
         slot = Slot(model, self.footprint(model), self._clock(), Phases(self._clock))
         self.slots[slot.key] = slot
         self._run(slot, self._serve(slot, self.loading.load(slot)))
 
     def swap(self, model: Checkpoint, key: str) -> None:
-        """Begin to put the model into the engine of the slot `key`, which nobody uses."""
+        """Start to swap the model into the unused engine of the slot `key`."""
         old = self.slots.pop(key)
         slot = Slot(model, old.footprint, self._clock(), Phases(self._clock), swapped=True)
-        # A fresh engine in the place of the old one must take the adapters that the scheduler counts on.
+        # If the swap fails, the fresh engine must take the adapters that the scheduler counts on.
         slot.adapter_rank = self._scheduler.engines[slot.key].adapters
         slot.engine, old.engine = old.engine, None
         self.slots[slot.key] = slot
@@ -149,15 +149,17 @@ class EngineLifecycle:
         old.gone.set()
 
     def evict(self, key: str) -> None:
-        """Tear an engine down that no lease holds."""
+        """Stop an engine without leases."""
         slot = self.slots[key]
         self._metrics.evictions.labels(slot.model.name).inc()
         logger.info("evicting", extra={"model": slot.model.name})
         self._tear_down(slot)
 
     def cancel(self, key: str) -> None:
-        """Stop a load that nobody wants any more."""
-        logger.info("nobody waits for the load any more", extra={"model": self.slots[key].model.name})
+        """Cancel a load that no request waits for."""
+        logger.info(
+            "cancelling the load: no request waits for it", extra={"model": self.slots[key].model.name}
+        )
         self._tear_down(self.slots[key])
 
     def abort_all(self, slot: Slot, error: ServiceError) -> None:
@@ -175,11 +177,11 @@ class EngineLifecycle:
         return failure
 
     def refusal(self, model: Model) -> ServiceError | None:
-        """Why the model is not tried again yet: it failed lately."""
+        """The error if a load of the model failed recently and is not retried yet."""
         return self.backoff.refusal(model.name, model.revision, self._clock())
 
     async def suspect(self, lease: Lease) -> EngineDied | None:
-        """A request met an error of its engine's: if that is dead, nobody else is sent to it.
+        """Check an engine that returned an error: if it is dead, no further request is sent to it.
 
         Returns the error to report if the engine is dead.
         """
@@ -190,25 +192,25 @@ class EngineLifecycle:
             async with asyncio.timeout(SUSPECT_SECONDS):
                 await slot.engine.heartbeat()
         except TimeoutError:
-            return None  # it hangs, or has much to do: the watch over it will tell
+            return None  # it hangs or is busy: the watch over it decides
         except EngineError:
             return self._died(slot, "its process ended or its core is dead; the log has the reason")
         return None
 
     async def close(self) -> None:
-        """Tear every engine down, busy or not; returns when no process is left."""
+        """Stop every engine, busy or not; returns when no process is left."""
         slots = list(self.slots.values())
         if not self.ending:
             self.ending = True
             for slot in slots:
                 self.abort_all(slot, refusals.shutting_down())
-                # Those that are ending already get less time for it.
+                # Engines that are already stopping get less time for it.
                 self._tear_down(slot)
             self.prefetcher.close()
         await asyncio.gather(*(slot.gone.wait() for slot in slots))
 
     async def _swapped_or_loaded(self, slot: Slot, old: Slot) -> None:
-        """The slot's model in the engine of `old`, or in a fresh one where that fails."""
+        """The slot's model in the engine of `old`, or in a fresh one if the swap fails."""
         name = slot.model.name
         fields = {"model": name, "revision": slot.model.revision, "instead_of": old.model.reference}
         logger.info("swapping", extra=fields)
@@ -216,7 +218,7 @@ class EngineLifecycle:
             await self.loading.swap(slot, old.snapshot, old.fingerprint)
         except Exception as error:
             self._metrics.swaps.labels(name, "failed").inc()
-            logger.warning("swap failed, loading afresh: %s", error, extra={"model": name})
+            logger.warning("swap failed, loading into a fresh engine: %s", error, extra={"model": name})
             slot.swapped = False
             await self.loading.discard(slot)
             await self.loading.load(slot)
@@ -227,7 +229,7 @@ class EngineLifecycle:
                 self._parts.release(old.snapshot)
 
     async def _serve(self, slot: Slot, loading: Coroutine[Any, Any, None]) -> None:
-        """An engine's life: its load, and the watch over it until it is torn down or dies."""
+        """An engine's life: its load, then the watch over it until it is stopped or dies."""
         name, started = slot.model.name, time.monotonic()
         logger.info("loading", extra={"model": name, "revision": slot.model.revision})
         try:
@@ -273,7 +275,7 @@ class EngineLifecycle:
 
     def _load_failed(self, slot: Slot, error: Exception) -> None:
         name = slot.model.name
-        if not self._is(slot, EngineState.STARTING):  # it failed because it was being unloaded
+        if not self._is(slot, EngineState.STARTING):  # it failed because it was unloaded
             return
         expected = isinstance(error, ServiceError)
         logger.error("load failed: %s", error, extra={"model": name}, exc_info=not expected)
@@ -298,7 +300,7 @@ class EngineLifecycle:
         return self.slots.get(slot.key) is slot and self.state(slot.key) in states
 
     async def _departure(self) -> bool:
-        """Wait until an engine that is leaving anyway has left; False where none is."""
+        """Wait until an engine that is already leaving is gone; False if there is none."""
         leaving = [slot for key, slot in self.slots.items() if self.state(key) in _LEAVING]
         gone = [asyncio.ensure_future(slot.gone.wait()) for slot in leaving]
         if not gone:
@@ -311,7 +313,7 @@ class EngineLifecycle:
         return True
 
     async def _make_room(self, missing: int) -> bool:
-        """Tear an idle engine down for the sake of its snapshot or memory; False where it would not help."""
+        """Stop an idle engine to free its snapshot or memory; False if that would not help."""
         idle = [self.slots[key] for key in self._scheduler.capacity.idle()]
         held = sum(slot.snapshot.bytes for slot in idle if slot.snapshot is not None)
         if self.ending or not idle or held < missing:
@@ -324,7 +326,7 @@ class EngineLifecycle:
         self._run(slot, self._end(slot, set(slot.tasks), hurry=hurry))
 
     async def _end(self, slot: Slot, running: set[asyncio.Task[None]], *, hurry: bool) -> None:
-        """End what runs for the slot, then its engine; only then is the slot free."""
+        """Cancel the slot's tasks, then stop its engine; only then is the slot free."""
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)

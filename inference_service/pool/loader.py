@@ -1,7 +1,7 @@
 """Carries out loads, swaps and teardowns: fetch, memory, start, weight check; then the watch; then the end.
 
 One engine of a device starts or ends at a time, and none starts before its memory is measured to be free.
-Nothing here decides; it tells the pool by returning or raising.
+Makes no decisions; reports to the pool by returning or raising.
 """
 
 import asyncio
@@ -34,9 +34,9 @@ from inference_service.storage.snapshots.progress import Progress
 logger = logging.getLogger(__name__)
 
 LAST_GRACE_SECONDS = 0.6
-# The driver gives memory back a moment after the process is gone.
+# The driver frees memory a moment after the process is gone.
 MEMORY_SECONDS = 5.0
-# So many times ENGINE_STALL_TIMEOUT a swap may take.
+# A swap may take this many times ENGINE_STALL_TIMEOUT.
 SWAP_STALLS = 2
 _MEMORY_POLL_INTERVAL = 0.1
 _HEARTBEAT_SECONDS = 1.0
@@ -44,11 +44,11 @@ _HEARTBEAT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Parts:
-    """What a load is made of. `free_bytes`: what the device has free; None if unknown.
+    """The parts of a load. `free_bytes`: the device's free memory; None if unknown.
 
-    `footprint`: what a model's engine would take on it.
-    `swap_key`: models with the same can take one another's place in an engine; None: it is loaded afresh.
-    `weight_checks`: None where no fingerprint is kept.
+    `footprint`: the memory that a model's engine would take.
+    `swap_key`: models with the same key can replace each other in an engine; None: it cannot be swapped.
+    `weight_checks`: None if no fingerprints are kept.
     """
 
     fetch: FetchModel
@@ -71,10 +71,10 @@ class Timeouts(NamedTuple):
 class EngineLoader:
     """The loads and teardowns of one device.
 
-    `starting` is called when a slot has the device's turn, with its snapshot. `departure` waits for an
-    engine that is leaving anyway, False where none is. `make_room` is asked where so many bytes on the disk,
-    or memory (0), are missing: it tears one idle engine down and returns once it is gone, or False where that
-    would not help.
+    `starting` is called when a slot has the device's turn, with its snapshot. `departure` waits for an engine
+    that is already leaving, False if there is none. `make_room` is called if so many bytes on the disk, or
+    memory (0), are missing: it stops one idle engine and returns once that is gone, or False if that would
+    not help.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class EngineLoader:
                 left = (limit.when() or 0.0) - loop.time()
                 slot.phases.enter(Phase.MEMORY)
                 while True:
-                    limit.reschedule(None)  # what others take in the device's turn is not this load's time
+                    limit.reschedule(None)  # the device's turn of other engines does not count
                     async with self._device_turn:
                         self._starting(slot, slot.snapshot)
                         missing = await self._missing_memory(slot)
                         if missing <= 0:
                             limit.reschedule(loop.time() + left)
                             return await self._start_and_try(slot, slot.snapshot)
-                    # Outside the turn, which the teardown of another needs.
+                    # Outside the turn, which another engine's teardown needs.
                     await self._find_memory(slot, missing)
         except TimeoutError as error:
             raise LoadTimedOut(
@@ -125,12 +125,12 @@ class EngineLoader:
     async def swap(self, slot: Slot, before: Snapshot | None, fingerprint: Fingerprint | None) -> None:
         """Put the slot's model into its engine, which held the snapshot `before`.
 
-        Raises SwapFailed, EngineDied, and what the fetch raises: the engine is of no use then.
+        Raises SwapFailed, EngineDied, and what the fetch raises: the engine is unusable then.
         """
         try:
             slot.snapshot, fetched = await self._prefetcher.take(slot.model)
             slot.phases.seconds |= fetched.seconds
-            # Nothing is slower than a host that hangs; a fresh one is faster.
+            # A host that hangs is replaced by a fresh one, which is faster.
             seconds = min(self._load_timeout, SWAP_STALLS * self._stall_timeout)
             async with asyncio.timeout(seconds):
                 engine = slot.engine
@@ -154,7 +154,7 @@ class EngineLoader:
         slot.fingerprint = swapped.fingerprint
 
     def progress(self, slot: Slot, start_seconds: float) -> LoadProgress:
-        """How far a load is, if its start takes `start_seconds`."""
+        """The progress of a load whose start takes `start_seconds`."""
         phase = _phase(slot)
         if phase in FETCH_PHASES or slot.phases.current is None:
             return self.fetch_progress(slot.model, start_seconds)
@@ -165,7 +165,7 @@ class EngineLoader:
         return LoadProgress(phase, percent, start_seconds - spent if spent < start_seconds else None)
 
     def fetch_progress(self, model: Model, start_seconds: float) -> LoadProgress:
-        """How far the files of a model are."""
+        """The progress of a model's download."""
         fetch, under_way = self._prefetcher.get(model.reference), self._parts.fetching(model)
         phase = fetch.phases.current or Phase.VERIFY if fetch is not None else Phase.SYNC
         if under_way is None:
@@ -174,7 +174,7 @@ class EngineLoader:
         return LoadProgress(phase, under_way.percent, None if left is None else left + start_seconds)
 
     async def watch(self, slot: Slot, engine: Engine) -> str:
-        """Why the engine is of no use any more, once it is not: its process ended, or it hangs."""
+        """Returns, with the reason, once the engine is unusable: its process ended, or it hangs."""
         death = asyncio.ensure_future(engine.wait_dead())
         stall = asyncio.ensure_future(self._stall(slot, engine))
         try:
@@ -185,14 +185,14 @@ class EngineLoader:
             stall.cancel()
 
     async def end(self, slot: Slot, *, hurry: bool, last: bool) -> None:
-        """Tear the slot's engine down; nothing of it is left then.
+        """Stop the slot's engine; returns when its process is gone.
 
-        `hurry`: it is dead or hangs, so nothing is asked of it; `last`: the service itself ends. These and
-        what the operator has ordered do not wait for the device's turn.
+        `hurry`: it is dead or hangs and is killed at once; `last`: the service itself ends. These, and
+        engines that the operator unloads, do not wait for the device's turn.
         """
         try:
             if slot.engine is None:
-                pass  # it was still being fetched
+                pass  # its files were still being fetched
             elif hurry or last:
                 await slot.engine.close(0.0 if hurry else LAST_GRACE_SECONDS)
             elif slot.unloaded:
@@ -207,13 +207,13 @@ class EngineLoader:
             self._parts.release(slot.snapshot)
 
     async def discard(self, slot: Slot) -> None:
-        """End the slot's engine, which could not take other weights, so that a fresh one can be loaded."""
+        """Stop the slot's engine, whose swap failed, so that a fresh one can be loaded."""
         if slot.engine is not None:
             await slot.engine.close(0.0)
             slot.engine = None
 
     async def _fetched(self, slot: Slot) -> Snapshot:
-        """The snapshot; where the disk is full of others', idle engines give theirs up."""
+        """The snapshot; if the disk is full of other snapshots, idle engines are stopped for theirs."""
         while True:
             try:
                 snapshot, phases = await self._prefetcher.take(slot.model)
@@ -244,17 +244,17 @@ class EngineLoader:
         first = await self._parts.weight_checks.of_load(snapshot, slot.fingerprint)
         reason = implausible(slot.fingerprint, first, None, same_weights=True)
         if reason is not None:
-            logger.warning("%s; a fresh load is believed", reason, extra={"model": slot.model.name})
+            logger.warning("%s; the fresh load is trusted", reason, extra={"model": slot.model.name})
 
     async def _missing_memory(self, slot: Slot) -> int:
-        """Bytes that the device lacks at this moment; 0 where that cannot be measured."""
+        """Bytes that the device lacks right now; 0 if that cannot be measured."""
         free = await self._parts.free_bytes()
         return 0 if free is None else max(0, slot.footprint.total - free)
 
     async def _find_memory(self, slot: Slot, missing: int) -> None:
-        """Returns when it is worth another look: who leaves has left, memory came back, an idle engine went.
+        """Returns when it is worth measuring again: an engine has left, or memory was freed.
 
-        Raises OutOfMemory where nobody of this service holds any.
+        Raises OutOfMemory if no engine of this service holds any.
         """
         if await self._departure():
             return
@@ -268,7 +268,7 @@ class EngineLoader:
             raise _out_of_memory(slot, missing)
 
     async def _stall(self, slot: Slot, engine: Engine) -> str:
-        """Returns when the engine has had work and made no step of it for `stall_timeout`."""
+        """Returns once the engine has had work and made no step for `stall_timeout`."""
         steps, since = -1, self._clock()
         while True:
             await asyncio.sleep(min(1.0, self._stall_timeout / 8))
@@ -280,7 +280,7 @@ class EngineLoader:
             steps, since = found or -1, self._clock()
 
     async def _steps(self, engine: Engine) -> int | None:
-        """The steps of an engine that is at work, 0 of one that is not; None where it does not answer."""
+        """The steps of a busy engine, 0 for an idle one; None if it does not answer."""
         try:
             async with asyncio.timeout(min(_HEARTBEAT_SECONDS, self._stall_timeout)):
                 heartbeat = await engine.heartbeat()
@@ -290,7 +290,7 @@ class EngineLoader:
 
 
 def _phase(slot: Slot) -> str:
-    """What the slot's load is at; while its engine starts, what that says."""
+    """The phase of the slot's load; while its engine starts, the engine's own."""
     if slot.phases.current is Phase.START and slot.engine is not None and slot.engine.phases:
         return list(slot.engine.phases)[-1]
     return slot.phases.current or Phase.SYNC
@@ -299,7 +299,7 @@ def _phase(slot: Slot) -> str:
 def _out_of_memory(slot: Slot, missing: int) -> OutOfMemory:
     return OutOfMemory(
         f"The engine of '{slot.model.name}' needs {slot.footprint}, of which the device lacks "
-        f"{readable_bytes(missing)}: something else than this service uses it. Free it, or lower "
+        f"{readable_bytes(missing)}: another program uses it. Free it, or lower "
         "GPU_MEMORY_UTILIZATION, and try again.",
         param="model",
     )

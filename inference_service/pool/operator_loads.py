@@ -9,10 +9,10 @@ from inference_service.storage.model import Model
 
 
 class OperatorLoads:
-    """At most one a model.
+    """At most one per model.
 
-    `ask` gets a lease for a model, perhaps instead of the engine of a reference. `is_live` tells whether an
-    engine serves the model: then no lease is needed to know it.
+    `ask` gets a lease for a model, perhaps in place of the engine of a reference. `is_live`: whether an
+    engine serves the model, so that no lease is needed.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """The phases of a load, and how long each took.
 
-The first three are the fetch's, `memory` is the wait for it, `start` to `warm-up` happen in the host.
+The first three belong to the fetch, `memory` is the wait for it, `start` to `warm-up` happen in the host.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ FETCH_PHASES = frozenset({Phase.LIST, Phase.SYNC, Phase.VERIFY})
 
 
 class Phases:
-    """What one load is at, since when (on the caller's clock), and the seconds of what lies behind it."""
+    """The current phase of a load, since when (on the caller's clock), and seconds of earlier phases."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -31,7 +31,7 @@ class Phases:
         self.seconds: dict[str, float] = {}
 
     def enter(self, phase: Phase | None) -> None:
-        """The phase before has ended; None: all have."""
+        """Enter a phase; None: all have ended."""
         now = self._clock()
         if self.current is not None:
             self.add(self.current, now - self.began)
@@ -41,7 +41,7 @@ class Phases:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def replace(self, phase: Phase, parts: Mapping[str, float], ended: float) -> None:
-        """`phase` was several, which began at these moments and ended at `ended`, on a clock of their own."""
+        """Replace `phase` by several that began at these times and ended at `ended`, on another clock."""
         self.seconds.pop(phase, None)
         moments = [*parts.values(), ended]
         for name, began, until in zip(parts, moments, moments[1:], strict=False):
@@ -49,9 +49,9 @@ class Phases:
 
     @property
     def start_seconds(self) -> float:
-        """What an engine with its files at hand took."""
+        """Seconds of the engine's start without the fetch."""
         return sum(seconds for phase, seconds in self.seconds.items() if phase not in FETCH_PHASES)
 
     def describe(self) -> dict[str, float]:
-        """As the log and /admin/stats show them."""
+        """For the log and /admin/stats."""
         return {phase: round(seconds, 3) for phase, seconds in self.seconds.items()}

@@ -1,7 +1,7 @@
-"""The pool: leases and who waits for one; carries out what the scheduler decides.
+"""The pool: leases and waiters; carries out the scheduler's decisions.
 
-`lease` is the only way to an engine; a lease is given back exactly once, by `release`, which is
-synchronous. What becomes of each engine is lives.py's. Nothing here knows HTTP.
+`lease` is the only way to an engine; a lease is released exactly once, by `release`, which is synchronous.
+lifecycle.py runs each engine. Nothing here knows HTTP.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ from inference_service.storage.model import Adapter, AnyModel, Checkpoint, Model
 
 logger = logging.getLogger(__name__)
 
-# So long a load goes on although nobody waits for it at the moment.
+# How long a load goes on while no request waits for it.
 LINGER_SECONDS = 2.0
 TICK_SECONDS = 0.005
 
@@ -94,10 +94,10 @@ class Pool:
         self._closing = False
 
     def operator_load(self, model: Model, *, instead_of: str | None = None) -> asyncio.Task[None]:
-        """Load the model for the operator: one load a model, beside the clients' queue and its timeout.
+        """Load the model for the operator: one load per model, beside the clients' queue and its timeout.
 
         The task is done once the engine is ready, and raises as `lease` does. Raises ShuttingDown, and the
-        error of a load that failed lately, at once. `instead_of`: the reference that it is to replace.
+        error of a load that failed recently, at once. `instead_of`: the reference that it replaces.
         """
         load = self._operator_loads.get(model.reference)
         if load is None:
@@ -141,14 +141,14 @@ class Pool:
         return await self._with_adapter(lease, wanted) if isinstance(wanted, Adapter) else lease
 
     def _limit(self, waiter: Waiter, waited: float) -> None:
-        """Bound the wait: for the load since the request came, for a place from now on."""
+        """Limit the wait: for the load since the request arrived, for a place from now on."""
         now = asyncio.get_running_loop().time()
         waiter.load_by = now - waited + self._limits.load_wait.seconds
         waiter.place_by = now + self._limits.place_wait.seconds
         self._set_alarm(waiter)
 
     def _set_alarm(self, waiter: Waiter) -> None:
-        """Never rings at once: the pool may be in the middle of an event."""
+        """Never fires at once: the pool may be in the middle of an event."""
         waiter.calm()
         if not waiter.lease.done() and waiter.load_by < math.inf:
             loop = asyncio.get_running_loop()
@@ -166,12 +166,12 @@ class Pool:
         return min(waiter.load_by, waiter.place_by) if self._is_there(waiter) else waiter.load_by
 
     def _is_there(self, waiter: Waiter) -> bool:
-        """Whether what the request waits for is loaded, and a place there is all that it lacks."""
+        """Whether the requested model is loaded, so that the request lacks only a place."""
         is_ready = self.state(waiter.model.reference) is EngineState.READY
         return is_ready and not self._lifecycle.prefetcher.is_under_way(waiter.wanted.reference)
 
     def _came(self, reference: str) -> None:
-        """An engine is ready, or an adapter's files are there: who still waits lacks a place from now on."""
+        """An engine is ready, or an adapter's files are there: from now on its waiters lack only a place."""
         place_by = asyncio.get_running_loop().time() + self._limits.place_wait.seconds
         for waiter in list(self._waiters.values()):
             if reference in (waiter.model.reference, waiter.wanted.reference):
@@ -179,7 +179,7 @@ class Pool:
                 self._set_alarm(waiter)
 
     async def _with_adapter(self, lease: Lease, model: Adapter) -> Lease:
-        """The lease, with the adapter on its engine; given back where that fails."""
+        """The lease, with the adapter on its engine; released if that fails."""
         try:
             if lease.slot.adapters is None:
                 raise refusals.died(lease.slot.model.name, "it went while the adapter was added")
@@ -211,7 +211,7 @@ class Pool:
         )
 
     def _begin_fetches(self, waiter: Waiter) -> None:
-        """What an admitted waiter waits for is on its way at once, whatever serves until then."""
+        """Start the fetches that an admitted waiter needs, whatever serves until then."""
         if waiter.number not in self._waiters:
             return
         if waiter.model.reference not in self._lifecycle.slots:
@@ -225,11 +225,11 @@ class Pool:
         return ready and self.adapter(adapter) is not None
 
     def _fetched(self, model: Model, error: Exception | None) -> None:
-        """A fetch ahead of the engine has ended; what a slot waits for is the slot's own concern."""
+        """A fetch ahead of the engine has ended; a slot that waits for one handles it itself."""
         key = model.reference
         if key in self._lifecycle.slots:
             return
-        # A disk that is full may have room once an engine has given its snapshot up.
+        # A full disk may have space once an engine has released its snapshot.
         full = isinstance(error, DiskFull) and error.missing is not None and isinstance(model, Checkpoint)
         if error is not None and not full:
             logger.error("fetch failed: %s", error, extra={"model": model.name})
@@ -251,7 +251,7 @@ class Pool:
         return any(each.reference == model.reference for each in self.live(model.name))
 
     def names(self) -> set[str]:
-        """Models, adapters included, that an engine holds in whatever state."""
+        """Models, adapters included, that an engine holds in any state."""
         slots = self._lifecycle.slots.values()
         adapters = (slot.adapters.names() for slot in slots if slot.adapters is not None)
         return {slot.model.name for slot in slots}.union(*adapters)
@@ -275,11 +275,11 @@ class Pool:
         return exact if exact is not EngineState.STOPPED or not others else others[-1]
 
     def pinned(self, model: AnyModel) -> bool:
-        """What the operator last said, else what the model's serving.json says."""
+        """The operator's last setting, else that of the model's serving.json."""
         return self._pins.get(model.name, model.serving.pinned)
 
     def pin(self, model: AnyModel, *, pinned: bool) -> None:
-        """A pinned model's engine is never torn down for another's; in effect until the service ends.
+        """A pinned model's engine is never evicted for another; in effect until the service ends.
 
         A pinned adapter stays on its engine, and that in its place.
         """
@@ -294,7 +294,7 @@ class Pool:
                 self._dispatch(Pinned(waiter.model.reference, self._wants_pinned(waiter)))
 
     def _is_pinned(self, slot: Slot) -> bool:
-        """Its model or an adapter on it is, or one that somebody waits for."""
+        """Whether its model, an adapter on it, or a model that a request waits for there is pinned."""
         adapters = [] if slot.adapters is None else slot.adapters.models()
         models: list[Model] = [slot.model, *adapters]
         waiters = (waiter for waiter in self._waiters.values() if waiter.model.reference == slot.key)
@@ -304,7 +304,7 @@ class Pool:
         return self.pinned(waiter.model) or self.pinned(waiter.wanted)
 
     async def unload(self, name: str, *, force: bool = False) -> bool:
-        """Tear the model's engine down once its leases are back, or at once; False if it has none.
+        """Stop the model's engine once its leases are released, or at once; False if it has none.
 
         Of an adapter that nobody uses its engine is rid.
         """
@@ -325,7 +325,7 @@ class Pool:
         on = [slot.adapters for slot in self._lifecycle.slots.values() if slot.adapters is not None]
         found = [(each, model) for each in on for model in each.models() if model.name == name]
         removed = any([await adapters.remove(model.reference) for adapters, model in found])
-        self._tell_pins()  # one that was pinned keeps its base's engine no longer
+        self._tell_pins()  # a pinned one no longer keeps its base's engine
         return removed
 
     def retire(self, reference: str) -> None:
@@ -343,32 +343,32 @@ class Pool:
                 self._dispatch(Left(waiter.number, 0.0))
 
     def look(self) -> None:
-        """It is later, which alone may change what is to be done; the pool's own timer calls it in time."""
+        """Let the scheduler decide again, because time has passed; the pool's own timer calls this."""
         self._dispatch(TimePassed())
 
     def stop_admission(self) -> None:
-        """Refuse every further lease and every waiter with ShuttingDown; leases go on."""
+        """Refuse new leases and all waiters with ShuttingDown; existing leases go on."""
         self._closing = True
         for waiter in list(self._waiters.values()):
             self._fail(waiter, refusals.shutting_down())
             self._dispatch(Left(waiter.number, LINGER_SECONDS))
 
     async def close(self) -> None:
-        """Tear every engine down, busy or not; returns when no process is left."""
+        """Stop every engine, busy or not; returns when no process is left."""
         self.stop_admission()
         if self._timer is not None:
             self._timer.cancel()
         await self._lifecycle.close()
 
     async def suspect(self, lease: Lease) -> EngineDied | None:
-        """A request met an error of its engine's: if that is dead, nobody else is sent to it.
+        """Check an engine that returned an error: if it is dead, no further request is sent to it.
 
         Returns the error to report if the engine is dead.
         """
         return await self._lifecycle.suspect(lease)
 
     def progress(self, model: Model) -> LoadProgress:
-        """How far a model that is waited for is on its way."""
+        """The progress of a requested model."""
         return self._report.progress(model)
 
     def count_by_state(self) -> dict[str, int]:
@@ -376,11 +376,11 @@ class Pool:
         return self._report.count_by_state()
 
     def notes(self) -> dict[str, list[str]]:
-        """By model: what its operator should know of how it is run."""
+        """By model: what its operator should know about how it runs."""
         return self._report.notes()
 
     async def stats(self) -> dict[str, Any]:
-        """Slots, budget, engines, waiters and what would give way, for the operator."""
+        """Slots, budget, engines, waiters and the next evictions, for the operator."""
         return await self._report.stats()
 
     def __repr__(self) -> str:
@@ -439,7 +439,7 @@ class Pool:
                 self._lifecycle.swap(self._newest(key), old)
             case Drain(key):
                 name = self._lifecycle.slots[key].model.name
-                logger.info("draining for a model that waits", extra={"model": name})
+                logger.info("draining for a waiting model", extra={"model": name})
                 if self._scheduler.engines[key].successor is not None:
                     self._supersede(key)
             case Evict(key):
@@ -516,7 +516,7 @@ class Pool:
         return refusals.still_loading(name, loading=loading, limit=limit, retry_after=retry_after)
 
     def _abandon(self, waiter: Waiter, linger: float) -> None:
-        """The waiter's request is gone, perhaps in the moment in which its lease was granted.
+        """The waiter's request is gone, perhaps just as its lease was granted.
 
         A client that retries must find its load in progress.
         """
@@ -534,7 +534,7 @@ class Pool:
         self._forget_fetches(waiter, 0.0)
 
     def _forget_fetches(self, waiter: Waiter, seconds: float) -> None:
-        """In so many seconds, unless somebody has come who waits for the same."""
+        """Drop the waiter's fetches in this many seconds, unless another request waits for them by then."""
         for model in (waiter.model, waiter.wanted):
             self._lifecycle.prefetcher.keep(model.reference, seconds)
 
@@ -546,7 +546,7 @@ class Pool:
 
 
 def _copy(failure: Failed | FetchFailed) -> ServiceError:
-    """The error of a load for one of the requests that waited for it: each raises its own."""
+    """The error of a load for one of the requests that waited for it; each raises its own copy."""
     error = cast(ServiceError, failure.error)
     copied = error.again(error.message, retry_after=error.retry_after)
     copied.reference = failure.key

@@ -1,7 +1,7 @@
-"""Fetches ahead of the engine: a model's files are on their way from the moment that somebody waits for it.
+"""Fetches ahead of the engine: a model's files are fetched as soon as a request waits for it.
 
-Whatever serves until then goes on serving. Owns each fetched snapshot until a slot takes it, or until nobody
-waits for it any more.
+Engines go on serving meanwhile. Owns each fetched snapshot until a slot takes it, or until no request waits
+for it.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ FetchModel = Callable[[Model, Callable[[str], None]], Awaitable[Snapshot]]
 
 @dataclass(eq=False)
 class Fetch:
-    """One model's files on their way, or there; `taken` by an engine, or `dropped`; `takers` wait for it."""
+    """One model's fetch, in progress or done; `taken` by an engine, or `dropped`; `takers` wait for it."""
 
     model: Model
     phases: Phases
@@ -34,10 +34,10 @@ class Fetch:
 
 
 class Prefetcher:
-    """At most one a model reference.
+    """At most one per model reference.
 
-    `seconds`: what one may take. `ended` is called for each that ends by itself and that no slot is about to
-    take, with its error if any; `wanted` whether somebody waits for a reference.
+    `seconds`: the limit of one. `ended` is called for each that ends by itself and that no slot is about to
+    take, with its error if any. `wanted`: whether a request waits for a reference.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Prefetcher:
         return self._under_way.get(reference)
 
     def is_there(self, reference: str) -> bool:
-        """The model's files are there, and nobody has taken them yet."""
+        """The model's files are fetched and not taken yet."""
         fetch = self._under_way.get(reference)
         return fetch is not None and fetch.fetched
 
@@ -84,19 +84,19 @@ class Prefetcher:
         return fetch is not None and not fetch.fetched
 
     async def take(self, model: Model) -> tuple[Snapshot, Phases]:
-        """The model's snapshot, which is the caller's to release then; raises what the fetch raised."""
+        """The model's snapshot, which the caller releases; raises the fetch's error."""
         while True:
             fetch = self.begin(model)
             fetch.takers += 1
             try:
-                await asyncio.wait({fetch.task})  # which leaves the task alone if this is cancelled
+                await asyncio.wait({fetch.task})  # a cancellation does not reach the task
             except asyncio.CancelledError:
                 fetch.takers -= 1
                 if not (fetch.takers or fetch.taken or self._wanted(model.reference)):
                     self._drop(fetch)
                 raise
             fetch.takers -= 1
-            # Where another taker was faster: each needs a hold of its own.
+            # If another taker was faster: each needs a hold of its own.
             if not (fetch.taken or fetch.dropped):
                 snapshot = fetch.task.result()
                 fetch.taken = True
@@ -104,14 +104,14 @@ class Prefetcher:
                 return snapshot, fetch.phases
 
     def keep(self, reference: str, seconds: float) -> None:
-        """It is wanted for so long yet, though nobody waits for it."""
+        """Keep it for this long although no request waits for it."""
         fetch, loop = self._under_way.get(reference), asyncio.get_running_loop()
         if fetch is not None:
             fetch.kept_until = max(fetch.kept_until, loop.time() + seconds)
             loop.call_at(fetch.kept_until, self.drop, reference)
 
     def drop(self, reference: str) -> None:
-        """Unless somebody waits for it, is about to take it, or it was promised to go on."""
+        """Drop it, unless a request waits for it, a slot is about to take it, or `keep` holds it."""
         fetch = self._under_way.get(reference)
         if fetch is None or fetch.takers or self._wanted(reference):
             return
@@ -141,7 +141,7 @@ class Prefetcher:
 
     def _done(self, fetch: Fetch) -> None:
         fetch.phases.enter(None)
-        if fetch.dropped and fetch.fetched:  # it came in the moment in which it was cancelled
+        if fetch.dropped and fetch.fetched:  # it was done just when it was cancelled
             self._give_back(fetch)
         if not fetch.fetched:
             self._forget(fetch)
@@ -157,5 +157,5 @@ class Prefetcher:
                 return await work
         except TimeoutError as error:
             raise LoadTimedOut(
-                f"The files of '{model.name}' did not come within {self._seconds:g} s (LOAD_TIMEOUT)."
+                f"The files of '{model.name}' did not arrive within {self._seconds:g} s (LOAD_TIMEOUT)."
             ) from error

@@ -1,4 +1,4 @@
-"""What the pool says of itself: how far a model is, and the operator's statistics."""
+"""The pool's own report: progress of loads, and the operator's statistics."""
 
 import asyncio
 from collections import Counter
@@ -35,7 +35,7 @@ class Report:
         self._clock = clock
 
     def progress(self, model: Model) -> LoadProgress:
-        """How far a model that is waited for is on its way; an adapter's engine first, then its files."""
+        """The progress of a requested model; of an adapter, first its engine's, then its files'."""
         engine = model.engine_model
         slot, state = self._lifecycle.slots.get(engine.reference), self._lifecycle.state(engine.reference)
         start_seconds = self._lifecycle.estimates.start_seconds(engine.name)
@@ -55,17 +55,17 @@ class Report:
         return {state.value: found[state] for state in EngineState if state is not EngineState.STOPPED}
 
     def notes(self) -> dict[str, list[str]]:
-        """What the hosts have to say of how their models are run."""
+        """The hosts' notes about how their models run."""
         by_model = {
             slot.model.name: slot.engine.about.notes for slot in self._lifecycle.ready() if slot.engine
         }
         return {name: list(notes) for name, notes in by_model.items() if notes}
 
     async def stats(self) -> dict[str, Any]:
-        """Slots, budget, engines, waiters and what would give way, for the operator."""
+        """Slots, budget, engines, waiters and the next evictions, for the operator."""
         now, policy = self._clock(), self._scheduler.policy
         slots = list(self._lifecycle.slots.values())
-        # All at this moment: an engine may be gone when the others have answered.
+        # All at once: an engine may be gone by the time the others have answered.
         described = [self._engine(slot, now) for slot in slots]
         ready = self._lifecycle.ready()
         reserved = sum(engine.bytes for engine in self._scheduler.engines.values())
@@ -130,7 +130,7 @@ class Report:
 
 
 async def _running(engine: Engine | None) -> int | None:
-    """The engine's own count; None where it does not answer in time."""
+    """The engine's own count; None if it does not answer in time."""
     if engine is None:
         return None
     try:

@@ -1,7 +1,7 @@
 """The weight check: whether an engine holds the right weights, judged by what they compute.
 
-After every load and swap the host runs a fixed prompt. The likeliest tokens must be those of the time when
-this revision was first loaded afresh, and not those of the weights before.
+After every load and swap the host runs a fixed prompt. The most likely tokens must equal those of the
+revision's first fresh load, and differ from those of the weights before.
 """
 
 import asyncio
@@ -20,24 +20,24 @@ from inference_service.storage.snapshots.layout import Manifest
 FILE = ".weight_check.json"
 # Log probabilities of one model differ by rounding between kernels, batches and adapters' slots.
 TOLERANCE = 0.1
-# Tokens that are equally likely change places at the end of the list.
+# Equally likely tokens may swap places at the end of the list.
 SHARED = 0.75
 
 
 def implausible(
     found: Fingerprint, first: Fingerprint | None, before: Fingerprint | None, *, same_weights: bool
 ) -> str | None:
-    """Why the weights cannot be the right ones; None where they may be.
+    """Why the weights cannot be the right ones; None if they may be.
 
-    `first`: when the revision was first loaded afresh; `before`: of the weights that were in the engine until
-    now; None: not known.
+    `first`: of the revision's first fresh load; `before`: of the weights that were in the engine before;
+    None: unknown.
     """
     if not found.top:
-        return "the weight check brought no token"
+        return "the weight check returned no token"
     if before is not None and not same_weights and found == before:
         return "the weight check's logits are still those of the weights before"
     if first is not None and not alike(found, first):
-        return "the weight check's logits are not those of the time when the revision was first loaded"
+        return "the weight check's logits differ from those of the revision's first load"
     return None
 
 
@@ -62,7 +62,7 @@ def _weights(snapshot: Path) -> dict[str, int]:
 
 
 class WeightChecks:
-    """Fingerprints beside the snapshots that they are of; each of one way to compute (`conditions`).
+    """Fingerprints stored beside their snapshots, each for one way to compute (`conditions`).
 
     The files are read and written in threads.
     """
@@ -75,7 +75,7 @@ class WeightChecks:
         return await asyncio.to_thread(self._of_swap, before, after)
 
     async def of_load(self, snapshot: Snapshot, found: Fingerprint) -> Fingerprint | None:
-        """Keep the fingerprint of a fresh load; the one that was kept before, if there is one."""
+        """Store the fingerprint of a fresh load; returns the one that was stored before, if any."""
         return await asyncio.to_thread(self._of_load, snapshot, found)
 
     def _of_swap(self, before: Snapshot | None, after: Snapshot) -> tuple[Fingerprint | None, bool]:
@@ -95,7 +95,7 @@ class WeightChecks:
         return Fingerprint(top) if all(math.isfinite(logprob) for _, logprob in top) else None
 
     def _store(self, snapshot: Snapshot, fingerprint: Fingerprint) -> None:
-        """A disk that is full is no reason to fail a load."""
+        """A full disk must not fail a load."""
         content = _read(snapshot.path / FILE) | {self._conditions: fingerprint.top}
         with suppress(OSError):
             descriptor, name = tempfile.mkstemp(dir=snapshot.path, prefix=FILE)

@@ -1,0 +1,1 @@
+"""The scheduler: pure decisions over events and a clock."""

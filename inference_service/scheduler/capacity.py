@@ -1,4 +1,4 @@
-"""Where a wanted model goes: whether it fits, which engine takes its weights, which engines give way."""
+"""Where a requested model goes: whether it fits, which engine takes its weights, which are evicted."""
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -7,7 +7,7 @@ from inference_service.scheduler.state import EngineState, EngineView, Policy, Q
 
 
 class Verdict(StrEnum):
-    """An engine fits now, once others have given way, or beside the pinned ones never."""
+    """An engine fits now, after evictions, or never beside the pinned ones."""
 
     FITS = "fits"
     LATER = "later"
@@ -15,9 +15,9 @@ class Verdict(StrEnum):
 
 
 class Capacity:
-    """The room of one pool, and who holds it; looks at engines and queues and changes neither.
+    """The capacity of one pool; reads engines and queues and changes neither.
 
-    `blocked` are always the models that have waited for room for longer: theirs is not to be taken.
+    `blocked` are always the models that have waited longer: their share must not be taken.
     """
 
     def __init__(
@@ -28,17 +28,17 @@ class Capacity:
         self._queues = queues
 
     def victims(self, now: float) -> list[str]:
-        """Idle engines in the order in which they would give way."""
+        """Idle engines in the order in which they would be evicted."""
         free = [engine for engine in self._engines.values() if engine.idle and self._settled(engine, now)]
         return [engine.key for engine in sorted(free, key=lambda engine: engine.age)]
 
     def idle(self) -> list[str]:
-        """Engines that nobody uses or waits for, however young, in the order in which they would go."""
+        """Engines without leases and waiters, however young, in the order in which they would be evicted."""
         free = [engine for engine in self._engines.values() if engine.idle and engine.key not in self._queues]
         return [engine.key for engine in sorted(free, key=lambda engine: engine.age)]
 
     def verdict(self, key: str, blocked: Sequence[str]) -> Verdict:
-        """Whether an engine for `key` has room beside those that are there."""
+        """Whether an engine for `key` fits beside the existing ones."""
         queue = self._queues[key]
         pinned = [
             engine
@@ -53,20 +53,20 @@ class Capacity:
         return Verdict.LATER
 
     def takes(self, key: str) -> EngineView | None:
-        """Case 14: the idle engine that gets the weights of `key`; its own last revision's, or the oldest."""
+        """Case 14: the idle engine to swap `key` into: its own previous revision's, or the oldest."""
         queue = self._queues[key]
         own = self._engines.get(queue.request.instead_of or "")
         able = [self._engines[name] for name in self.idle() if queue.fits_into(self._engines[name])]
-        # What takes adapters is kept for who needs them.
+        # Engines that take adapters are kept for models that need them.
         able.sort(key=lambda engine: engine.adapters)
         if own is not None and own.key not in self._queues and queue.fits_into(own):
             able = [own] if own.state is EngineState.READY and own.leases == 0 else able
         return able[0] if able else None
 
     def giving_way(self, key: str, blocked: Sequence[str], now: float, running: int) -> list[EngineView]:
-        """Cases 4 and 5: who gives way for `key`, none where that would not be enough.
+        """Cases 4 and 5: the engines to evict for `key`; none if that would not be enough.
 
-        `running`: the leases that are out.
+        `running`: the number of leases.
         """
         queue = self._queues[key]
         candidates = [self._engines[name] for name in self.victims(now) if name not in self._queues]
@@ -75,7 +75,7 @@ class Capacity:
         return self._enough(queue.bytes, blocked, candidates)
 
     def _enough(self, count: int, blocked: Sequence[str], candidates: list[EngineView]) -> list[EngineView]:
-        """As few of the candidates, in their order, as make room; none where all would not."""
+        """The fewest candidates, in their order, that free enough; none if all would not."""
         staying = [engine for engine in self._engines.values() if not engine.leaving]
         chosen: list[EngineView] = []
         for candidate in candidates:
@@ -104,16 +104,16 @@ class Capacity:
         return sorted(candidates, key=lambda engine: (self._requests(engine), engine.last_used))
 
     def _requests(self, engine: EngineView) -> int:
-        """Those that run on it and those that wait for it."""
+        """Requests that run on it and requests that wait for it."""
         queue = self._queues.get(engine.key)
         return engine.leases + (0 if queue is None else len(queue.waiters))
 
     def _kept_waiting(self, engine: EngineView, running: int) -> bool:
-        """It has served nobody for want of a lease, which another engine in its place would want as well."""
+        """It is idle only for lack of a lease, which another engine in its place would lack as well."""
         return engine.leases == 0 and running >= self._policy.concurrency
 
     def _fits(self, count: int, engines: Sequence[EngineView], blocked: Sequence[str]) -> bool:
-        """Whether so many bytes fit beside these engines and those that older waiters need."""
+        """Whether this many bytes fit beside these engines and what older waiters need."""
         if len(engines) + len(blocked) >= self._policy.slots:
             return False
         if self._policy.memory is None:

@@ -1,4 +1,4 @@
-"""The words between pool and scheduler: what has happened, and what is to be done.
+"""What pool and scheduler exchange: events that happened, and actions to carry out.
 
 `key` is a model's reference, `number` a request's, counted in order of arrival.
 """
@@ -9,12 +9,12 @@ from enum import StrEnum
 
 @dataclass(frozen=True)
 class Request:
-    """A request wants the engine of `key`, which would take `bytes` on its device.
+    """A request asks for the engine of `key`, which would take `bytes` on its device.
 
-    `order`: it is the operator's, who waits beside the clients' queue. `swap`: an engine with the same swap
-    key, that takes adapters of rank `adapters`, can take its weights; None: none can. `fetched`: its files
-    are there. `instead_of`: the engine that it is to replace, a revision's by the next one's. `adapter`: the
-    one that it is for, whose files are not there; None: they are, or it is for none.
+    `by_operator`: it waits beside the clients' queue. `swap`: an engine with the same swap key, that takes
+    adapters of rank `adapters`, can take its weights; None: none can. `fetched`: its files are there.
+    `instead_of`: the engine that it replaces, that of the previous revision. `adapter`: the adapter that it
+    is for, if the files of that are not there yet.
     """
 
     number: int
@@ -31,7 +31,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Fetched:
-    """The files of `key`, a model's or an adapter's, for which somebody waits, are there."""
+    """The files of `key`, a model's or an adapter's that a request waits for, are there."""
 
     key: str
 
@@ -46,7 +46,7 @@ class FetchFailed:
 
 @dataclass(frozen=True)
 class Left:
-    """A waiter is gone; a load that it waited for goes on for `linger` seconds."""
+    """A waiter has left; a load that it waited for goes on for `linger` seconds."""
 
     number: int
     linger: float = 0.0
@@ -54,14 +54,14 @@ class Left:
 
 @dataclass(frozen=True)
 class Released:
-    """A lease of the engine `key` has come back."""
+    """A lease on the engine `key` was released."""
 
     key: str
 
 
 @dataclass(frozen=True)
 class Starting:
-    """The device's turn is the engine's now, whose files are there: `bytes` is what it will take."""
+    """The engine, whose files are there, has the device's turn and will take `bytes`."""
 
     key: str
     bytes: int
@@ -77,7 +77,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Failed:
-    """The load of `key` failed; what is left of it is being torn down."""
+    """The load of `key` failed; its remains are being removed."""
 
     key: str
     error: Exception
@@ -85,21 +85,21 @@ class Failed:
 
 @dataclass(frozen=True)
 class Died:
-    """The engine's process ended, or hangs; what it left is being torn down."""
+    """The engine's process ended, or hangs; its remains are being removed."""
 
     key: str
 
 
 @dataclass(frozen=True)
 class Gone:
-    """Nothing of the engine is left: its slot and its memory are free."""
+    """The engine is gone: its slot and its memory are free."""
 
     key: str
 
 
 @dataclass(frozen=True)
 class Unload:
-    """The operator wants the engine gone, once its leases are back or (`force`) now."""
+    """The operator unloads the engine, once its leases are released or (`force`) now."""
 
     key: str
     force: bool = False
@@ -115,12 +115,12 @@ class Pinned:
 
 @dataclass(frozen=True)
 class RoomWanted:
-    """A load lacks space on the disk or memory on the device: an idle engine is to give up its own."""
+    """A load lacks space on the disk or memory on the device: an idle engine is to be evicted."""
 
 
 @dataclass(frozen=True)
 class TimePassed:
-    """Nothing happened, but it is later."""
+    """Only time has passed."""
 
 
 EngineEvent = Released | Starting | Loaded | Failed | Died | Gone | Unload
@@ -137,7 +137,7 @@ class Grant:
 
 @dataclass(frozen=True)
 class Load:
-    """Start an engine for `key`; there is room for it."""
+    """Start an engine for `key`, which fits."""
 
     key: str
 
@@ -152,21 +152,21 @@ class Swap:
 
 @dataclass(frozen=True)
 class Drain:
-    """The busy engine `key` admits nobody any more and goes with its last lease."""
+    """The busy engine `key` admits no more requests and ends with its last lease."""
 
     key: str
 
 
 @dataclass(frozen=True)
 class Evict:
-    """Tear the engine `key` down, which no lease holds."""
+    """Stop the engine `key`, which has no leases."""
 
     key: str
 
 
 @dataclass(frozen=True)
 class CancelLoad:
-    """Stop loading `key`: nobody wants it any more."""
+    """Stop loading `key`: no request waits for it."""
 
     key: str
 
@@ -189,7 +189,7 @@ class Reject:
 
 @dataclass(frozen=True)
 class RejectFailed:
-    """Answer the waiter with the error of the load, or of the fetch, that it waited for."""
+    """Answer the waiter with the error of the load or fetch that it waited for."""
 
     number: int
     failure: Failed | FetchFailed

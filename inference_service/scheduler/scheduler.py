@@ -1,7 +1,7 @@
 """Decides, does nothing: an event and the time in, actions out.
 
-Pure: no clock, no asyncio, no logging. It alone knows which engine is in which state and who waits; the
-pool tells it every event and carries its actions out, so every policy is tested as a plain sequence.
+Pure: no clock, no asyncio, no logging. It alone knows every engine's state and every waiter; the pool
+passes it every event and carries out its actions, so every policy is tested as a plain sequence.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,36 +43,36 @@ class Scheduler:
     """The engines and waiters of one pool.
 
     1. A request for a ready engine is granted it, oldest first, while fewer than `concurrency` leases
-       are out. Warm models never wait behind a load. Who wants an adapter is granted nothing, and keeps
-       nobody waiting, before its files are there.
-    2. A request for a model whose engine is on its way joins it: nothing to do.
-    3. A wanted model without an engine is loaded where a slot is free and its bytes fit, the one that
-       has waited longest first; who comes later does not take the room that an older one waits for.
-    4. No room: the least recently used idle engines that no waiter wants, nobody has pinned and that have
-       served for `min_residency` give way, as many as are needed.
+       are out. Warm models never wait behind a load. A request for an adapter is granted nothing, and
+       delays no other, until the adapter's files are there.
+    2. A request for a model whose engine is starting joins it: nothing to do.
+    3. A requested model without an engine is loaded if a slot is free and its bytes fit, the one that has
+       waited longest first; a later one does not take the capacity that an older one waits for.
+    4. It does not fit: the least recently used idle engines that are not requested, not pinned and have
+       served for `min_residency` are evicted, as many as needed.
     5. Not enough of them, and the oldest waiter has waited for `fairness_wait`: the least valuable busy
-       engines (fewest requests, then least recently used) drain and give way too. An engine with leases is
-       never torn down, and one whose waiters only lack a lease, all being out, is left to serve them.
-    6. A load that nobody waits for any more is cancelled.
-    7. An engine that has been idle for `idle_ttl` is torn down.
+       engines (fewest requests, then least recently used) drain and are evicted too. An engine with leases is
+       never stopped, and one whose waiters lack only a lease, because all are out, is left to serve them.
+    6. A load that no request waits for is cancelled.
+    7. An engine that has been idle for `idle_ttl` is stopped.
     8. A request beyond those that run and those that may wait is rejected, and so is one whose model
        cannot fit beside the pinned engines.
-    9. A load that failed rejects all who waited for it. An engine that died has no leases any more.
+    9. A failed load rejects every request that waited for it. A dead engine has no leases.
     10. An unloaded engine drains; forced, it goes at once.
-    11. An engine that drains for a waiter admits again once no cold model is waited for any more, or once it
-       is pinned.
+    11. An engine that drains for a waiter admits requests again once no request waits for a cold model, or
+       once it is pinned.
 
-    12. While an engine is being started none gives way: it would have to wait for the device's turn, and
-        serves meanwhile.
-    13. No engine gives way for a model whose files are not there yet, nor for the base of an adapter whose
-        are not; such a base is loaded where room is free.
-    14. Before any engine gives way: the weights of a wanted model are put into an idle engine that can take
+    12. While an engine starts none is evicted: it would have to wait for the device's turn, and can serve
+        meanwhile.
+    13. No engine is evicted for a model whose files are not there yet, nor for the base of an adapter whose
+        files are not; such a base is loaded if it fits anyway.
+    14. Before any eviction: the weights of a requested model are swapped into an idle engine that can take
         them, however young it is, or into the one that has drained for it. That needs no turn.
-    15. A revision that is to replace another does so where no room is free beside it: in its idle engine, or
-        once that has drained. Being pinned is no protection against one's own next revision.
+    15. A revision that replaces another and does not fit beside it takes its idle engine, or its engine
+        once drained. Pinning does not protect an engine from its own next revision.
 
     Slots and bytes count until an engine is gone, so an engine that is stopping or draining still holds
-    them, but also promises them: no second engine goes for the same waiter.
+    them, but they are assigned: no second engine is evicted for the same waiter.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -84,7 +84,7 @@ class Scheduler:
         self.capacity = Capacity(policy, self.engines, self._queues)
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """Take one event in; what to do for it, in this order."""
+        """Process one event; returns the actions to carry out, in order."""
         return [*self._take(event, now), *self._decide(now)]
 
     def next_look(self, now: float) -> float | None:
@@ -140,7 +140,7 @@ class Scheduler:
             yield Reject(request.number, Reason.OVERLOADED)
             return
         queue = self._queues.setdefault(request.key, Queue(request))
-        # Who joins an order to replace an engine does not change that.
+        # A request that joins does not change which engine is replaced.
         instead_of = request.instead_of or queue.request.instead_of
         queue.request = replace(request, instead_of=instead_of)
         queue.pinned, queue.fetched = request.pinned, request.fetched
@@ -177,11 +177,11 @@ class Scheduler:
         engine.load_seconds = seconds
         engine.last_used = now
         self._is_awaited_as_any(engine, now)
-        # An engine that has only taken other weights is as old as it was.
+        # A swap does not reset an engine's age.
         engine.ready_at = engine.ready_at or now
 
     def _is_awaited_as_any(self, engine: EngineView, now: float) -> None:
-        """A swap is over, for good or ill: from now on it counts who waits."""
+        """A swap has ended, either way: from now on its waiters count again."""
         if engine.awaited_until == NEVER:
             engine.awaited_until = now
 
@@ -264,7 +264,7 @@ class Scheduler:
                 case Verdict.FITS:
                     yield self._load(key, now)
                 case Verdict.LATER if self._queues[key].first is None:
-                    pass  # room beside the others it may have, none of theirs
+                    pass  # it may use free capacity, but evict nothing
                 case Verdict.LATER:
                     engine = self.capacity.takes(key)
                     if engine is not None:
@@ -283,7 +283,7 @@ class Scheduler:
             queue.pinned,
             last_used=now,
             ready_at=engine.ready_at,
-            # To its end, whoever waits for it: it is done in a moment.
+            # A swap always completes: it takes a moment.
             awaited_until=NEVER,
             swap=engine.swap,
             adapters=engine.adapters,
@@ -291,7 +291,7 @@ class Scheduler:
         return Swap(key, engine.key)
 
     def _swap_or_evict(self, engine: EngineView, now: float) -> Action:
-        """The end of an engine that has drained, or of its model only: the first in line may take it."""
+        """The end of a drained engine, or of its model only: the first model in line may take it."""
         cold = self._cold()
         heir = engine.successor if engine.successor in cold else next(iter(cold), None)
         if engine.gives_way and heir is not None and self._queues[heir].fits_into(engine):
@@ -299,9 +299,10 @@ class Scheduler:
         return self._evict(engine)
 
     def _cold(self, *, claims: bool = True) -> list[str]:
-        """Wanted models without an engine, the longest awaited first: those that claim room, or the others.
+        """Requested models without an engine, longest waiting first: those that claim capacity, or the
+        others.
 
-        Nobody gives way for one whose every waiter wants an adapter whose files are not there.
+        No engine is evicted for a model if all its waiters need adapters whose files are not there.
         """
         found = [
             key
@@ -311,7 +312,7 @@ class Scheduler:
         return sorted(found, key=lambda key: self._queues[key].oldest.number)
 
     def _replace(self, key: str, old: EngineView) -> Iterator[Action]:
-        """Case 15: `old` makes room for its own next revision."""
+        """Case 15: `old` is replaced by its own next revision."""
         if old.state is EngineState.READY:
             old.successor = key
             yield from self._drain(old)
@@ -361,7 +362,7 @@ class Scheduler:
             yield Reject(number, reason)
 
     def _reject_failed(self, failure: Failed | FetchFailed) -> Iterator[RejectFailed]:
-        """Reject every request that waits for the model, or for the adapter, that could not be had."""
+        """Reject every request that waits for the failed model or adapter."""
         for key, queue in list(self._queues.items()):
             for waiter in list(queue.waiters.values()):
                 if failure.key in (key, waiter.adapter):
@@ -380,7 +381,7 @@ class Scheduler:
             del self._queues[key]
 
     def _void(self, engine: EngineView) -> None:
-        """Its leases end with it."""
+        """Void its leases."""
         self.running -= engine.leases
         engine.leases = 0
 

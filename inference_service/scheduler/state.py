@@ -1,12 +1,12 @@
-"""What the scheduler knows: the operator's bounds, the engines, and who waits for which model."""
+"""The scheduler's state: the operator's limits, the engines, and the queue of each model."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from inference_service.scheduler.events import Request
 
-# Engines that were last used within the same such stretch of seconds are equally old: the one that is
-# cheapest to load again goes first.
+# Engines that were last used within the same stretch of this many seconds are equally old: the one that is
+# cheapest to load again is evicted first.
 EQUALLY_OLD_SECONDS = 1.0
 NEVER = float("inf")
 
@@ -24,9 +24,9 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True)
 class Policy:
-    """The operator's bounds. Seconds; `memory` in bytes on each device.
+    """The operator's limits. Seconds; `memory` in bytes on each device.
 
-    None for `idle_ttl`: an idle engine stays; for `memory`: it is not known, slots alone count.
+    `idle_ttl` None: an idle engine stays; `memory` None: unknown, only slots count.
     """
 
     slots: int
@@ -42,11 +42,11 @@ class Policy:
 class EngineView:
     """What a decision needs of one engine; times on the caller's clock.
 
-    `bytes`: what it takes on its device. `ready_at`: since when it serves; `load_seconds`: what its load
-    took. A `pinned` engine is never torn down for another. A load is `awaited_until` then also where
-    nobody waits for it at the moment. `gives_way`: it drains for a waiter, not for the operator.
-    `has_turn`: it is being started, and no other of its device starts or ends meanwhile. `swap` and
-    `adapters`: see Request. `successor`: what it drains for is its own next revision.
+    `bytes`: its memory on the device. `ready_at`: since when it serves; `load_seconds`: duration of its load.
+    A `pinned` engine is never evicted for another. A load counts as awaited until `awaited_until`, also while
+    no request waits for it. `gives_way`: it drains for a waiter, not for the operator. `has_turn`: it is
+    being started, and no other engine of its device starts or ends meanwhile. `swap` and `adapters`: see
+    Request. `successor`: the next revision that it drains for.
     """
 
     key: str
@@ -66,17 +66,17 @@ class EngineView:
 
     @property
     def idle(self) -> bool:
-        """It serves nobody, and may be torn down for another."""
+        """It has no leases and may be evicted."""
         return self.state is EngineState.READY and self.leases == 0 and not self.pinned
 
     @property
     def leaving(self) -> bool:
-        """Its room is promised already."""
+        """Its capacity is already assigned."""
         return self.state in (EngineState.DRAINING, EngineState.STOPPING, EngineState.FAILED)
 
     @property
     def age(self) -> tuple[float, float, float]:
-        """Who gives way first has the least."""
+        """The engine with the least is evicted first."""
         return (self.last_used // EQUALLY_OLD_SECONDS, self.load_seconds, self.last_used)
 
 
@@ -92,7 +92,7 @@ class Waiting:
 
 @dataclass
 class Queue:
-    """Who waits for one model, in order of arrival, and what its engine would take."""
+    """The requests that wait for one model, in order of arrival, and what its engine would take."""
 
     request: Request
     waiters: dict[int, Waiting] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class Queue:
 
     @property
     def first(self) -> Waiting | None:
-        """Who is next to be served: the oldest that has all its files."""
+        """The next request to serve: the oldest one whose files are all there."""
         return next((waiter for waiter in self.waiters.values() if waiter.adapter is None), None)
 
     def fits_into(self, engine: EngineView) -> bool:
