@@ -1,1 +1,1 @@
-"""Where the figures in the docs come from. Every figure is a ratio, measured side by side in one run."""
+"""The source of the figures in the docs. Every figure is a ratio, measured side by side in one run."""

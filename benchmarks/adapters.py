@@ -1,10 +1,10 @@
-"""Many adapters in one batch: tokens a second against one adapter, and against the bare base.
+"""Many adapters in one batch: tokens per second against one adapter, and against the base alone.
 
     python -m benchmarks.adapters [--quick]
 
-32 streams at a time over 1, 8 and 32 adapters of one base, all in one batch, and over 128, which are four to
-a slot (MAX_ADAPTERS=32) and twice what the engine keeps in memory (MAX_CPU_ADAPTERS=64). The bare base is an
-engine without room for adapters.
+32 concurrent streams over 1, 8 and 32 adapters of one base, all in one batch, and over 128: four per slot
+(MAX_ADAPTERS=32) and twice what the engine keeps in memory (MAX_CPU_ADAPTERS=64). The bare base runs in an
+engine without adapter slots.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def make_bucket(root: Path, models: Checkpoints, adapters: int) -> None:
 
 
 def tokens_a_second(server: Server, models: list[str]) -> float:
-    """REQUESTS or one for each model, STREAMS at a time, dealt out to the models in turn."""
+    """At least REQUESTS, and one per model, STREAMS at a time, distributed over the models in turn."""
 
     def ask(number: int) -> int:
         body = {

@@ -1,10 +1,10 @@
-"""A TCP forwarder that caps each connection: what a single stream of a real store is like.
+"""A TCP proxy that caps the rate of each connection, like a single stream of a real object store.
 
     python -m benchmarks.capped_proxy UPSTREAM_PORT BYTES_PER_SECOND
 
 Prints its port. The kernel paces (SO_MAX_PACING_RATE) and moves the bytes (splice), so that the proxy takes
-no processor time from what is measured. On SIGUSR1 it prints how many connections carried bytes since the
-last time.
+no CPU time from what is measured. On SIGUSR1 it prints the number of connections that carried at least
+BUSY_BYTES since the last signal.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""Tokens a second on the CPU: vLLM, the transformers backend, plain `generate`, `transformers serve`.
+"""Tokens per second on the CPU: vLLM, the transformers backend, plain `generate`, `transformers serve`.
 
     python -m benchmarks.engines --model .demo/models/smollm2-135m-instruct [--quick]
 
-The same prompts, float32, greedy, as many tokens each; 1 and 8 streams. All are up before the first round and
-take turns in each, on an otherwise idle machine; ratios are taken within a round, the median counts.
+The same prompts and number of tokens, float32, greedy, 1 and 8 streams. All servers are up before the first
+round and take turns in each, on an otherwise idle machine. Ratios are per round; the median counts.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def _contenders(stack: ExitStack, model: Path) -> dict[str, Run]:
 
 
 def _of_server(server: Server, model: str, count: int, more: dict[str, Any]) -> float:
-    """Tokens a second of `count` clients, each with a prompt of its own."""
+    """Tokens per second of `count` clients, each with its own prompt."""
     with httpx2.Client(base_url=server.url, timeout=600) as client, ThreadPoolExecutor(count) as pool:
 
         def ask(prompt: str) -> int:
@@ -97,7 +97,7 @@ def _of_server(server: Server, model: str, count: int, more: dict[str, Any]) -> 
 
 @contextmanager
 def _transformers_serve(model: Path) -> Iterator[Server]:
-    """With its own continuous batching, and a cache of a size like ours instead of most of the memory."""
+    """With its own continuous batching, and a cache of similar size to ours instead of most of the memory."""
     port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
@@ -116,14 +116,14 @@ def _plain_generate(model: Path) -> Iterator[Callable[[int, bool], float]]:
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | _environment(), text=True
     )
-    orders, answers = process.stdin, process.stdout
-    if orders is None or answers is None:
+    requests, answers = process.stdin, process.stdout
+    if requests is None or answers is None:
         raise RuntimeError("the process has no pipes")
 
     def generate(count: int, together: bool) -> float:
-        order = {"prompts": PROMPTS[:count], "tokens": TOKENS, "together": together}
-        orders.write(json.dumps(order) + "\n")
-        orders.flush()
+        request = {"prompts": PROMPTS[:count], "tokens": TOKENS, "together": together}
+        requests.write(json.dumps(request) + "\n")
+        requests.flush()
         answer = json.loads(answers.readline())
         return float(answer["tokens"] / answer["seconds"])
 
@@ -136,7 +136,7 @@ def _plain_generate(model: Path) -> Iterator[Callable[[int, bool], float]]:
 
 
 def _environment() -> dict[str, str]:
-    """As many threads as the engines get."""
+    """The same number of threads as the engines get."""
     return {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
 
 
@@ -153,7 +153,7 @@ def _report(rounds: list[dict[str, list[float]]]) -> None:
 
     others = [name for name in rounds[0] if name != OURS]
     print_table(
-        ["ours over", *header[1:]],
+        ["ratio: ours over", *header[1:]],
         [[name, *(spread(over(name, column)) for column in columns)] for name in others],
     )
     keys = {BATCH: "static_batch", SERVE: "transformers_serve", VLLM: "vllm", ALONE: "one_at_a_time"}

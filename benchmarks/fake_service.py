@@ -1,4 +1,4 @@
-"""This service with the fake engine: a bucket of words, one loaded model, the host behind it."""
+"""This service with the fake engine: a bucket, one loaded model and its host process."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ MODEL = "words"
 
 @dataclass(frozen=True)
 class FakeService:
-    """A running service whose one model is loaded."""
+    """A running service with its only model loaded."""
 
     address: str
     process: psutil.Process
@@ -33,7 +33,7 @@ class FakeService:
 
 @contextmanager
 def fake_service(tokens_per_second: float, **settings: str) -> Iterator[FakeService]:
-    """The service with `settings`, and the defaults for the rest, whatever this environment holds."""
+    """The service with `settings` and defaults for the rest, regardless of this environment."""
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         room = Path(directory)
@@ -58,7 +58,7 @@ def fake_service(tokens_per_second: float, **settings: str) -> Iterator[FakeServ
 
 
 def _write_model(directory: Path) -> None:
-    """The files of a model; the fake engine does not read their insides."""
+    """The files of a model; the fake engine does not read their contents."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text("{}")
     (directory / "tokenizer.json").write_text("{}")
@@ -66,7 +66,7 @@ def _write_model(directory: Path) -> None:
 
 
 def _load_model(url: str) -> None:
-    """The first answer; twenty more, so that nothing that happens once is measured."""
+    """Load the model, and send twenty more requests to warm up."""
     body = json.dumps({"model": MODEL, "prompt": "Tell me of the fox.", "max_tokens": 1}).encode()
     for _ in range(21):
         request = urllib.request.Request(  # noqa: S310  (our own)

@@ -1,4 +1,4 @@
-"""One streamed chat answer and when its first token came."""
+"""One streamed chat answer and its time to first token."""
 
 import json
 import time
@@ -31,7 +31,7 @@ def first_token(
                 seconds = time.monotonic() - started
             text += token
     if seconds is None:
-        raise RuntimeError(f"{model} brought no token")
+        raise RuntimeError(f"{model} returned no token")
     return seconds, text
 
 

@@ -1,11 +1,11 @@
-"""The front of this service with the fake engine: what it costs beside the engine, and what it bears.
+"""The HTTP front end of this service with the fake engine: its overhead and its limits.
 
     python -m benchmarks.front [--quick]
 
-Whole answers beside the host's own; streams; three times the load that is admitted; and the processor time
-of a streamed token against plain proxies in front of the same host, in alternating rounds. The client is a
-process of its own, and what each process takes of the processor is in the table: on a small machine the
-limit may be the client's or the host's.
+Whole answers against the host's own; streams; three times the admitted load; and the CPU time per streamed
+token against plain proxies in front of the same host, in alternating rounds. The client is a process of its
+own, and the table shows the CPU usage of each process: on a small machine the client or the host may be the
+bottleneck.
 """
 
 import argparse
@@ -29,17 +29,17 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def run(quick: bool) -> None:
     plan, report = QUICK if quick else FULL, Report()
-    # A stream takes two descriptors of the service; every process inherits the limit.
+    # Each stream takes two file descriptors in the service; every process inherits the limit.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     for part in (whole_answers, many_streams, three_times, per_token):
         part(plan, report)
-    print_table(["measured", "value", "aim", "processor, of one core"], report.rows)
+    print_table(["measured", "value", "target", "CPU, of one core"], report.rows)
     print_result("front", report.ratios, report.figures)
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    """The first signal unwinds everything that was started; further ones change nothing."""
+    """The first signal stops everything that was started; further ones are ignored."""
     for each in ENDING:
         signal.signal(each, signal.SIG_IGN)
     raise SystemExit(128 + number)

@@ -1,8 +1,8 @@
-"""The client's process of `benchmarks.front`: one job from stdin, one JSON object a line to stdout.
+"""The client process of `benchmarks.front`: one job from stdin, one JSON object per line to stdout.
 
     {"job": "streams", ...} -> {"event": "open"}, {"event": "closing"}, {"result": {...}}
 
-Between `open` and `closing` the load is steady; whoever reads the lines looks at the processes then.
+Between `open` and `closing` the load is steady; the reader samples the processes then.
 """
 
 import asyncio
@@ -28,15 +28,15 @@ from benchmarks.sse_client import (
 )
 
 Result = dict[str, float]
-# Streams are opened at this rate: their first requests are load as well, and shall not be all of it.
+# The rate at which streams are opened: their first requests are load too, and must not dominate.
 STREAMS_A_SECOND = 400
-# Beyond its own length, a job of streams may take so much longer before it is cut.
+# How much longer than planned a job of streams may take before it is aborted.
 GRACE_SECONDS = 30.0
 HEALTH_EVERY_SECONDS = 0.025
 
 
 async def load(address: str, model: str, tokens: int, concurrency: int, seconds: float) -> Result:
-    """Whole answers as fast as `concurrency` connections get them."""
+    """Whole answers, as fast as possible over `concurrency` connections."""
     request, started = chat_request(model, tokens, stream=False), now()
     ends = started + 1 + seconds
     answers: list[Answer] = []
@@ -64,7 +64,7 @@ async def load(address: str, model: str, tokens: int, concurrency: int, seconds:
 
 
 async def pairs(address: str, direct: str, model: str, tokens: int, count: int) -> Result:
-    """The same request through the service and to its host, one at a time; who comes first alternates."""
+    """The same request to the service and to its host, one at a time, in alternating order."""
     request = chat_request(model, tokens, stream=False)
     through: list[float] = []
     plain: list[float] = []
@@ -74,7 +74,7 @@ async def pairs(address: str, direct: str, model: str, tokens: int, count: int) 
             answer = await connection.ask(request)
             if answer.status != 200 or not answer.whole:
                 raise RuntimeError(f"answered {answer.status}")
-            if number >= 20:  # the first ones warm both sides up
+            if number >= 20:  # the first ones warm up both sides
                 seconds.append(answer.seconds)
     over = [ours - theirs for ours, theirs in zip(through, plain, strict=True)]
     return {
@@ -85,7 +85,7 @@ async def pairs(address: str, direct: str, model: str, tokens: int, count: int) 
 
 
 class _Crowd:
-    """Streams that run at once: tells when all of them are open, and when the first one ends."""
+    """Concurrent streams: reports when all of them are open, and when the first one ends."""
 
     def __init__(self, size: int) -> None:
         self._left = size
@@ -114,7 +114,7 @@ class _Crowd:
 
 
 async def streams(address: str, model: str, count: int, tokens: int, rate: float) -> Result:
-    """`count` streams at once, each of `tokens` tokens at `rate`; each one's text is compared."""
+    """`count` concurrent streams, each of `tokens` tokens at `rate`; the text of each is checked."""
     request, crowd, started = chat_request(model, tokens, stream=True), _Crowd(count), now()
     asking = [
         asyncio.create_task(crowd.ask(address, request, started + number / STREAMS_A_SECOND))
@@ -131,7 +131,7 @@ async def streams(address: str, model: str, count: int, tokens: int, rate: float
 def _steady(found: list[Stream], nominal: float, opened: float, closing: float) -> Result:
     gaps, lateness, chunks = [], [], 0
     for stream in found:
-        # A stream's own clock starts with its most punctual word.
+        # Lateness is relative to a stream's most punctual word.
         offset = min((at - number * nominal for number, at in enumerate(stream.times)), default=0.0)
         for number, (before, at) in enumerate(itertools.pairwise(stream.times), start=1):
             if opened <= before and at <= closing:
@@ -148,7 +148,7 @@ def _steady(found: list[Stream], nominal: float, opened: float, closing: float) 
 
 
 async def overload(address: str, model: str, tokens: int, rate: float, seconds: float) -> Result:
-    """Requests at `rate` a second, whatever becomes of them, and /health beside them."""
+    """`rate` requests per second, whatever the outcome, and /health at the same time."""
     request, started = chat_request(model, tokens, stream=True), now()
     answers: list[Answer] = []
 
@@ -216,7 +216,7 @@ async def _do(job: str, parameters: dict[str, Any]) -> Result:
 
 def main() -> None:
     given = json.loads(sys.stdin.readline())
-    # A collection would be a pause of the client's own; the process ends with its one job.
+    # A collection would pause the client; the process ends with its one job.
     gc.disable()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         result = runner.run(_do(given.pop("job"), given))

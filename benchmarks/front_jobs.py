@@ -1,4 +1,4 @@
-"""Runs one job of the client and looks at the processes under load meanwhile."""
+"""Runs one job of the client and samples the processes under load meanwhile."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ Processes = Mapping[str, Sequence[psutil.Process]]
 
 @dataclass
 class Outcome:
-    """What the client reported; each role's processor seconds and resident bytes while load was steady."""
+    """The client's result; CPU seconds and resident bytes of each role while the load was steady."""
 
     result: dict[str, float] = field(default_factory=dict)
     processor: dict[str, float] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Outcome:
 
 
 def run_job(job: str, processes: Processes, **parameters: Any) -> Outcome:
-    """The client's job in a process of its own; raises RuntimeError where it did not end well."""
+    """Run the client's job in a process of its own. Raises RuntimeError if it fails."""
     outcome = Outcome()
     before: dict[str, float] = {}
     with _client() as client:
@@ -62,7 +62,7 @@ def run_job(job: str, processes: Processes, **parameters: Any) -> Outcome:
 @contextmanager
 def _client() -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "benchmarks.front_client"]
-    # In a session of its own: Ctrl-C is for the benchmark, which ends its client.
+    # In its own session: Ctrl-C must reach only the benchmark, which ends its client.
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )

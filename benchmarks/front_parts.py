@@ -1,4 +1,4 @@
-"""The four parts of `benchmarks.front`. Each returns rows for the table and figures for the last line."""
+"""The four parts of `benchmarks.front`. Each adds rows to the table and figures to the last line."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,17 +16,17 @@ CONCURRENCY = 32
 STREAMS = 1000
 STREAM_RATE = 5.0
 LATE_MS = 250.0
-# What vLLM's own serving code takes of its host's processor for a streamed token, measured once.
+# CPU time of vLLM's own serving code in its host per streamed token, measured once.
 VLLM_MICROSECONDS = 173.0
 PROXY_STREAMS, PROXY_RATE = 200, 20.0
-# The service's defaults for both bounds; an answer takes one second, so so many a second are admitted.
+# The service's defaults. An answer takes one second, so RUNNING requests per second are admitted.
 RUNNING, WAITING = 50, 200
 OVERLOAD = 3
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured; `rates`: tokens a second of each stream to try, one after the other."""
+    """How much is measured. `rates`: tokens per second of each stream, tried one after the other."""
 
     load_seconds: float
     pairs: int
@@ -44,7 +44,7 @@ QUICK = Plan(3, 300, 35, (10,), 3, 5, 1, 80)
 
 @dataclass
 class Report:
-    """Rows of the table (what, value, aim, processor), figures and ratios of the last line."""
+    """Rows of the table (what, value, target, CPU), figures and ratios of the last line."""
 
     rows: list[list[str]] = field(default_factory=list)
     figures: dict[str, float | str] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Report:
 
 
 def whole_answers(plan: Plan, report: Report) -> None:
-    """Requests a second, and the overhead over asking the host itself."""
+    """Requests per second, and the overhead over direct requests to the host."""
     say("whole answers: starting the service")
     with fake_service(1e6) as service:
         target = {"address": service.address, "model": MODEL, "tokens": 16}
@@ -72,13 +72,13 @@ def whole_answers(plan: Plan, report: Report) -> None:
     for share in ("p50", "p95", "p99"):
         over = pairs[f"through_{share}_ms"] - pairs[f"direct_{share}_ms"]
         report.figures[f"overhead_{share}_ms"] = round(over, 2)
-        told = f"{over:.2f} ({pairs[f'through_{share}_ms']:.2f} - {pairs[f'direct_{share}_ms']:.2f})"
-        report.row(f"overhead {share}, ms: service's {share} - host's {share}", told)
+        value = f"{over:.2f} ({pairs[f'through_{share}_ms']:.2f} - {pairs[f'direct_{share}_ms']:.2f})"
+        report.row(f"overhead {share}, ms: service's {share} - host's {share}", value)
     report.row("overhead, ms: median of the paired differences", f"{pairs['paired_median_ms']:.2f}")
 
 
 def many_streams(plan: Plan, report: Report) -> None:
-    """1,000 streams at once; then faster ones, as long as they hold."""
+    """1,000 concurrent streams; then faster ones, as long as the service keeps up."""
     say(f"streams: {STREAMS} at {STREAM_RATE:g} tokens/s")
     with _service_for(STREAMS, STREAM_RATE) as service:
         idle = service.process.memory_info().rss
@@ -93,7 +93,7 @@ def many_streams(plan: Plan, report: Report) -> None:
             rate=STREAM_RATE,
         )
     if not base.seconds:
-        raise RuntimeError(f"the {STREAMS} streams never ran all at once")
+        raise RuntimeError(f"the {STREAMS} streams were never all open at the same time")
     kib = (base.resident["service"] - idle) / STREAMS / 1024
     result = base.result
     about = f"{STREAMS} streams at {STREAM_RATE:g} tokens/s"
@@ -102,9 +102,9 @@ def many_streams(plan: Plan, report: Report) -> None:
     late = f"{result['lateness_p50_ms']:.0f} / {result['lateness_p99_ms']:.0f}"
     report.row(f"{about}: lateness of tokens p50 / p99, ms", late)
     own = f"{direct.result['gap_p50_ms']:.0f} / {direct.result['gap_p99_ms']:.0f}"
-    report.row("the same, asked of the host itself: gap p50 / p99, ms", own, "", direct.busy())
+    report.row("the same, directly to the host: gap p50 / p99, ms", own, "", direct.busy())
     report.row(f"{about}: tokens lost, repeated or altered", f"{result['wrong']:.0f}", "0")
-    report.row(f"{about}: memory of the service, KiB a stream", f"{kib:.0f}")
+    report.row(f"{about}: memory of the service, KiB per stream", f"{kib:.0f}")
     report.figures |= {
         "sse_streams": STREAMS,
         "sse_lost": round(result["wrong"]),
@@ -117,7 +117,7 @@ def many_streams(plan: Plan, report: Report) -> None:
 
 
 def _highest_rate(plan: Plan, report: Report, base: Outcome) -> None:
-    """Each rate with a service of its own, since the rate is a setting of the fake engine's."""
+    """Starts a service per rate, because the rate is a setting of the fake engine."""
     best = base if _holds(base) else None
     for rate in plan.rates if best else ():
         with _service_for(STREAMS, rate) as service:
@@ -125,9 +125,9 @@ def _highest_rate(plan: Plan, report: Report, base: Outcome) -> None:
         held = _holds(step)
         what = f"{STREAMS} streams at {rate:g} tokens/s"
         late = f"{step.result['lateness_p99_ms']:.0f} ms late at p99, {step.result['wrong']:.0f} wrong"
-        # The first ones were through before the last one had begun.
-        told = late if step.seconds else "never all at once"
-        report.row(f"{what}: {'holds' if held else 'does not hold'}", told, "", step.busy())
+        # Without steady time, the first streams ended before the last one began.
+        value = late if step.seconds else "never all open at once"
+        report.row(f"{what}: {'holds' if held else 'does not hold'}", value, "", step.busy())
         if not held:
             break
         best = step
@@ -137,7 +137,7 @@ def _highest_rate(plan: Plan, report: Report, base: Outcome) -> None:
 
 
 def _tokens(plan: Plan, rate: float) -> int:
-    """So many that all streams are open together for `step_seconds`."""
+    """Enough tokens to keep all streams open together for `step_seconds`."""
     return int((STREAMS / STREAMS_A_SECOND + plan.step_seconds) * rate)
 
 
@@ -170,9 +170,9 @@ def _stream_job(service: FakeService, count: int, rate: float, tokens: int) -> O
 
 
 def three_times(plan: Plan, report: Report) -> None:
-    """Three times the requests that are admitted: how fast the others are refused."""
+    """Three times the admitted load: how fast the excess is refused."""
     rate = OVERLOAD * RUNNING
-    say(f"overload: {rate} requests/s where {RUNNING} are admitted")
+    say(f"overload: {rate} requests/s, of which {RUNNING} are admitted")
     bounds = {"MAX_CONCURRENT_REQUESTS": str(RUNNING), "MAX_QUEUED_REQUESTS": str(WAITING)}
     with fake_service(20, **bounds) as service:
         outcome = run_job(
@@ -186,13 +186,13 @@ def three_times(plan: Plan, report: Report) -> None:
         )
     result = outcome.result
     if not result["refused"]:
-        raise RuntimeError("nothing was refused: this machine does not even take the load in")
+        raise RuntimeError("no request was refused: this machine is too slow to generate the load")
     about = f"{OVERLOAD}x overload"
     counts = f"{result['offered']:.0f} / {result['admitted']:.0f} / {result['refused']:.0f}"
     report.row(f"{about}: offered / answered / refused", counts, "", outcome.busy())
     for name, key in (("429 after", "refusal"), ("/health after", "health")):
-        told = f"{result[f'{key}_p50_ms']:.1f} / {result[f'{key}_p99_ms']:.1f}"
-        report.row(f"{about}: {name}, p50 / p99, ms", told, "<= 50")
+        value = f"{result[f'{key}_p50_ms']:.1f} / {result[f'{key}_p99_ms']:.1f}"
+        report.row(f"{about}: {name}, p50 / p99, ms", value, "<= 50")
         report.figures[f"{key}_p99_ms"] = round(result[f"{key}_p99_ms"], 1)
     for name, key in (
         ("429 without Retry-After", "without_retry_after"),
@@ -204,11 +204,11 @@ def three_times(plan: Plan, report: Report) -> None:
 
 
 def per_token(plan: Plan, report: Report) -> None:
-    """Processor time of a streamed token: this service, and each proxy that is installed."""
+    """CPU time per streamed token: this service, and each installed proxy."""
     proxies = [proxy for proxy in PROXIES if proxy.program]
     for proxy in PROXIES:
         if proxy not in proxies:
-            say(f"{proxy.name} is not installed (package {proxy.package}): nothing is compared with it")
+            say(f"{proxy.name} is not installed (package {proxy.package}) and is skipped")
     with ExitStack() as stack:
         service = stack.enter_context(_service_for(PROXY_STREAMS, PROXY_RATE))
         relays = {"service": _Relay(service.address, [service.process])}
@@ -221,14 +221,14 @@ def per_token(plan: Plan, report: Report) -> None:
 
 @dataclass(frozen=True)
 class _Relay:
-    """What stands before the host: where it listens, and its processes."""
+    """A relay in front of the host: its address and its processes."""
 
     address: str
     processes: list[psutil.Process]
 
 
 def _alternate(plan: Plan, relays: dict[str, _Relay], host: psutil.Process) -> dict[str, list[float]]:
-    """Microseconds a token of each relay, round by round; who comes first changes."""
+    """Microseconds per token of each relay, round by round, in alternating order."""
     costs: dict[str, list[float]] = {name: [] for name in relays}
     for number in range(plan.rounds):
         for name in list(relays) if number % 2 == 0 else list(relays)[::-1]:
@@ -245,7 +245,7 @@ def _alternate(plan: Plan, relays: dict[str, _Relay], host: psutil.Process) -> d
             if outcome.result["wrong"]:
                 raise RuntimeError(f"{name}: {outcome.result['wrong']:.0f} tokens are wrong")
             costs[name].append(outcome.microseconds_a_chunk(name))
-            say(f"tokens, round {number + 1}, {name}: {costs[name][-1]:.1f} us a token ({outcome.busy()})")
+            say(f"tokens, round {number + 1}, {name}: {costs[name][-1]:.1f} us per token ({outcome.busy()})")
     return costs
 
 
@@ -253,15 +253,15 @@ def _report_per_token(report: Report, costs: dict[str, list[float]]) -> None:
     ours = costs["service"]
     about = f"{PROXY_STREAMS} streams at {PROXY_RATE:g} tokens/s"
     vllm = f"{median(ours) / VLLM_MICROSECONDS:.2f} of the {VLLM_MICROSECONDS:g} us of vLLM's serving code"
-    report.row(f"{about}: this service, us a token", spread(ours), "", vllm)
+    report.row(f"{about}: this service, us per token", spread(ours), "", vllm)
     report.figures["cpu_us_per_token"] = round(median(ours), 1)
     for name, theirs in costs.items():
         if name == "service":
             continue
         ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-        told = f"service/{name} {spread(ratios)}"
-        report.row(f"{about}: {name}, us a token", spread(theirs), "", told)
-        # The first that is installed is the one that counts.
+        ratio = f"service/{name} {spread(ratios)}"
+        report.row(f"{about}: {name}, us per token", spread(theirs), "", ratio)
+        # The first installed proxy is the reference.
         key = "proxy" if "proxy" not in report.figures else name
         report.figures.setdefault("proxy", name)
         report.ratios[f"cpu_per_token_vs_{key}"] = median(ratios)

@@ -1,4 +1,4 @@
-"""The GCS emulator with a model in it, as processes of the benchmarks."""
+"""The GCS emulator with a model in it, as child processes of the benchmarks."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ BUCKET = "benchmark"
 
 @contextmanager
 def emulator() -> Iterator[str]:
-    """The URL of fake-gcs-server, objects in memory."""
+    """The URL of a fake-gcs-server that keeps objects in memory."""
     port = free_port()
     command = [str(BINARY), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -40,7 +40,7 @@ def emulator() -> Iterator[str]:
 
 
 def upload(url: str, objects: dict[str, int]) -> None:
-    """Objects of random bytes, by name and size."""
+    """Upload objects of random bytes, by name and size."""
     client = storage.Client(
         project="test", credentials=AnonymousCredentials(), client_options={"api_endpoint": url}
     )
@@ -53,7 +53,7 @@ def upload(url: str, objects: dict[str, int]) -> None:
 
 @dataclass(frozen=True)
 class Capped:
-    """The emulator behind the capping proxy."""
+    """The emulator behind the rate-capping proxy."""
 
     url: str
     process: subprocess.Popen[str]

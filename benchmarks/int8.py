@@ -1,8 +1,8 @@
-"""What weights of 8 bits gain and cost on this CPU: speed, memory, perplexity.
+"""The gains and costs of 8-bit weights on this CPU: speed and perplexity.
 
     python -m benchmarks.int8 --model .demo/models/smollm2-135m-instruct
 
-One model in four forms, each as a host would run it, in turns; perplexity over this project's own documents,
+One model in four forms, each as a host would run it, in turn. Perplexity over this project's own documents,
 which no model was trained on.
 """
 
@@ -40,14 +40,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(model: Path) -> None:
-    say("reading the model in four forms, each in a process of its own")
+    say("loading the model in four forms, each in its own process")
     rounds: dict[str, list[list[float]]] = {name: [] for name in FORMS}
     with ExitStack() as stack:
         forms = {name: stack.enter_context(_process(model, place)) for name, place in FORMS.items()}
         for number in range(-1, ROUNDS):
             for name, form in forms.items():
                 speeds = [form.submit(_measure_speed, count).result() for count in STREAMS]
-                if number >= 0:  # the first is for warming up
+                if number >= 0:  # the first is a warm-up
                     rounds[name].append(speeds)
             say(f"round {number + 1} of {ROUNDS}")
         perplexities = {name: form.submit(_measure_perplexity).result() for name, form in forms.items()}
@@ -59,7 +59,7 @@ _engines: list[Engine] = []
 
 @contextmanager
 def _process(model: Path, place: Placement) -> Iterator[ProcessPoolExecutor]:
-    """A process with one engine, as a host is one."""
+    """A process with one engine, like a host."""
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_build, initargs=(model, place))
     with pool:
@@ -85,7 +85,7 @@ def _measure_perplexity() -> float:
 
 
 async def _speed(engine: Engine, streams: int) -> float:
-    """Tokens a second of so many sequences together."""
+    """Tokens per second of `streams` concurrent sequences."""
 
     async def one(row: int) -> int:
         prompt = [(7919 * (row + 1) + 31 * number) % engine.vocabulary for number in range(16)]
@@ -101,8 +101,8 @@ async def _perplexity(engine: Engine) -> float:
     ids: list[int] = engine.tokenizer(text)["input_ids"][: PIECE * PIECES]
     logprobs: list[float] = []
     for start in range(0, len(ids), PIECE):
-        told, _ = await engine.score(ids[start : start + PIECE], None, 1, [])
-        logprobs += [token.logprob or 0.0 for token in told]
+        scored, _ = await engine.score(ids[start : start + PIECE], None, 1, [])
+        logprobs += [token.logprob or 0.0 for token in scored]
     return math.exp(-sum(logprobs) / len(logprobs))
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.lm_eval --model .demo/models/smollm2-135m-instruct --lm-eval .venv-lm-eval/bin/python
 
-The same questions (a file beside this one, so that nothing is fetched), once over `local-completions`, that
-is echo with log probabilities, once with `hf`. Every choice's log likelihood is compared, and the scores.
+The same questions (a local file, so that nothing is downloaded), once over `local-completions`, which uses
+echo with log probabilities, and once with `hf`. Compares the log likelihood of every choice, and the scores.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def _tasks(room: Path) -> Path:
 
 
 def _evaluate(python: Path, backend: str, arguments: str, tasks: Path, output: Path) -> dict[str, Any]:
-    """What lm-eval has written: its results and, under `samples`, each choice's log likelihood."""
+    """lm-eval's `results`, and under `likelihoods` the log likelihood of each choice."""
     command = [str(python), "-m", "lm_eval", "run", "--model", backend, "--model_args", arguments]
     command += ["--tasks", TASK, "--include_path", str(tasks), "--device", "cpu"]
     command += ["--log_samples", "--output_path", str(output)]
@@ -77,11 +77,11 @@ def _report(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     print_table(["metric", "this service", "lm-eval's own"], rows)
     pairs = list(zip(ours["likelihoods"], theirs["likelihoods"], strict=True))
     worst = max(abs(one - other) for one, other in pairs)
-    print(f"log likelihoods of {len(pairs)} choices: they differ by {worst:.2e} at most")
+    print(f"log likelihoods of {len(pairs)} choices differ by at most {worst:.2e}")
     apart = max(abs(ours["results"][name] - theirs["results"][name]) for name in metrics)
     print_result("lm_eval", {}, {"worst_log_likelihood": worst, "worst_metric": apart, "choices": len(pairs)})
     if worst > 1e-3 or apart > 1e-3:
-        raise SystemExit("they differ by more than 1e-3")
+        raise SystemExit("the results differ by more than 1e-3")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""transformers' plain `generate` in a process of its own, which times itself on order.
+"""transformers' plain `generate` in its own process, which times itself on request.
 
     python -m benchmarks.plain_generate CHECKPOINT DTYPE
 
-Reads orders from its standard input, one JSON object a line (`prompts`, `tokens`, `together`), and answers
-each with the tokens and the seconds that it took.
+Reads requests from its standard input, one JSON object per line (`prompts`, `tokens`, `together`). Answers
+each with the number of tokens and the seconds.
 """
 
 import json
@@ -23,19 +23,19 @@ def main() -> None:
     model.generation_config = GenerationConfig()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        order = json.loads(line)
-        batches = [order["prompts"]] if order["together"] else [[prompt] for prompt in order["prompts"]]
+        request = json.loads(line)
+        batches = [request["prompts"]] if request["together"] else [[prompt] for prompt in request["prompts"]]
         started = time.perf_counter()
-        count = sum(_generate(model, tokenizer, batch, order["tokens"]) for batch in batches)
+        count = sum(_generate(model, tokenizer, batch, request["tokens"]) for batch in batches)
         print(json.dumps({"tokens": count, "seconds": time.perf_counter() - started}), flush=True)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _generate(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> int:
-    """The number of tokens generated; the end of a text is no reason to stop."""
+    """The number of generated tokens; ignores end-of-text tokens."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-    wish = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id)
-    found = model.generate(**inputs, generation_config=wish)
+    config = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id)
+    found = model.generate(**inputs, generation_config=config)
     return int((found.shape[1] - inputs["input_ids"].shape[1]) * len(prompts))
 
 

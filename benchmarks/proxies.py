@@ -1,7 +1,7 @@
-"""Plain reverse proxies from Debian in front of a host's unix socket: what relaying a token may cost.
+"""Plain reverse proxies from Debian in front of a host's unix socket: the reference cost of relaying a token.
 
-Each is set up as its manual says for server-sent events: no buffering, connections to the host kept, one
-worker, no access log.
+Each is configured as its manual recommends for server-sent events: no buffering, keep-alive connections to
+the host, one worker, no access log.
 """
 
 import os
@@ -66,7 +66,7 @@ backend hosts
 
 @dataclass(frozen=True)
 class Proxy:
-    """A proxy that may be installed; `package` is Debian's."""
+    """A proxy that may be installed. `package`: its Debian package."""
 
     name: str
     package: str
@@ -75,7 +75,7 @@ class Proxy:
 
     @property
     def program(self) -> str | None:
-        # Debian keeps servers where a plain user's PATH does not look.
+        # Debian installs servers outside a plain user's PATH.
         return shutil.which(self.name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 
@@ -91,7 +91,7 @@ def proxy_server(proxy: Proxy, socket: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as directory:
         room = Path(directory)
         config = room / f"{proxy.name}.conf"
-        # The host's socket is its owner's alone, and nginx's worker would give root's rights up.
+        # Only its owner can open the host's socket, and nginx's worker would drop root privileges.
         user = "user root;" if os.geteuid() == 0 else ""
         config.write_text(proxy.config.format(room=room, socket=socket, port=port, user=user))
         command = [str(proxy.program), *(word.format(room=room) for word in proxy.arguments), str(config)]

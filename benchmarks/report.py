@@ -1,4 +1,4 @@
-"""How every benchmark prints: a table, and as the last line one JSON object."""
+"""The output of every benchmark: a table, and one JSON object as the last line."""
 
 import json
 import math
@@ -12,12 +12,12 @@ def median(values: Sequence[float]) -> float:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` of the values do not exceed (nearest rank)."""
+    """Nearest-rank percentile: `share` of the values do not exceed it."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def spread(values: Sequence[float]) -> str:
-    """`1.01 (0.98-1.05)`: the median with the smallest and the largest."""
+    """`1.010 (0.980-1.050)`: median, minimum and maximum."""
     return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
@@ -28,7 +28,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_result(bench: str, ratios: Mapping[str, float], figures: Mapping[str, Any]) -> None:
-    """The last line; what could not be measured (infinite) is null."""
+    """Print the last line. Values that could not be measured (infinite) are null."""
     result = {"bench": bench, "ratios": _finite(ratios), "figures": _finite(figures)}
     print(json.dumps(result, allow_nan=False), flush=True)
 

@@ -1,10 +1,10 @@
-"""The service against vLLM's own server: same model, arguments and environment, alternating rounds.
+"""This service against vLLM's own server: same model, arguments and environment, alternating rounds.
 
     python -m benchmarks.serve --model .demo/models/smollm2-135m-instruct [--quick]
 
 The client is vLLM's own `bench serve`: random prompts of 64 tokens, 64 generated, concurrency 1, 8 and 32.
-Once more against vLLM's defaults, named as such. Ratios are ours over theirs, pair by pair; the median
-counts.
+One more round runs against vLLM's defaults, labelled as such. Ratios are ours over theirs, pair by pair; the
+median counts.
 """
 
 import argparse
@@ -35,7 +35,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Round:
-    """What one server did in one round: concurrency -> metric -> value."""
+    """The results of one server in one round: concurrency -> metric -> value."""
 
     server: str
     results: dict[int, dict[str, float]]
@@ -53,7 +53,7 @@ def run(model: Path, quick: bool) -> None:
 
 
 def _against_defaults(ours: Server, model: Path, prompts: dict[int, int]) -> list[tuple[Round, Round]]:
-    """One round against vLLM's defaults; none where they do not start beside this service."""
+    """One round against vLLM's defaults; none if that server does not start beside this service."""
     say("starting vLLM's own server with its defaults (it compiles the model first)")
     try:
         with vllm_server("vLLM's server, its defaults", model, None) as theirs:
@@ -67,16 +67,16 @@ def _alternate(
     model: Path, servers: tuple[Server, Server], prompts: dict[int, int], rounds: int
 ) -> list[tuple[Round, Round]]:
     for server in servers:
-        say(f"warming {server.name}")
+        say(f"warming up: {server.name}")
         warm_up = 8 if rounds == 1 else max(prompts)
         _bench(server, model, concurrency=warm_up, prompts=warm_up, seed=999)
     pairs = []
     for number in range(rounds):
         results: dict[str, dict[int, dict[str, float]]] = {server.name: {} for server in servers}
         for cell, (concurrency, count) in enumerate(prompts.items()):
-            # Who comes first changes from cell to cell: the machine's own drift falls on both.
+            # The order alternates from cell to cell, so that the machine's drift affects both.
             for server in servers if (number + cell) % 2 == 0 else servers[::-1]:
-                # A seed of its own for every cell: no prompt is found in a prefix cache.
+                # A different seed for every cell, so that no prompt hits a prefix cache.
                 seed = 100 * number + concurrency
                 results[server.name][concurrency] = _bench(server, model, concurrency, count, seed)
                 _say_cell(number, server, concurrency, results[server.name][concurrency])

@@ -1,4 +1,4 @@
-"""The servers that are measured, as processes: this service, and vLLM's own."""
+"""The measured servers, as child processes: this service, and vLLM's own."""
 
 import json
 import os
@@ -35,12 +35,12 @@ _ERROR = re.compile(r"\w(Error|Exception): ")
 
 
 class DidNotStart(Exception):
-    """A server under measurement ended, or did not listen in time; says its last errors."""
+    """A measured server ended, or did not listen in time. The message holds its last errors."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """One running server under measurement; `name` is how the tables call it."""
+    """A running server under measurement. `name`: its name in the tables."""
 
     name: str
     url: str
@@ -51,7 +51,7 @@ class Server:
         return self.url.removeprefix("http://")
 
     def processes(self) -> list[psutil.Process]:
-        """The server's process and those below it."""
+        """The server's process and its descendants."""
         leader = psutil.Process(self.process.pid)
         return [leader, *leader.children(recursive=True)]
 
@@ -71,7 +71,7 @@ class Server:
 
 @contextmanager
 def this_service(model: Path, settings: Settings, **more: str) -> Iterator[Server]:
-    """The service over the directory that holds `model`; loading begins with its first request."""
+    """The service over the directory that holds `model`, which is loaded by the first request."""
     prefix = f"{model.parent.name}/"
     with this_service_over(model.parent.parent, settings, GCS_MODEL_PREFIX=prefix, **more) as server:
         yield server
@@ -79,7 +79,7 @@ def this_service(model: Path, settings: Settings, **more: str) -> Iterator[Serve
 
 @contextmanager
 def this_service_over(bucket: Path, settings: Settings, **more: str) -> Iterator[Server]:
-    """The service over a directory that is a bucket, with a cache of its own; `more` settings."""
+    """The service over a directory as its bucket, with its own cache. `more`: further settings."""
     port = free_port()
     environment = {
         "GCS_BUCKET": f"file://{bucket}",
@@ -101,9 +101,9 @@ def this_service_over(bucket: Path, settings: Settings, **more: str) -> Iterator
 def vllm_server(name: str, model: Path, settings: Settings | None, *, tuned: bool = True) -> Iterator[Server]:
     """`python -m vllm.entrypoints.openai.api_server`.
 
-    With `settings`: the very arguments, and if `tuned` environment, that this service gives its engine.
-    Without: vLLM's defaults, but for the share of memory: by default it refuses to start unless 92 % of the
-    machine's memory is free, which it never is beside another server.
+    With `settings`: the arguments, and if `tuned` the environment, that this service gives its engine.
+    Without: vLLM's defaults, except for the share of memory. By default vLLM does not start unless 92 % of
+    the machine's memory is free, which is never the case beside another server.
     """
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -126,7 +126,7 @@ def vllm_server(name: str, model: Path, settings: Settings | None, *, tuned: boo
 
 
 def _footprint(settings: Settings, device: Device, model: Path) -> Footprint:
-    """What this service would give an engine of the checkpoint."""
+    """The footprint that this service would compute for an engine of the checkpoint."""
     weights = Weights({})
     for file in model.glob("*.safetensors"):
         with file.open("rb") as opened:
@@ -149,13 +149,13 @@ def free_port() -> int:
 def running(
     name: str, command: list[str], environment: dict[str, str], port: int, room: Path, path: str
 ) -> Iterator[Server]:
-    """`command` until the end of the block; it is up once GET `path` is answered. `room` takes its log."""
+    """Run `command` until the block ends. It is up once GET `path` is answered. `room`: holds its log."""
     log = room / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             env=os.environ | environment,
-            cwd=room,  # where no .env is
+            cwd=room,  # without a .env
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

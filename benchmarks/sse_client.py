@@ -1,7 +1,7 @@
-"""A client that costs next to nothing: raw HTTP/1.1 on asyncio.
+"""A client with minimal overhead: raw HTTP/1.1 on asyncio.
 
-It shares the machine with what it measures, so what arrives is only kept, with its time; it is taken apart
-and compared once nothing runs any more.
+It shares the machine with what it measures, so it only records the received bytes with their times. They are
+parsed and compared after the load has ended.
 """
 
 import asyncio
@@ -34,13 +34,13 @@ def get_request(path: str) -> bytes:
 
 
 def http_request(method: str, path: str, body: bytes) -> bytes:
-    head = f"{method} {path} HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(body)}\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
     return f"{head}content-type: application/json\r\n\r\n".encode() + body
 
 
 @dataclass(slots=True)
 class Answer:
-    """One response as it arrived. Times are `now()`; `whole`: it came to its end."""
+    """One response as received. Times are `now()`. `whole`: it is complete."""
 
     sent: float
     status: int = 0
@@ -56,7 +56,7 @@ class Answer:
 
 
 class Connection(asyncio.Protocol):
-    """One connection, one request on it at a time; `began` is called with each response's first content."""
+    """One connection, with one request at a time. `began` is called at each response's first content."""
 
     def __init__(self, began: Callable[[], None] | None = None) -> None:
         self._began = began
@@ -67,11 +67,11 @@ class Connection(asyncio.Protocol):
         self._tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # Not asked for its class: uvloop's transports are none of asyncio's.
+        # Not isinstance: uvloop's transports do not inherit from asyncio's.
         self._transport = cast(asyncio.Transport, transport)
 
     async def ask(self, request: bytes) -> Answer:
-        """The answer, also where the connection ended before it was whole."""
+        """The answer; incomplete if the connection was closed early."""
         self._ended = asyncio.get_running_loop().create_future()
         self._left, self._tail = None, b""
         self._answer = Answer(now())
@@ -109,7 +109,7 @@ class Connection(asyncio.Protocol):
         self._end(now(), whole=False)
 
     def turn_deaf(self) -> None:
-        """Read nothing any more."""
+        """Stop reading."""
         if self._transport is not None:
             self._transport.pause_reading()
 
@@ -134,14 +134,14 @@ async def connect(address: str, began: Callable[[], None] | None = None) -> Conn
 
 @dataclass(frozen=True)
 class Stream:
-    """When each word of a stream arrived, and how many are lost, repeated or altered."""
+    """When each word of a stream arrived, and the number of words lost, repeated or altered."""
 
     times: list[float]
     wrong: int
 
 
 def read_stream(answer: Answer, tokens: int) -> Stream:
-    """Compare the stream with what the fake engine says, word by word, up to its [DONE]."""
+    """Compare the stream with the fake engine's text, word by word, up to its [DONE]."""
     times, words, done = [], [], False
     if answer.status == 200:
         for arrived, event in events(payloads(answer.pieces)):
@@ -162,7 +162,7 @@ def expected_words(tokens: int) -> list[str]:
 
 
 def payloads(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
-    """What the chunks of the transfer encoding hold, as far as they are whole."""
+    """The contents of all complete chunks of the transfer encoding."""
     buffer = b""
     for arrived, piece in pieces:
         buffer += piece
@@ -176,7 +176,7 @@ def payloads(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, byt
 
 
 def events(contents: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
-    """The whole server-sent events in the contents of a stream, with the time of each one's end."""
+    """The complete server-sent events of a stream, each with the time of its end."""
     rest = b""
     for arrived, payload in contents:
         *events, rest = (rest + payload).split(b"\n\n")

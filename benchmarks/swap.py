@@ -1,16 +1,16 @@
-"""From one model to the next: time to the first token after a change of model, and from a process's start.
+"""Time to first token after a change of model, and after the start of a process.
 
     python -m benchmarks.swap [--quick]
 
-a  vLLM's own server, ended and started with the other model: what a process-swapping proxy does. It gets the
-   same command line as this service's engines.
-b  this service, the other model of the same architecture    (weights into the live engine)
-c  this service, a model of another architecture             (a fresh engine from the warm launcher)
+a  vLLM's own server, stopped and restarted with the other model, as a process-swapping proxy does. It gets
+   the same command line as this service's engines.
+b  this service, another model of the same architecture      (weights are loaded into the live engine)
+c  this service, a model of another architecture             (a new engine, forked from the launcher)
 d  as b with WEIGHT_SWAP=off
-e  this service, an adapter never seen before, with its base live
+e  this service, a new adapter while its base is loaded
 f  from the start of the process to the first token, ours and vLLM's own server
 
-One slot, and MIN_RESIDENCY=0: the models change as fast as they can. Every answer is compared with that of a
+One slot, and MIN_RESIDENCY=0: the models change as fast as possible. Every answer is compared with that of a
 fresh engine in the same run.
 """
 
@@ -33,13 +33,13 @@ ROUNDS = 5
 QUICK_ROUNDS = 2
 SWAPS = 11
 SETTINGS = Settings(max_model_len=2048, max_cached_models=1)
-# The models change at once here: none is to be kept for who may come back.
+# Change models at once: keep none for requests that may follow.
 AT_ONCE = {"MIN_RESIDENCY": "0"}
 QUESTION = "What is the capital of France?"
 
 
 class Swaps:
-    """The runs, and whether every answer was a fresh engine's."""
+    """The runs, and whether every answer equals a fresh engine's."""
 
     def __init__(self, bucket: Path, models: Checkpoints) -> None:
         self.bucket = bucket
@@ -49,7 +49,7 @@ class Swaps:
         self.lags: list[float] = []
 
     def loop_lag(self, server: Server) -> float:
-        """Seconds for which the service's event loop was held up at worst since the last look."""
+        """The longest time in seconds that the service's event loop was blocked since the last call."""
         process = httpx2.get(f"{server.url}/admin/stats").json()["process"]
         return float(process["loop_lag_seconds"])
 
@@ -63,14 +63,14 @@ class Swaps:
         return seconds
 
     def fresh_answers(self) -> None:
-        """Of fresh engines, each alone; not timed."""
+        """Record the answers of fresh engines, each alone; not timed."""
         with this_service_over(self.bucket, SETTINGS, **AT_ONCE, WEIGHT_SWAP="off") as server:
             for model in ("first", "second", "other"):
                 self.ask(server, model)
         self.fresh["adapter"] = self.fresh["second"]
 
     def restarts(self, rounds: int) -> tuple[list[float], list[float]]:
-        """vLLM's server: seconds from the order to change to the first token, and from its start to that."""
+        """vLLM's server: seconds to the first token, from the start of the change and from its own start."""
         changes: list[float] = []
         boots: list[float] = []
         ending: float | None = None
@@ -91,7 +91,7 @@ class Swaps:
         return changes, boots
 
     def alternate(self, name: str, models: tuple[str, str], rounds: int, **settings: str) -> list[float]:
-        """This service with one slot, asked for the one and the other."""
+        """This service with one slot, with requests for two models in turn."""
         with this_service_over(self.bucket, SETTINGS, **AT_ONCE, **settings) as server:
             for model in models:
                 self.ask(server, model)
@@ -164,11 +164,11 @@ def report(measured: dict[str, list[float]], theirs: list[float], swaps: Swaps) 
         "b": "this service, same architecture",
         "c": "this service, another architecture",
         "d": "this service, same architecture, WEIGHT_SWAP=off",
-        "e": "this service, an adapter never seen before",
-        "f": "this service, from the process's start",
+        "e": "this service, a new adapter",
+        "f": "this service, from process start",
     }
     rows = [[name, text, spread(measured[name]), str(len(measured[name]))] for name, text in what.items()]
-    rows.append(["f", "vLLM's server, from the process's start", spread(theirs), str(len(theirs))])
+    rows.append(["f", "vLLM's server, from process start", spread(theirs), str(len(theirs))])
     print_table(["", "seconds to the first token", "median (min-max)", "runs"], rows)
     for line in swaps.wrong:
         print(f"WRONG  {line}")

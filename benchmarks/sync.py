@@ -1,10 +1,10 @@
-"""A model out of a bucket: this service's sync against the tools that people use, through the emulator.
+"""Download a model from a bucket: this service against common tools, through the emulator.
 
     python -m benchmarks.sync [--quick]
 
 First with every connection capped (one stream of a store is slow, many add up), then uncapped. Every time
-includes the crc32c of every file against the listing. Files go to memory (/dev/shm): it is the wire and
-the processor that are measured, not this machine's disk.
+includes verifying the crc32c of every file against the listing. Files go to memory (/dev/shm), to measure the
+network and the CPU, not this machine's disk.
 """
 
 import argparse
@@ -44,7 +44,7 @@ CHUNK_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Run:
-    """One download: seconds, and by how much the process grew beyond its idle size, in bytes."""
+    """One download: seconds, and the bytes by which the process grew beyond its idle size."""
 
     seconds: float
     grown_bytes: int = 0
@@ -68,14 +68,14 @@ def run(quick: bool) -> None:
 
 
 def _touch_memory(count: int) -> None:
-    """The first use of a virtual machine's memory is slow: nobody shall be the first."""
+    """Touch the memory: the first use in a virtual machine is slow, and must not be measured."""
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
         for _ in range(count // CHUNK_BYTES):
             file.write(bytes(CHUNK_BYTES))
 
 
 def _capped(slow: Capped, rounds: int, one_bytes: int, total: int) -> tuple[list[float], list[float], int]:
-    """Bytes per second of one stream and of ours, and the connections that ours had."""
+    """Bytes per second of one stream and of this service, and the number of its connections."""
     one, ours, connections = [], [], 0
     for number in range(rounds):
         one.append(one_bytes / _child("one_stream", slow.url, one_bytes).seconds)
@@ -116,7 +116,7 @@ def _report(
         rows.append(["uncapped", name, f"{total / median(theirs) / 1e6:.0f}", spread(ratios)])
     rows.append(["uncapped", "this service", f"{total / median(mine) / 1e6:.0f}", ""])
     print_table(["connections", "against", "MB/s", "ours/theirs (min-max)"], rows)
-    print(f"this service grew by {grown / 1e6:.0f} MB at most while it fetched {total / 1e6:.0f} MB")
+    print(f"this service grew by at most {grown / 1e6:.0f} MB while downloading {total / 1e6:.0f} MB")
     figures = {
         "rounds": len(one),
         "bytes": total,
@@ -133,7 +133,7 @@ def _report(
 
 
 def _child(tool: str, url: str, one_bytes: int = 0) -> Run:
-    """One download in a process of its own, so that none inherits the other's memory or connections."""
+    """One download in its own process, so that none inherits another's memory or connections."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as room:
         command = [sys.executable, "-m", "benchmarks.sync", "--child", tool, room, str(one_bytes)]
         environment = os.environ | {
@@ -210,7 +210,7 @@ def parallel_curl(room: Path, _: int) -> Iterator[Download]:
 
 @contextmanager
 def curl_files(room: Path, _: int) -> Iterator[Download]:
-    """`curl --parallel`: one connection a file."""
+    """`curl --parallel`: one connection per file."""
     listed = _listed()
 
     def download() -> None:
@@ -307,12 +307,12 @@ def _media_url(name: str) -> str:
 def _run_curl(arguments: list[str]) -> None:
     curl = shutil.which("curl")
     if curl is None:
-        raise RuntimeError("curl is needed for this benchmark")
+        raise RuntimeError("curl is required for this benchmark: install it")
     subprocess.run([curl, "--silent", "--no-progress-meter", "--fail", *arguments], check=True)
 
 
 def _forget_peak() -> int:
-    """Resident bytes now; the peak counts anew (proc(5), clear_refs)."""
+    """Reset the peak (proc(5), clear_refs). Returns the resident bytes now."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status_bytes("VmRSS")
 

@@ -1,11 +1,11 @@
-"""A day in the life of twelve fine-tunes with two slots: who waits how long for a first token.
+"""A trace of requests for twelve fine-tunes with two slots: time to first token.
 
     python -m benchmarks.trace [--quick] [--plot trace.png]
 
-Zipf-distributed requests, Poisson arrivals, over eight checkpoints of one architecture and four adapters, the
-same trace twice: this service as it is, and with swaps and the warm launcher off and every adapter merged
-into a checkpoint of its own. Ratios are the second's over the first's, of completed requests the first's over
-the second's.
+Zipf-distributed models, Poisson arrivals, over eight checkpoints of one architecture and four adapters. The
+same trace runs twice: with this service's defaults, and with swaps and the launcher off and every adapter
+merged into its own checkpoint. Ratios are the second over the first; for completed requests, the first over
+the second.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Run:
-    """What came of the trace: seconds to the first token in order of arrival, None for a failure."""
+    """The results of a trace: seconds to the first token in order of arrival, None for a failure."""
 
     waits: list[tuple[Arrival, float | None]]
     seconds: float
@@ -66,7 +66,7 @@ class Run:
 
 
 def trace(seconds: float, seed: int = 5) -> list[Arrival]:
-    """The popular models come first in popularity, adapters and checkpoints mixed."""
+    """Random arrivals. Adapters and checkpoints are mixed in the order of popularity."""
     chance = random.Random(seed)
     names = [f"tune-{number}" for number in range(CHECKPOINTS)]
     names += [f"adapter-{number}" for number in range(ADAPTERS)]
@@ -79,7 +79,7 @@ def trace(seconds: float, seed: int = 5) -> list[Arrival]:
 
 
 def make_bucket(root: Path, models: Checkpoints, *, merged: bool) -> None:
-    """Eight checkpoints that answer in two ways; four adapters of the first, or their merges."""
+    """Eight checkpoints with two different answers; four adapters of the first, or their merges."""
     for number in range(CHECKPOINTS):
         shutil.copytree((models.base, models.tuned)[number % 2], root / "models" / f"tune-{number}")
     for number in range(ADAPTERS):
@@ -90,7 +90,7 @@ def make_bucket(root: Path, models: Checkpoints, *, merged: bool) -> None:
 
 
 def play(server: Server, arrivals: list[Arrival]) -> Run:
-    """Send each request at its time; wait for the last answer."""
+    """Send each request at its time, and wait for all answers."""
     started = time.monotonic()
     progress = _Progress(len(arrivals))
 
@@ -110,7 +110,7 @@ def play(server: Server, arrivals: list[Arrival]) -> Run:
         waits = list(clients.map(ask, arrivals))
     seconds = time.monotonic() - started
     metrics = httpx2.get(f"{server.url}/metrics").text
-    # Neither swaps nor adapters start anything.
+    # Neither swaps nor adapters start an engine.
     loads = _total(metrics, "inference_load_phase_seconds_count{", 'phase="start"')
     swaps = _total(metrics, "inference_swaps_total{", 'status="ok"')
     return Run(waits, seconds, loads, swaps)
@@ -133,7 +133,7 @@ def _total(metrics: str, name: str, label: str) -> int:
 
 
 def draw(runs: dict[str, Run], file: Path) -> None:
-    """Seconds to the first token over the trace, and how they are distributed."""
+    """Plot the seconds to the first token over the trace, and their distribution."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -149,7 +149,7 @@ def draw(runs: dict[str, Run], file: Path) -> None:
         distribution.step(ordered, [(rank + 1) / len(ordered) for rank in range(len(ordered))], label=name)
     for axis in (over_time, distribution):
         axis.grid(visible=True, alpha=0.3)
-    # Beside the points, which are everywhere.
+    # Outside the axes: the points are everywhere.
     distribution.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     over_time.set(xlabel="arrival (s)", ylabel="seconds to the first token", yscale="log")
     distribution.set(xlabel="seconds to the first token", ylabel="share of requests", xscale="log")
@@ -216,6 +216,8 @@ def report(runs: dict[str, Run], plot: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a third of the trace")
-    parser.add_argument("--plot", type=Path, default=Path("benchmarks/trace.png"), help="where the plot goes")
+    parser.add_argument(
+        "--plot", type=Path, default=Path("benchmarks/trace.png"), help="output file of the plot"
+    )
     given = parser.parse_args()
     run(given.quick, given.plot)

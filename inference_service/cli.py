@@ -1,6 +1,6 @@
 """`inference-service models` and `inference-service pull MODEL`: the bucket from a terminal.
 
-The same settings, catalog and sync as the service's; no engine, no server.
+The same settings, catalog and snapshots as the service's; no engine, no server.
 """
 
 import asyncio
@@ -64,14 +64,14 @@ def pull(settings: Settings, name: str, output: TextIO) -> None:
 
 
 async def _servable(registry: Registry, name: str) -> Model:
-    """The model of that name, found servable before anything of it is downloaded; raises ServiceError."""
+    """The model of that name, checked before anything is downloaded; raises ServiceError."""
     return await registry.examine((await registry.find(name)).model)
 
 
 def _registry(
     settings: Settings, store: Store, layout: Layout, disk: Disk, snapshots: SnapshotStore
 ) -> Registry:
-    """The bucket's models, judged by all that does not depend on the device that will serve them."""
+    """The bucket's models, checked for everything that does not depend on the serving device."""
     documents = Documents(store)
     catalog = Catalog(store, settings.gcs_model_prefix, documents=documents)
     anywhere = Device(DeviceKind.CPU, "any", memory_bytes=0)
@@ -80,7 +80,7 @@ def _registry(
 
 
 def _backend(settings: Settings) -> Backend:
-    """The one that serves on this machine; where none is installed, the one that would be chosen."""
+    """The backend that serves on this machine; if none is installed, the one that would be chosen."""
     try:
         return choose_backend(settings.engine, find_device(), int8=settings.quantizes)
     except BackendMissing:
@@ -99,7 +99,7 @@ def _fetch(snapshots: SnapshotStore, model: ListedModel) -> None:
 
 
 def _draw(snapshots: SnapshotStore, model: ListedModel, ended: threading.Event) -> None:
-    """Progress on stderr while the fetch is under way: a bar on a terminal, else a line now and then."""
+    """Progress on stderr during the fetch: a bar on a terminal, else a line now and then."""
     if sys.stderr.isatty():
         _draw_bar(snapshots, model, ended)
         return

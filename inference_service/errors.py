@@ -11,10 +11,10 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     ├── ModelNotFound           404
     ├── ModelNotServable        422   the model is there and cannot be served; says why
     ├── NoPreviousRevision      409   there is nothing on the disk to roll back to
-    ├── Overloaded              429   too many requests wait already
-    ├── QueueTimedOut           503   it waited for as long as it may; its load goes on
-    │   └── StillBusy                 its engine is there, and too many requests run
-    ├── NoRoom                  503   it does not fit beside the pinned engines; says the numbers
+    ├── Overloaded              429   too many requests are waiting
+    ├── QueueTimedOut           503   it has waited for the maximum time; its load goes on
+    │   └── StillBusy                 its engine is ready, and too many requests run
+    ├── NoRoom                  503   it does not fit beside the pinned engines; gives the numbers
     ├── StoreError                    the bucket cannot be read; says why
     │   ├── StoreUnavailable    503   it does not answer, answers 429 or 5xx, or stalls: try again
     │   ├── ObjectReplaced      503   an object changed between the listing and its fetch
@@ -22,19 +22,19 @@ Errors are raised where a library's own error is translated; `app.py` renders th
     │   ├── StoreForbidden      500   the service lacks a permission; says which
     │   └── SnapshotCorrupt     502   the bytes that arrived are not those that the listing names
     ├── CacheError              500   LOCAL_MODEL_CACHE cannot be written
-    │   └── DiskFull            507   it has no room for the model; says how much is missing
+    │   └── DiskFull            507   it has no space for the model; says how much is missing
     ├── EngineError             502   the engine answered with an error of its own
     │   ├── EngineStartFailed   503   the engine could not be started; says the engine's reason
     │   │   ├── EngineKilled          it was killed while it started
     │   │   └── LoadTimedOut          it did not start within LOAD_TIMEOUT
-    │   ├── LauncherGone        503   the launcher ended under the load; another is started
+    │   ├── LauncherGone        503   the launcher died during the load; another is started
     │   ├── OutOfMemory         503   the device has no memory for it; says how much is missing
     │   ├── SwapFailed          503   an engine could not take other weights; it is replaced by a fresh one
     │   ├── AdapterRefused      422   the engine does not take the adapter; says why
-    │   ├── EngineUnloaded      503   the operator has unloaded it under the request
-    │   └── EngineDied          503   the engine's process went away, or hangs, under the request
+    │   ├── EngineUnloaded      503   the operator unloaded it during the request
+    │   └── EngineDied          503   the engine's process died, or hangs, during the request
     ├── RequestTimedOut         504
-    ├── ClientLeft              499   for metrics and the log: nobody reads it
+    ├── ClientLeft              499   for metrics and the log: no client sees it
     └── ShuttingDown            503
 """
 
@@ -42,11 +42,11 @@ from typing import Any, ClassVar
 
 
 class ServiceError(Exception):
-    """Base of every error with an answer for the client.
+    """Base of every error that clients can receive.
 
-    `param` names the request's field that is at fault, `retry_after` (seconds) is sent as Retry-After.
-    `model` is the catalog's name of the model that it is about, empty where that is not known; `reference`
-    the reference of what could not be loaded, for an adapter perhaps its base's.
+    `param` names the field at fault, `retry_after` (seconds) is sent as Retry-After.
+    `model` is the catalog's name of the model concerned, empty if unknown; `reference` the reference of what
+    could not be loaded, for an adapter possibly its base's.
     """
 
     status: ClassVar[int] = 500
@@ -62,7 +62,7 @@ class ServiceError(Exception):
         self.reference: str | None = None
 
     def again(self, message: str, *, retry_after: int | None) -> "ServiceError":
-        """The same error once more, to another request."""
+        """The same error for another request."""
         error = ServiceError.__new__(type(self), message)
         error.__dict__ |= {**self.__dict__, "message": message, "retry_after": retry_after}
         return error
@@ -106,7 +106,7 @@ class BodyTooLarge(InvalidRequest):
     code = "request_too_large"
 
     def headers(self) -> dict[str, str]:
-        # What is still to come of the body is not read.
+        # The rest of the body is not read.
         return {**super().headers(), "connection": "close"}
 
 
@@ -206,14 +206,14 @@ class CacheError(ServiceError):
 
 
 class DiskFull(CacheError):
-    """`missing`: bytes that would have to be given up; None where nothing that is held would help."""
+    """`missing`: bytes that would have to be freed; None if freeing held snapshots would not help."""
 
     status = 507
     code = "disk_full"
     missing: int | None = None
 
     def headers(self) -> dict[str, str]:
-        # The client library retries every 5xx by itself; the disk is as full a second later.
+        # The client library retries every 5xx; the disk is as full a second later.
         return {**super().headers(), "x-should-retry": "false"}
 
 
@@ -227,17 +227,16 @@ class EngineStartFailed(EngineError):
     code = "engine_start_failed"
 
     def headers(self) -> dict[str, str]:
-        # The client library retries a 503 twice by itself; a load that failed for a reason of the
-        # model's would only fail again.
+        # The client library retries a 503 twice; a load that failed because of the model would fail again.
         return {**super().headers(), "x-should-retry": "false"}
 
 
 class EngineKilled(EngineStartFailed):
-    """Somebody killed the host, or the system did; the model need not be at fault."""
+    """The host was killed, by a user or the system; the model may not be at fault."""
 
 
 class LoadTimedOut(EngineStartFailed):
-    """The host is alive, as far as anybody knows."""
+    """The host is alive, as far as is known."""
 
 
 class LauncherGone(EngineError):

@@ -108,7 +108,7 @@ def test_pull_judges_for_the_engine_that_would_serve(environment: dict[str, str]
     """What vLLM has and transformers has not, and the other way round, is refused for the one only."""
     model = Path(adapters.removeprefix("file://")) / "models" / "smollm2-135m-instruct"
     (model / "serving.json").write_text('{"quantization": "fp8"}')
-    for engine, words in (("vllm", ""), ("transformers", "quantization needs the vLLM backend")):
+    for engine, words in (("vllm", ""), ("transformers", "quantization requires the vLLM backend")):
         done = run(environment | {"GCS_BUCKET": adapters, "ENGINE": engine}, "pull", "smollm2-135m-instruct")
         assert words in done.stderr
         assert done.returncode == bool(words)

@@ -1,1 +1,1 @@
-"""`python -m benchmarks.soak`: the whole service, for long, under every trouble at once."""
+"""`python -m benchmarks.soak`: a long run of the whole service under every fault at once."""

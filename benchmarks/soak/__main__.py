@@ -1,10 +1,10 @@
-"""The whole service under mixed load and every trouble at once, until the time is up.
+"""Run the whole service under mixed load and every fault at once, for a given time.
 
     python -m benchmarks.soak [--duration SECONDS] [--seed NUMBER] [--log FILE]
 
-ENGINE=fake, a bucket of eight models of which four are in trouble, two slots. Every answer is checked word by
-word; every error has to be explained by what was done (explanations.py), and whatever the service's process
-holds has to come back. Exit code 1 where that is not so.
+ENGINE=fake, two slots, and a bucket of eight models, four of them faulty. Every answer is checked word by
+word. Every error must be explained by a deed of the soak (explanations.py), and the service's process must
+give back what it took under load. Otherwise the exit code is 1.
 """
 
 import argparse
@@ -21,7 +21,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    """The first signal unwinds everything that was started; further ones change nothing."""
+    """The first signal stops everything that was started; further ones are ignored."""
     for each in ENDING:
         signal.signal(each, signal.SIG_IGN)
     raise SystemExit(128 + number)
@@ -30,8 +30,8 @@ def _end(number: int, _: FrameType | None) -> None:
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(prog="benchmarks.soak", description=__doc__.split("\n")[0])
     arguments.add_argument("--duration", type=float, default=600.0, help="seconds under load")
-    arguments.add_argument("--seed", type=int, default=1, help="of the dice that decide what happens")
-    arguments.add_argument("--log", type=Path, help="keep the service's log there")
+    arguments.add_argument("--seed", type=int, default=1, help="of the random number generator")
+    arguments.add_argument("--log", type=Path, help="write the service's log to this file")
     given = arguments.parse_args()
     for ending in ENDING:
         signal.signal(ending, _end)

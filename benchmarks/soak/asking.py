@@ -1,4 +1,4 @@
-"""One request: what is sent, how its client behaves, and what came of it."""
+"""One request: what is sent, how its client behaves, and the outcome."""
 
 import asyncio
 import json
@@ -21,13 +21,13 @@ from benchmarks.sse_client import (
 )
 
 TEXT = "/v1/completions"
-# Beyond REQUEST_TIMEOUT and its last word nobody shall have to wait.
+# REQUEST_TIMEOUT and a margin for the last word: no client may have to wait longer.
 PATIENCE_SECONDS = REQUEST_SECONDS + 8.0
 DEAF_BUFFER_BYTES = 4096
 
 
 class Manner(StrEnum):
-    """How a client behaves; `LEAVES_AT_WORDS`: with the first content of the answer."""
+    """How a client behaves. `LEAVES_AT_WORDS`: it disconnects at the first content of the answer."""
 
     STAYS = "stays"
     LEAVES = "leaves"
@@ -37,10 +37,10 @@ class Manner(StrEnum):
 
 @dataclass(frozen=True)
 class Ask:
-    """A request for `model` (its canonical name in `part`, None where there is none such).
+    """A request for `model`, the canonical name of `part` (None if there is no such model).
 
-    `refusal`: status and code that must come, whatever happens; `certain`: no error may come. `seconds`: how
-    long who leaves stays.
+    `refusal`: status and code that must be returned in any case. `certain`: no error may be returned.
+    `seconds`: how long a client that disconnects stays.
     """
 
     path: str
@@ -57,22 +57,22 @@ class Ask:
 
     @property
     def lethal(self) -> bool:
-        """It brings the fault of its model about."""
+        """Whether it triggers the fault of its model."""
         start = None if self.part is None else self.part.lethal_from
         return start is not None and self.tokens >= start
 
 
 @dataclass
 class Outcome:
-    """What came of a request. `status` 0: no answer; `code`, `message`: of the error, in head or stream.
+    """The outcome of a request. `status` 0: no answer; `code`, `message`: of the error, in head or stream.
 
-    `crowd`: how many requests were under way when it was sent. `wrong`: what no service may answer.
+    `load`: the number of requests in flight when it was sent. `wrong`: why the answer is invalid.
     """
 
     ask: Ask
     sent: float
     ended: float
-    crowd: int
+    load: int
     status: int = 0
     code: str | None = None
     message: str = ""
@@ -88,15 +88,15 @@ class Outcome:
 
 
 def generation(part: Part, tokens: int, *, stream: bool, chat: bool, **manner: Any) -> Ask:
-    """A request for so many words of a model."""
+    """A request for `tokens` words of a model."""
     said: dict[str, Any] = {"messages": [{"role": "user", "content": "Tell"}]} if chat else {"prompt": "Tell"}
     body = {"model": part.name, "max_tokens": tokens, "stream": stream, **said}
     path = CHAT if chat else TEXT
     return Ask(path, json.dumps(body).encode(), part.canonical, tokens, stream, part, **manner)
 
 
-async def ask(address: str, request: Ask, crowd: int) -> Outcome:
-    """Send it, behave, and read what came."""
+async def ask(address: str, request: Ask, load: int) -> Outcome:
+    """Send it, behave as its client does, and read the answer."""
     sent = now()
     words = asyncio.Event()
     connection = await _connect(address, words.set, deaf=request.manner is Manner.DEAF)
@@ -106,7 +106,7 @@ async def ask(address: str, request: Ask, crowd: int) -> Outcome:
     finally:
         connection.cut()
     answer = await answering
-    outcome = Outcome(request, sent, now(), crowd, answer.status, left=left)
+    outcome = Outcome(request, sent, now(), load, answer.status, left=left)
     _read(answer, outcome)
     return outcome
 
@@ -115,7 +115,7 @@ async def _connect(address: str, began: Callable[[], None], *, deaf: bool) -> Co
     host, _, port = address.rpartition(":")
     opened = socket.socket()
     opened.setblocking(False)
-    if deaf:  # little is on its way before the service feels it
+    if deaf:  # the service notices after little data in flight
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DEAF_BUFFER_BYTES)
     loop = asyncio.get_running_loop()
     try:
@@ -129,7 +129,7 @@ async def _connect(address: str, began: Callable[[], None], *, deaf: bool) -> Co
 async def _behave(
     request: Ask, connection: Connection, answering: asyncio.Task[Answer], words: asyncio.Event
 ) -> bool:
-    """Whether the client left before the answer's end; who waits for longer than is promised has not."""
+    """Whether the client left before the end of the answer. Running into a timeout does not count."""
     if request.manner is Manner.LEAVES_AT_WORDS:
         waiting = asyncio.create_task(words.wait())
         await asyncio.wait({answering, waiting}, timeout=request.seconds, return_when="FIRST_COMPLETED")
@@ -145,7 +145,7 @@ async def _behave(
 def _read(answer: Answer, outcome: Outcome) -> None:
     outcome.retry_after = b"\r\nretry-after:" in answer.head.lower()
     if not answer.whole and not outcome.left:
-        outcome.wrong = f"the answer did not come to its end in {outcome.seconds:.1f} s"
+        outcome.wrong = f"the answer was incomplete after {outcome.seconds:.1f} s"
     content = [piece for _, piece in answer.pieces]
     if answer.status == 200 and outcome.ask.stream:
         _read_stream(answer, outcome)
@@ -165,11 +165,11 @@ def _read_whole(content: bytes, outcome: Outcome) -> None:
         text = choice["message"]["content"] if outcome.ask.path == CHAT else choice["text"]
         used = answer["usage"]["completion_tokens"]
     except (ValueError, KeyError, TypeError, IndexError):
-        outcome.wrong = f"an answer of another shape: {content[:300]!r}"
+        outcome.wrong = f"an invalid answer: {content[:300]!r}"
         return
     outcome.words = len(text.split())
     if text != "".join(expected_words(outcome.ask.tokens)) or used != outcome.ask.tokens:
-        outcome.wrong = f"another text of {outcome.words} words, {used} counted: {text[:200]!r}"
+        outcome.wrong = f"a wrong text of {outcome.words} words, usage says {used}: {text[:200]!r}"
 
 
 def _read_stream(answer: Answer, outcome: Outcome) -> None:
@@ -177,7 +177,7 @@ def _read_stream(answer: Answer, outcome: Outcome) -> None:
     done = False
     for _, event in events(payloads(answer.pieces)):
         if done or outcome.code is not None:
-            outcome.wrong = f"after its end the stream went on: {event[:200]!r}"
+            outcome.wrong = f"the stream continued after its end: {event[:200]!r}"
         elif event.startswith(b":"):
             outcome.comments += 1
         elif event == b"data: [DONE]":

@@ -1,4 +1,4 @@
-"""The load: clients of every kind, in rounds with a lull after each."""
+"""The load: clients of every kind, in rounds, each followed by a lull."""
 
 import asyncio
 import json
@@ -7,26 +7,26 @@ from collections.abc import Iterator
 
 from benchmarks.soak.asking import TEXT, Ask, Manner, generation
 from benchmarks.soak.ledger import Ledger
-from benchmarks.soak.models import CAST, RUNNING, WAITING, Part
+from benchmarks.soak.models import MODELS, RUNNING, WAITING, Part
 from benchmarks.sse_client import CHAT, now
 
 ROUND_SECONDS = 14.0
 LULL_SECONDS = 5.0
 REQUESTS_A_SECOND = 12.0
-# One healthy model at a time is asked for more than the others, so that there is something to disturb.
+# One healthy model at a time is requested more often than the others, so that there is something to disturb.
 FAVOURED = 0.65
 NEW_FAVOURITE_A_SECOND = 0.1
 BURST = RUNNING + WAITING + 20
 BURSTS_A_SECOND = 0.03
 DEAF_A_SECOND = 0.05
 MOST_WORDS = 90
-NAMES = [part for part in CAST for _ in range(part.share)]
-HEALTHY = [part for part in CAST if part.healthy]
+NAMES = [part for part in MODELS for _ in range(part.share)]
+HEALTHY = [part for part in MODELS if part.healthy]
 FAVOURITES = [part for part in HEALTHY if not part.stubborn]
 
 
-class Crowd:
-    """Everybody who asks for words; `dice` decides who comes next."""
+class Load:
+    """The clients; `dice` chooses the next request."""
 
     def __init__(self, ledger: Ledger, dice: random.Random) -> None:
         self._ledger = ledger
@@ -35,7 +35,7 @@ class Crowd:
         self._asking: set[asyncio.Task[object]] = set()
 
     async def round(self, until: float) -> None:
-        """Requests for ROUND_SECONDS, `until` at most; then a lull until nobody asks, or for LULL_SECONDS."""
+        """Send for ROUND_SECONDS, but not after `until`; then a lull of at most LULL_SECONDS."""
         ends = min(until, now() + ROUND_SECONDS)
         while now() < ends:
             await asyncio.sleep(self._dice.expovariate(REQUESTS_A_SECOND))
@@ -44,12 +44,12 @@ class Crowd:
         await self.quiet(LULL_SECONDS)
 
     async def quiet(self, seconds: float) -> None:
-        """Returns when nobody asks any more, or after so many seconds."""
+        """Wait until no request is in flight, at most `seconds`."""
         if self._asking:
             await asyncio.wait(self._asking, timeout=seconds)
 
     def leave(self) -> None:
-        """Everybody goes at once."""
+        """Disconnect all clients."""
         for asking in self._asking:
             asking.cancel()
 
@@ -95,13 +95,13 @@ class Crowd:
         return self._dice.randint(1, part.lethal_from - 1)
 
     def _deaf(self) -> Ask:
-        """Asks for more than it will ever read."""
+        """A client that requests more than it reads."""
         seconds = self._dice.uniform(2.0, 16.0)
         part = self._dice.choice(HEALTHY)
         return generation(part, 100_000, stream=True, chat=True, manner=Manner.DEAF, seconds=seconds)
 
     def _bad(self) -> Ask:
-        """What is refused, whatever happens."""
+        """A request that must be refused in any case."""
         known = {"model": "quick", "prompt": "Tell"}
         bad, unknown = (400, "invalid_value"), (404, "model_not_found")
         return self._dice.choice(

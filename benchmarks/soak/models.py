@@ -1,4 +1,4 @@
-"""Who plays: the models, what is wrong with each, and the settings that make it happen often."""
+"""The models, the fault of each, and the settings that make faults frequent."""
 
 import itertools
 import json
@@ -14,8 +14,8 @@ QUEUE_SECONDS = 5.0
 LOAD_SECONDS = 6.0
 REQUEST_SECONDS = 12.0
 STALL_SECONDS = 3.0
-# The service's own: what the first failed load of a model keeps it from.
-CIRCUIT_SECONDS = 5.0
+# The service's load backoff after the first failed load of a model.
+BACKOFF_SECONDS = 5.0
 SETTINGS = {
     "ENGINE": "fake",
     "FAKE_TOKENS_PER_SECOND": f"{RATE:g}",
@@ -38,9 +38,9 @@ WEIGHTS_BYTES = 200_000
 
 @dataclass(frozen=True)
 class Part:
-    """One model. `share`: how often it is asked for; `lethal_from`: tokens in a stream that bring its fault.
+    """One model. `share`: relative frequency of requests; `lethal_from`: tokens that trigger its fault.
 
-    `fault`: `dies`, `hangs`, `stalls`, or None for a healthy one; `broken`: it never starts.
+    `fault`: `dies`, `hangs`, `stalls`, or None if healthy; `broken`: it never starts.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Part:
         return self.fault is None and not self.broken
 
 
-CAST = (
+MODELS = (
     Part("quick", 40),
     Part("acme/keeper", 20, {"start_seconds": 0.3}),
     Part("slow", 12, {"start_seconds": 1.2, "memory_mib": 8}),
@@ -73,19 +73,19 @@ CAST = (
     Part("hangs", 3, {"hang_after": 12}, "hangs", 12),
     Part("stalls", 5, {"stall_after": 12}, "stalls", 12),
 )
-BY_NAME = {part.canonical: part for part in CAST}
-# Pinned and unpinned; where both are, nothing else can be loaded.
+BY_NAME = {part.canonical: part for part in MODELS}
+# Pinned and unpinned; while both are pinned, no other model can be loaded.
 PINNED = ("acme-keeper", "quick")
 UPLOADED = ("quick", "acme-keeper", "broken", "slow")
 
 
 class Bucket:
-    """A `file://` bucket; a file of a model is replaced as a whole, as an object of a bucket is."""
+    """A `file://` bucket. Files are replaced atomically, like the objects of a bucket."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._revisions = itertools.count(1)
-        for part in CAST:
+        for part in MODELS:
             directory = self._directory(part)
             directory.mkdir(parents=True)
             (directory / "config.json").write_text(json.dumps({"fake": part.script}))
@@ -93,7 +93,7 @@ class Bucket:
             self.upload(part)
 
     def upload(self, part: Part) -> None:
-        """A new revision: other weights."""
+        """Upload a new revision, with other weights."""
         directory = self._directory(part)
         content = f"revision {next(self._revisions)} of {part.name} ".encode()
         unfinished = self.root / "unfinished"

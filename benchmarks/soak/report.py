@@ -1,22 +1,22 @@
-"""What a soak has found: the tables, the last line, and whether it is good."""
+"""The report of a soak: the tables, the last line, and whether it passed."""
 
 from benchmarks.report import print_result, print_table
 from benchmarks.soak.samples import FLAT_MIB, JUDGED_SECONDS, SERIES, Sample, line_of
 from benchmarks.soak.scenario import Findings
 
-# What must be after the load as it was before it.
+# Must be the same after the load as before it.
 MUST_COME_BACK = ("open_files", "tasks", "leases", "processes")
 
 
 def report(findings: Findings) -> bool:
-    """Print everything; whether there is nothing to complain of."""
+    """Print everything. Returns whether the soak passed."""
     if findings.before is None or findings.after is None or not findings.samples:
         raise RuntimeError("the soak was too short: there is no sample")
     _print_outcomes(findings)
     _print_series(findings, findings.before, findings.after)
     complaints = _complaints(findings, findings.before, findings.after)
     for complaint in complaints:
-        print(f"NOT GOOD: {complaint}")
+        print(f"FAILED: {complaint}")
     print_result("soak", {}, _figures(findings, findings.before, findings.after))
     return not complaints
 
@@ -30,7 +30,7 @@ def _print_outcomes(findings: Findings) -> None:
         for (model, code, why), count in sorted(ledger.explained.items())
     ]
     rows += [["UNEXPLAINED", "", str(ledger.unexplained)]]
-    rows += [[f"done: {deed.value}", "", str(count)] for deed, count in ledger.chronicle.counts.items()]
+    rows += [[f"done: {deed.value}", "", str(count)] for deed, count in ledger.timeline.counts.items()]
     rows += [
         [f"slowest {path}", "", f"{seconds * 1000:.0f} ms"]
         for path, seconds in sorted(findings.watch.slowest.items())
@@ -45,12 +45,14 @@ def _print_series(findings: Findings, before: Sample, after: Sample) -> None:
         line = line_of(findings.samples, series)
         values = (getattr(before, series), line.first, line.last, line.slope_per_hour, getattr(after, series))
         rows.append([series, *(f"{value:.1f}" for value in values)])
-    print_table(["in the lulls", "before the load", "warm", "end", "slope per hour", "settled"], rows)
+    print_table(
+        ["in the lulls", "before the load", "after warm-up", "end", "slope per hour", "settled"], rows
+    )
     line = line_of(findings.samples, "resident_mib")
     print(
         f"memory: the line after the warm-up rises by {line.rise:+.2f} MiB, "
         f"{line.rise * (1 << 20) / max(1, findings.ledger.requests):+.0f} bytes a request; "
-        f"flat is less than {FLAT_MIB:g} MiB, judged from {JUDGED_SECONDS:g} s on\n"
+        f"less than {FLAT_MIB:g} MiB counts as flat, judged in soaks of at least {JUDGED_SECONDS:g} s\n"
     )
 
 
@@ -66,7 +68,7 @@ def _complaints(findings: Findings, before: Sample, after: Sample) -> list[str]:
     if findings.seconds >= JUDGED_SECONDS and rise >= FLAT_MIB:
         complaints.append("memory is not flat")
     if findings.exit_code != 0:
-        complaints.append(f"the service ended with {findings.exit_code} after SIGTERM")
+        complaints.append(f"the service ended with exit code {findings.exit_code} after SIGTERM")
     if findings.processes_left:
         complaints.append(f"{findings.processes_left} processes outlived the service")
     return complaints

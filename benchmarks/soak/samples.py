@@ -1,4 +1,4 @@
-"""What the service's process holds, sampled in the lulls, and the line through each series."""
+"""Resources of the service's process, sampled in the lulls, and a regression line through each series."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 MIB = 1 << 20
 WARM_UP = 0.25
-# Memory is flat where the line through it rises by less than this from the end of the warm-up to the end of
-# the load: allocators keep this much more or less, while a leak grows with every request.
+# Memory is flat if its line rises by less than this from the end of the warm-up to the end of the load:
+# allocators vary by this much, while a leak grows with every request.
 FLAT_MIB = 3.0
-# A shorter soak ends while allocators still take what they then keep: its memory is told and not judged.
+# In a shorter soak allocators are still growing: its memory is reported but not judged.
 JUDGED_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The process at `at`; `processes` are those below it."""
+    """The process at `at`; `processes`: the number of its descendants."""
 
     at: float
     resident_mib: float
@@ -31,7 +31,7 @@ SERIES = ("resident_mib", "open_files", "threads", "tasks", "processes", "leases
 
 @dataclass(frozen=True)
 class Line:
-    """A series after the warm-up, and the straight line through it."""
+    """A series after the warm-up, and the regression line through it."""
 
     first: float
     last: float
@@ -40,7 +40,7 @@ class Line:
 
 
 def line_of(samples: Sequence[Sample], series: str) -> Line:
-    """Of the samples after the warm-up; at least two are needed, else all are taken."""
+    """The line through the samples after the warm-up. Flat if there is only one."""
     warm = samples[0].at + WARM_UP * (samples[-1].at - samples[0].at)
     kept = [sample for sample in samples if sample.at >= warm]
     times = [sample.at for sample in kept]

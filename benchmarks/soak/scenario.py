@@ -1,4 +1,4 @@
-"""The course of a soak: before the load, the load in rounds, settled again, the end."""
+"""The scenario of a soak: before the load, the load in rounds, settling, the end."""
 
 import asyncio
 import random
@@ -15,29 +15,29 @@ import psutil
 from benchmarks.report import say
 from benchmarks.servers import Server, free_port, running
 from benchmarks.soak.asking import generation
-from benchmarks.soak.faults import Troubles
+from benchmarks.soak.faults import Faults
 from benchmarks.soak.ledger import Ledger
-from benchmarks.soak.load import Crowd
+from benchmarks.soak.load import Load
 from benchmarks.soak.models import BY_NAME, SETTINGS, Bucket, Part
 from benchmarks.soak.samples import MIB, Sample
-from benchmarks.soak.timeline import Chronicle
+from benchmarks.soak.timeline import Timeline
 from benchmarks.soak.watch import Watch
 from benchmarks.sse_client import now
 from inference_service.config import Settings
 
 SETTLE_SECONDS = 45.0
 COME_BACK_SECONDS = 15.0
-# DRAIN_TIMEOUT, the end of the engines and of the connections.
+# DRAIN_TIMEOUT, and the shutdown of engines and connections.
 EXIT_SECONDS = 6.0
 SAY_EVERY_ROUNDS = 3
-# In the service's own log these are errors that nobody expected.
+# In the service's log these are bugs.
 ALARMS = ("unexpected error", "never retrieved", "Exception in callback", "did not close cleanly")
 ALARMED_LINES = 12
 
 
 @dataclass
 class Findings:
-    """What a soak leaves to be reported; `exit_code` None: it had to be killed."""
+    """The results of a soak. `exit_code` None: the service had to be killed."""
 
     ledger: Ledger
     watch: Watch
@@ -51,16 +51,16 @@ class Findings:
 
 
 async def soak(duration: float, seed: int, log: Path | None) -> Findings:
-    """One soak; its service and its directory are gone when this returns or raises."""
+    """Run one soak. Its service and its directory are gone when this returns or raises."""
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         room = Path(directory)
         bucket = Bucket(room / "bucket")
         with running("this service", *_command(port, room), port, room, "/ready") as server:
-            ledger = Ledger(server.address, Chronicle())
+            ledger = Ledger(server.address, Timeline())
             findings = Findings(ledger, Watch(ledger))
             try:
-                await _Course(server, bucket, findings, random.Random(seed)).run(duration)
+                await _Scenario(server, bucket, findings, random.Random(seed)).run(duration)
             finally:
                 _read_log(findings.ledger, room / "server.log", log)
     return findings
@@ -78,69 +78,69 @@ def _command(port: int, room: Path) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, "-m", "inference_service"], environment
 
 
-class _Course:
+class _Scenario:
     def __init__(self, server: Server, bucket: Bucket, findings: Findings, dice: random.Random) -> None:
         self._server = server
         self._ledger = findings.ledger
         self._watch = findings.watch
-        self._crowd = Crowd(self._ledger, dice)
-        self._troubles = Troubles(self._ledger, self._watch, server, bucket, dice)
+        self._load = Load(self._ledger, dice)
+        self._faults = Faults(self._ledger, self._watch, server, bucket, dice)
         self._findings = findings
 
     async def run(self, duration: float) -> None:
         findings = self._findings
         await self._play_once()
         findings.before = await self._settled()
-        say(f"before the load: {_told(findings.before)}")
+        say(f"before the load: {_summary(findings.before)}")
         began = now()
         try:
-            await self._load(began + duration)
+            await self._under_load(began + duration)
             findings.seconds = now() - began
-            await self._crowd.quiet(SETTLE_SECONDS)
-            await self._troubles.settle(SETTLE_SECONDS)
+            await self._load.quiet(SETTLE_SECONDS)
+            await self._faults.settle(SETTLE_SECONDS)
         finally:
-            self._troubles.resume()
-            self._crowd.leave()
+            self._faults.resume()
+            self._load.leave()
         findings.after = await self._settled()
-        say(f"settled after the load: {_told(findings.after)}")
+        say(f"settled after the load: {_summary(findings.after)}")
         findings.counters = await self._watch.counters()
         await self._end()
 
     async def _play_once(self) -> None:
-        """What happens once happens now: the launcher's imports, the first use of every part."""
+        """Trigger what happens only once: the launcher's imports, the first use of every component."""
         for name in ("quick", "acme-keeper"):
             await self._ask(BY_NAME[name], stream=name == "quick")
 
     async def _ask(self, part: Part, *, stream: bool) -> None:
         await self._ledger.send(generation(part, 3, stream=stream, chat=True))
 
-    async def _load(self, until: float) -> None:
+    async def _under_load(self, until: float) -> None:
         scraping = asyncio.create_task(self._watch.scrape(until))
-        brewing = asyncio.create_task(self._troubles.brew(until))
+        injecting = asyncio.create_task(self._faults.inject(until))
         try:
             rounds = 0
             while now() < until:
-                await self._crowd.round(until)
+                await self._load.round(until)
                 self._findings.samples.append(await self._sample())
                 rounds += 1
                 if rounds % SAY_EVERY_ROUNDS == 0:
                     self._say_progress(until)
-            await asyncio.gather(scraping, brewing)
+            await asyncio.gather(scraping, injecting)
         finally:
             scraping.cancel()
-            brewing.cancel()
+            injecting.cancel()
 
     def _say_progress(self, until: float) -> None:
         ledger, sample = self._ledger, self._findings.samples[-1]
         say(
             f"{max(0.0, until - now()):.0f} s to go: {ledger.requests} requests, {ledger.ok} right, "
             f"{ledger.left.total()} left, {ledger.explained.total()} explained, {ledger.unexplained} "
-            f"unexplained; {_told(sample)}"
+            f"unexplained; {_summary(sample)}"
         )
 
     async def _settled(self) -> Sample:
-        """All engines unloaded; what is left when nothing changes back any more."""
-        await self._troubles.unload_all()
+        """Unload all engines; sample once resources are back, or after COME_BACK_SECONDS."""
+        await self._faults.unload_all()
         before, ends = self._findings.before, now() + COME_BACK_SECONDS
         sample = await self._sample()
         while now() < ends and not (_is_idle(self._watch) and _is_back(sample, before)):
@@ -162,7 +162,7 @@ class _Course:
         )
 
     async def _end(self) -> None:
-        """SIGTERM with engines loaded: exit code 0, and no process is left."""
+        """SIGTERM with engines loaded: the exit code must be 0, and no process may be left."""
         for name in ("stubborn", "quick"):
             await self._ask(BY_NAME[name], stream=False)
         processes = self._server.processes()
@@ -193,7 +193,7 @@ def _runs(process: psutil.Process) -> bool:
     return False
 
 
-def _told(sample: Sample) -> str:
+def _summary(sample: Sample) -> str:
     return (
         f"{sample.resident_mib:.1f} MiB, {sample.open_files} files, {sample.threads} threads, "
         f"{sample.tasks} tasks, {sample.processes} processes, {sample.leases} leases"

@@ -1,4 +1,4 @@
-"""What the soak has done to the service, and when: every error has to be explained by it."""
+"""What the soak did to the service, and when: it must explain every error."""
 
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from enum import StrEnum
 
 from benchmarks.sse_client import now
 
-# Longer than anything done can have an effect.
+# Longer than any deed can have an effect.
 KEPT_SECONDS = 180.0
 
 
 class Deed(StrEnum):
-    """`PAUSED`: stopped for a moment shorter than the service bears: it explains nothing."""
+    """`PAUSED`: stopped for less time than the service tolerates, so it explains nothing."""
 
     KILLED = "killed"
     STOPPED = "stopped"
@@ -19,14 +19,14 @@ class Deed(StrEnum):
     UNLOADED = "unloaded"
     FORCED = "unloaded by force"
     PINNED = "pinned"
-    LETHAL = "asked for its fault"
+    LETHAL = "fault triggered"
     LOADED = "loaded"
     UPLOADED = "uploaded"
 
 
 @dataclass
 class Entry:
-    """One deed on one model, in effect from `began` to `ended`; None: still. `state`: its engine's then."""
+    """One deed on one model, in effect from `began` to `ended` (None: still). `state`: of its engine then."""
 
     deed: Deed
     model: str
@@ -39,8 +39,8 @@ class Entry:
             self.ended = now()
 
 
-class Chronicle:
-    """Deeds in the order of their beginning."""
+class Timeline:
+    """Deeds in the order in which they began."""
 
     def __init__(self) -> None:
         self._entries: deque[Entry] = deque()
@@ -61,7 +61,7 @@ class Chronicle:
         return entry
 
     def during(self, deed: Deed, model: str, since: float, until: float, after: float = 0.0) -> list[Entry]:
-        """The deeds on the model in effect, or so many seconds `after` their end, at some time in between."""
+        """Deeds on the model that overlap the interval; each counts until `after` seconds past its end."""
         return [
             entry
             for entry in self._entries

@@ -1,4 +1,4 @@
-"""Scrapes of the service all the time, as its monitoring does; what they say must make sense every time."""
+"""Scrapes the service continuously, as its monitoring would, and checks each result for consistency."""
 
 import asyncio
 import json
@@ -11,13 +11,13 @@ from benchmarks.soak.models import RUNNING, SLOTS, WAITING
 from benchmarks.sse_client import connect, get_request, now
 
 EVERY_SECONDS = 0.4
-# /admin/stats waits for a second for an engine that does not answer.
+# /admin/stats waits up to a second for an engine that does not respond.
 ANSWER_SECONDS = 5.0
 _METRIC = re.compile(r"^inference_(\w+)_total(?:\{(.*)\})? ([\d.e+]+)$", re.MULTILINE)
 
 
 class Watch:
-    """`stats`: what /admin/stats said last; `slowest`: seconds of the slowest answer of each route."""
+    """`stats`: the last /admin/stats; `slowest`: seconds of the slowest answer of each route."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -37,7 +37,7 @@ class Watch:
             await asyncio.sleep(EVERY_SECONDS)
 
     async def look(self) -> dict[str, Any]:
-        """/admin/stats at this moment."""
+        """The current /admin/stats."""
         content = await self.get("/admin/stats")
         if content is not None:
             self.stats = json.loads(content)
@@ -45,7 +45,7 @@ class Watch:
         return self.stats
 
     async def get(self, path: str) -> bytes | None:
-        """The body of the answer; complains where there is none, or a late one."""
+        """The body of the answer. Complains if it is missing or late."""
         self.scrapes += 1
         try:
             connection = await connect(self._ledger.address)
@@ -71,9 +71,9 @@ class Watch:
         return counted
 
     def _check(self, stats: dict[str, Any]) -> None:
-        """No more engines, leases and waiters than there may be."""
-        # The operator's orders wait beside the clients' queue.
-        waiters = sum(not waiter["order"] for waiter in stats["waiters"])
+        """Check the limits of engines, leases and waiters."""
+        # Operator requests wait outside the clients' queue.
+        waiters = sum(not waiter["operator"] for waiter in stats["waiters"])
         if stats["slots"]["used"] > SLOTS or len(stats["engines"]) > SLOTS:
             self._ledger.complain("/admin/stats", f"too many engines: {stats['engines']}")
         if not 0 <= stats["leases"] <= RUNNING or waiters > WAITING:

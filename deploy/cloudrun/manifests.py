@@ -117,8 +117,8 @@ spec:
       nodeSelector:
         run.googleapis.com/accelerator: nvidia-l4
       serviceAccountName: inference-service@PROJECT.iam.gserviceaccount.com
-      # Above what runs and waits in the service, so that it and not the platform decides who waits and who
-      # gets 429.
+      # Above the requests that run and wait in the service, so that the service, not the platform, decides
+      # which requests wait and which get 429.
       containerConcurrency: $concurrency
       # Above REQUEST_TIMEOUT: the service's own 504 comes first.
       timeoutSeconds: $timeout

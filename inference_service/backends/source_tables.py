@@ -1,7 +1,7 @@
-"""What the installed engines know by name: architectures, and vLLM's parsers and quantisation methods.
+"""The names that the installed engines support: architectures, and vLLM's parsers and quantization methods.
 
-Read from their source text, because importing vLLM takes many seconds and the service never does. Where a
-table is not found (another release) the answer is None: nothing is refused on a guess.
+Parsed from their source, because importing vLLM takes many seconds and the service never does. If a table is
+not found (another release), the result is None: nothing is rejected on a guess.
 """
 
 import ast
@@ -15,7 +15,7 @@ _NAMES = frozenset[str]
 
 @cache
 def architectures() -> _NAMES | None:
-    """Architectures that vLLM runs: its own, and those of transformers that it can run through it."""
+    """Architectures that vLLM supports: its own, and those that it runs through transformers."""
     own = _table("vllm", "model_executor/models/registry.py", "_TEXT_GENERATION_MODELS")
     if own is None:
         return None
@@ -30,7 +30,7 @@ def architectures() -> _NAMES | None:
 
 @cache
 def transformers_architectures() -> _NAMES | None:
-    """Architectures that transformers generates text with."""
+    """Architectures that transformers supports for text generation."""
     own = _table("transformers", "models/auto/modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
     seeing = _table(
         "transformers", "models/auto/modeling_auto.py", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"
@@ -39,14 +39,14 @@ def transformers_architectures() -> _NAMES | None:
 
 
 def modules_of(names: Iterable[str]) -> list[str]:
-    """The modules of vLLM that hold these architectures."""
+    """The modules of vLLM that implement these architectures."""
     known = _modules()
     return sorted({f"vllm.model_executor.models.{known[name]}" for name in names if name in known})
 
 
 @cache
 def _modules() -> dict[str, str]:
-    """Architecture -> module, of vLLM's own text models: `{"LlamaForCausalLM": ("llama", ...)}`."""
+    """Architecture -> module of vLLM's own text models: `{"LlamaForCausalLM": ("llama", ...)}`."""
     value = _value("vllm", "model_executor/models/registry.py", "_TEXT_GENERATION_MODELS")
     if not isinstance(value, ast.Dict):
         return {}
@@ -80,7 +80,7 @@ def _table(package: str, file: str, variable: str) -> _NAMES | None:
 
 
 def _value(package: str, file: str, variable: str) -> ast.expr | None:
-    """What the module-level `variable` of one source file is set to."""
+    """The value of the module-level `variable` of one source file."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         return None
@@ -93,9 +93,9 @@ def _value(package: str, file: str, variable: str) -> ast.expr | None:
 
 
 def _statement(lines: list[str], variable: str) -> str:
-    """The text that sets `variable`, up to the bracket that closes it.
+    """The source of the assignment to `variable`, up to its closing bracket.
 
-    These files have thousands of lines: parsed as a whole they would hold the service up for 50 ms.
+    These files have thousands of lines: parsing them whole would block the service for 50 ms.
     """
     begin = next((number for number, line in enumerate(lines) if line.startswith(f"{variable} =")), None)
     if begin is None:

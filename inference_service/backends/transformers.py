@@ -1,4 +1,4 @@
-"""The transformers backend as the service starts it: its command line."""
+"""The command line of the transformers backend."""
 
 import json
 
@@ -10,14 +10,14 @@ from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.config import Backend, Settings
 from inference_service.machine.device import Device, DeviceKind, tensor_parallel_size
 
-# That may share one step of the transformers backend where serving.json does not say.
+# Sequences per step of the transformers backend, unless serving.json sets max_num_seqs.
 TRANSFORMERS_SEQUENCES = 64
 
 
 def transformers_arguments(
     settings: Settings, device: Device, snapshot: Snapshot, footprint: Footprint
 ) -> tuple[str, ...]:
-    """The command line of hosts/transformers/server.py; what the snapshot's serving.json says wins."""
+    """The command line of hosts/transformers/server.py; the model's serving.json overrides the settings."""
     serving = snapshot.serving
     sampling = {"temperature": settings.default_temperature} | serving.sampling_defaults.generation_config()
     arguments = [
@@ -42,7 +42,7 @@ def transformers_arguments(
 
 
 def _needs_several(settings: Settings, device: Device, footprint: Footprint, serving: Serving) -> bool:
-    """Whether the model is too large for one GPU: a batch can be shared on one only."""
+    """Whether the model is too large for one GPU: batches run on a single GPU only."""
     gpus = serving.tensor_parallel_size or tensor_parallel_size(settings.tensor_parallel_size, device)
     whole = footprint.weights * gpus + footprint.kv_cache + footprint.overhead
     return gpus > 1 and whole > device.memory_bytes * settings.gpu_memory_utilization

@@ -1,6 +1,6 @@
-"""vLLM as the service starts it: its command line and its environment.
+"""The command line and the environment of vLLM.
 
-It is configured through its command line only, the most stable interface that it has.
+vLLM is configured through its command line only, its most stable interface.
 """
 
 import json
@@ -22,8 +22,8 @@ KEPT_BY_VLLM = ".vllm"
 def vllm_environment(device: Device, cache: Path | None) -> dict[str, str]:
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     if device.kind is DeviceKind.CPU:
-        # The worker inside the engine core: it obeys OMP_NUM_THREADS and saves a process and its
-        # imports. vLLM refuses a worker of its own only for the sake of that variable.
+        # Run the worker inside the engine core: it respects OMP_NUM_THREADS and saves a process and its
+        # imports. vLLM uses a separate worker only to be able to set that variable.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     else:
         environment["VLLM_ENABLE_STARTUP_PLAN"] = os.environ.get("VLLM_ENABLE_STARTUP_PLAN", "1")
@@ -35,7 +35,7 @@ def vllm_environment(device: Device, cache: Path | None) -> dict[str, str]:
 def vllm_arguments(
     settings: Settings, device: Device, snapshot: Snapshot, footprint: Footprint
 ) -> tuple[str, ...]:
-    """vLLM's command line for one snapshot; what its serving.json says wins over the settings."""
+    """vLLM's command line for one snapshot; its serving.json overrides the settings."""
     serving = snapshot.serving
     length = longest_request(text_config(snapshot.path), serving, settings.max_model_len)
     gpus = serving.tensor_parallel_size or tensor_parallel_size(settings.tensor_parallel_size, device)
@@ -45,10 +45,10 @@ def vllm_arguments(
         *("--served-model-name", snapshot.model),
         *("--dtype", compute_dtype(settings.dtype, device, Backend.VLLM, snapshot)),
         *("--load-format", "safetensors"),
-        # Mapped from the page cache, where the service has read them already: no copy is faster.
+        # Mapped from the page cache, into which the service has already read them: faster than any copy.
         *("--safetensors-load-strategy", "lazy"),
         *("--max-model-len", str(length or "auto")),
-        # DEFAULT_MAX_TOKENS is no part of this: vLLM reads max_new_tokens as a limit, not a default.
+        # DEFAULT_MAX_TOKENS is not passed: vLLM treats max_new_tokens as a limit, not as a default.
         *("--override-generation-config", json.dumps(sampling)),
         *("--worker-extension-cls", "inference_service.hosts.vllm.worker_extension.WorkerExtension"),
         # A request's image_url is never fetched: no domain is allowed.
@@ -65,7 +65,7 @@ def vllm_arguments(
 
 
 def _serving_arguments(serving: Serving) -> list[str]:
-    """What only serving.json can ask for."""
+    """The arguments that only serving.json can set."""
     arguments = []
     if serving.quantization is not None:
         arguments += ["--quantization", serving.quantization]
@@ -81,7 +81,7 @@ def _serving_arguments(serving: Serving) -> list[str]:
 
 
 def _adapter_arguments(settings: Settings, snapshot: Snapshot) -> list[str]:
-    """Only where there are adapters: every request pays for it."""
+    """Only if there are adapters: every request pays for LoRA support."""
     if not snapshot.adapter_rank:
         return []
     return [
@@ -95,7 +95,7 @@ def _adapter_arguments(settings: Settings, snapshot: Snapshot) -> list[str]:
 def _memory_arguments(device: Device, footprint: Footprint, gpus: int) -> list[str]:
     arguments = ["--kv-cache-memory-bytes", str(footprint.kv_cache)]
     if device.kind is DeviceKind.CUDA:
-        # With an explicit KV cache this is only what vLLM wants to see free at its start: its own part.
+        # With an explicit KV cache size this is only the memory that vLLM requires to be free at its start.
         share = min(1.0, footprint.total / device.memory_bytes) if device.memory_bytes else 1.0
         arguments += ["--gpu-memory-utilization", f"{share:.4f}", "--tensor-parallel-size", str(gpus)]
     return arguments
@@ -104,5 +104,5 @@ def _memory_arguments(device: Device, footprint: Footprint, gpus: int) -> list[s
 def runs_eagerly(choice: bool | None, device: Device) -> bool:
     if choice is not None:
         return choice
-    # Compiling for the CPU takes half a minute at every start and needs a compiler on the machine.
+    # Compiling for the CPU takes half a minute at every start and requires a compiler.
     return device.kind is DeviceKind.CPU

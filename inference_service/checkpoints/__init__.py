@@ -1,1 +1,1 @@
-"""Pydantic models of what clients send and receive."""
+"""What the files of a checkpoint or an adapter mean. Pure: reads no file and no bucket."""

@@ -1,26 +1,26 @@
-"""How many tokens a request of a model may have, as config.json, serving.json and the settings say. Pure."""
+"""The longest request of a model in tokens, from config.json, serving.json and the settings. Pure."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from inference_service.checkpoints.serving_config import Serving
 
-# The names that architectures give it; https://github.com/vllm-project/vllm (model_arch_config_convertor.py).
+# The keys that architectures use; https://github.com/vllm-project/vllm (model_arch_config_convertor.py).
 _POSITIONS = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length"),
     *("max_target_positions", "max_sequence_length", "max_seq_length", "seq_len"),
 )
 _MOST = 1 << 40
-# What these say is the stretched length already; of the others `factor` has to be counted.
+# For these, the positions already include the scaling; for others, multiply by `factor`.
 _STRETCHED_ALREADY = frozenset(
     {"default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
 )
 
 
 def longest_request(config: dict[str, Any], serving: Serving, longest: int | None) -> int | None:
-    """Tokens of prompt and answer together; None: the engine finds it out.
+    """Tokens of prompt and completion together; None if the engine must determine it.
 
-    What serving.json says was checked for this model; MAX_MODEL_LEN is for all models.
+    The value in serving.json was checked against this model; MAX_MODEL_LEN applies to all models.
     """
     if serving.max_model_len is not None or longest is None:
         return serving.max_model_len
@@ -28,20 +28,20 @@ def longest_request(config: dict[str, Any], serving: Serving, longest: int | Non
 
 
 def positions(config: dict[str, Any]) -> int | None:
-    """Tokens that the model has positions for, stretched ones too; None where config.json does not tell."""
+    """The number of positions, including RoPE scaling; None if config.json does not say."""
     merged = config | (config.get("text_config") or {})
     counts = {name: merged.get(name) for name in _POSITIONS}
     found = {name: count for name, count in counts.items() if type(count) is int and 0 < count <= _MOST}
     if not found:
         return None
-    # Command-R's wins over the others, which are those of its training; among the rest the least.
+    # Command-R's model_max_length wins, its other keys are the training length; otherwise the smallest.
     trained = found.get("model_max_length") or min(found.values())
     stretched = [] if "gemma3" in str(merged.get("model_type")) else list(_factors(merged))
     return int(trained * max([1.0, *stretched]))
 
 
 def is_stretched(config: dict[str, Any]) -> bool:
-    """Whether positions beyond those of the training are interpolated."""
+    """Whether RoPE scaling extends the positions beyond those of the training."""
     return any(kind != "default" for kind, _ in _ropes(config | (config.get("text_config") or {})))
 
 
@@ -52,7 +52,7 @@ def _factors(merged: dict[str, Any]) -> Iterator[float]:
 
 
 def _ropes(merged: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Kind and factor of each rope that the config describes; some have one for each type of layer."""
+    """Type and factor of each RoPE in the config; some models have one per layer type."""
     for name in ("rope_parameters", "rope_scaling"):
         given = merged.get(name)
         if isinstance(given, dict):

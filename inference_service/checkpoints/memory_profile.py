@@ -1,4 +1,4 @@
-"""What a model will take in memory, read from its headers and its config.json."""
+"""The memory that a model needs, computed from its safetensors headers and config.json."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +18,12 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 @dataclass(frozen=True)
 class Weights:
-    """What the headers of all files say: their tensors by name."""
+    """The tensors of all files by name, from their headers."""
 
     tensors: dict[str, Tensor]
 
     def bytes_as(self, dtype: str) -> int:
-        """Bytes in memory once floats are converted to `dtype`; packed integers stay as they are."""
+        """Bytes in memory after floats are converted to `dtype`; packed integers are unchanged."""
         return sum(
             tensor.elements * _DTYPE_BYTES[dtype] if tensor.dtype in _FLOATS else tensor.bytes
             for tensor in self.tensors.values()
@@ -32,10 +32,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class MemoryProfile:
-    """Bytes of weights as `dtype` and of the KV cache of one token, on all of its `gpus` together.
+    """Bytes of the weights as `dtype` and of one token in the KV cache, summed over all `gpus`.
 
-    `context` is the longest request in tokens, `token_bytes` 0 where config.json does not tell;
-    `kv_cache_bytes` is what serving.json asks for, `adapter_bytes` the most of a LoRA adapter of rank 1.
+    `context` is the longest request in tokens. It and `token_bytes` are 0 if config.json does not say.
+    `kv_cache_bytes` is set by serving.json; `adapter_bytes` is the maximum per rank of a LoRA adapter.
     """
 
     dtype: str
@@ -55,7 +55,7 @@ def memory_profile_of(
     device: Device,
     backend: Backend,
 ) -> MemoryProfile:
-    """What a checkpoint takes as this service would load it on `device`."""
+    """The memory profile of a checkpoint as this service would load it on `device`."""
     merged = config | (config.get("text_config") or {})
     stored_dtype = merged.get("dtype") or merged.get("torch_dtype")
     dtype = serving.dtype or resolve_dtype(settings.dtype, device, backend, stored_dtype)
@@ -74,7 +74,7 @@ def memory_profile_of(
 def _packed_head_bytes(
     config: dict[str, Any], weights: Weights, dtype: str, device: Device, backend: Backend
 ) -> int:
-    """The embeddings once more, where they are the output layer too, which is packed for the processor."""
+    """A second copy of tied embeddings: on the CPU, the output layer is packed for the processor."""
     packs = backend is Backend.TRANSFORMERS and device.kind is DeviceKind.CPU
     has_head = any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in weights.tensors)
     if not packs or has_head or config.get("tie_word_embeddings") is False:
@@ -85,12 +85,12 @@ def _packed_head_bytes(
 
 
 def _sides(tensor: Tensor) -> int:
-    """Inputs and outputs of a layer, both of which a LoRA has a matrix for."""
+    """Inputs plus outputs of a layer: a LoRA has a matrix for each."""
     return sum(tensor.shape) if len(tensor.shape) == 2 else 0
 
 
 def memory_profile_of_fake(count: int, serving: Serving) -> MemoryProfile:
-    """As if each byte of its files were one in memory: ENGINE=fake is for trying the service out."""
+    """Counts each byte on disk as one in memory: ENGINE=fake is for trying out the service."""
     return MemoryProfile("", count, kv_cache_bytes=int((serving.kv_cache_gib or 0) * _GIB))
 
 
@@ -103,14 +103,14 @@ def _token_bytes(config: dict[str, Any], dtype: str) -> int:
 
 
 def _number(config: dict[str, Any], key: str) -> int:
-    """A count in config.json; 0 where it is missing or none that could be."""
+    """A count in config.json; 0 if missing or implausible."""
     value = config.get(key)
     return value if type(value) is int and 0 < value <= _MOST else 0
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that one engine takes on each of its devices."""
+    """Bytes that one engine uses on each of its devices."""
 
     weights: int
     kv_cache: int

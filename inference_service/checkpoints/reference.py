@@ -1,4 +1,4 @@
-"""The names of one revision of a model, of an engine that runs it, and of an adapter on an engine."""
+"""Names of a revision of a model, of an engine that runs it, and of an adapter on an engine."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -8,10 +8,10 @@ _MARK = "@"
 
 @dataclass(frozen=True)
 class Reference:
-    """`model@revision`, which tells an engine, or an adapter on one, from every other.
+    """`model@revision`, the unique name of an engine or of an adapter on one.
 
     `model@revision+8` is an engine that takes LoRA adapters of up to rank 8, `model@revision.3` the third
-    adapter that engines were given. A client may write `model@revision`; a model's name holds no `@`.
+    adapter loaded on any engine. Clients may use `model@revision`; a model's name contains no `@`.
     """
 
     model: str
@@ -26,7 +26,7 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """The reference that a client or a host is given; rank and number stay part of the revision.
+        """Parses a reference from a client or a host; rank and number stay part of the revision.
 
         None for a name without a revision.
         """
@@ -35,5 +35,5 @@ class Reference:
 
 
 def model_of(reference: str) -> str:
-    """The model's own name, which clients know: all before the revision."""
+    """The model name that clients use: everything before the revision."""
     return reference.partition(_MARK)[0]

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensors it holds, of which type and shape, without its bytes.
+"""The header of a safetensors file: names, types and shapes of its tensors, without their data.
 
 Format: 8 bytes little-endian length, then that many bytes of JSON, then the tensors' bytes
 (https://github.com/huggingface/safetensors#format).
@@ -11,11 +11,11 @@ from itertools import pairwise
 from typing import Any
 
 LENGTH_BYTES = 8
-# The library itself takes 100 MB; the header of a thousand experts is a few.
+# The library accepts 100 MB; the header of a model with a thousand experts takes a few MB.
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 16
 MAX_NUMBER = 1 << 53
-# Bits of one element.
+# Bits per element.
 _DTYPE_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -27,7 +27,7 @@ _DTYPE_BITS = {
 
 
 class BadHeader(ValueError):
-    """The file is no whole safetensors file; says why."""
+    """Not a complete safetensors file; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class Tensor:
 
 
 def header_bytes(first: bytes, size: int) -> int:
-    """Length of the JSON from the file's first 8 bytes; `size` of the whole file. Raises BadHeader."""
+    """Length of the JSON from the first 8 bytes of a file of `size` bytes; raises BadHeader."""
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
     if len(first) < LENGTH_BYTES or length > size - LENGTH_BYTES:
-        raise BadHeader("it is no safetensors file, or it was cut off within its header")
+        raise BadHeader("it is not a safetensors file, or it was cut off within its header")
     if length > MAX_HEADER_BYTES:
-        raise BadHeader(f"its header of {length} bytes is longer than {MAX_HEADER_BYTES}")
+        raise BadHeader(f"its header has {length} bytes, more than the maximum of {MAX_HEADER_BYTES}")
     return length
 
 
 def parse_header(header: bytes, size: int) -> dict[str, Tensor]:
-    """Tensors by name; raises BadHeader where the bytes after the header are not exactly theirs."""
+    """Tensors by name; raises BadHeader if they do not exactly cover the bytes after the header."""
     try:
         content = json.loads(header)
         tensors = {name: _tensor(entry) for name, entry in content.items() if name != "__metadata__"}
@@ -79,18 +79,18 @@ def _tensor(entry: Any) -> Tensor:
     tensor = Tensor(dtype, tuple(entry["shape"]), start, end)
     numbers = (*tensor.shape, start, end)
     if not all(type(number) is int and 0 <= number < MAX_NUMBER for number in numbers):
-        raise ValueError("shapes and offsets are whole numbers")
+        raise ValueError("shapes and offsets must be whole numbers")
     if len(tensor.shape) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor has more than {MAX_DIMENSIONS} dimensions")
-    # A type that is newer than this table is the engine's to judge.
+    # The engine decides on types that are newer than this table.
     bits = _DTYPE_BITS.get(dtype)
     if bits is not None and tensor.elements * bits != tensor.bytes * 8:
-        raise ValueError(f"a tensor of {tensor.elements} elements as {dtype} has not {tensor.bytes} bytes")
+        raise ValueError(f"a tensor of {tensor.elements} {dtype} elements cannot have {tensor.bytes} bytes")
     return tensor
 
 
 def _check_layout(tensors: dict[str, Tensor]) -> int:
-    """The tensors follow on one another without gaps; where the last ends."""
+    """Checks that the tensors are contiguous; returns where the last one ends."""
     spans = sorted((tensor.start, tensor.end) for tensor in tensors.values())
     if spans and spans[0][0] != 0:
         raise BadHeader("its first tensor does not begin after the header")

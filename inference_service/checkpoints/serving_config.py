@@ -1,6 +1,6 @@
-"""serving.json: what the operator wants of one model, beside its weights in the bucket.
+"""serving.json: the operator's settings for one model, stored next to its weights in the bucket.
 
-Every key is optional and wins over the environment for that model; an unknown key is an error.
+Every key is optional and overrides the environment for that model; an unknown key is an error.
 """
 
 import json
@@ -18,13 +18,13 @@ _NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,99}")
 
 def _alias(value: str) -> str:
     if not _ALIAS.fullmatch(value):
-        raise ValueError("a name of letters, digits, '.', '_', '-' and '/', at most 200 long")
+        raise ValueError("use letters, digits, '.', '_', '-' and '/', at most 200 characters")
     return value
 
 
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
-        raise ValueError("a name of letters, digits, '.', '_' and '-', at most 100 long")
+        raise ValueError("use letters, digits, '.', '_' and '-', at most 100 characters")
     return value
 
 
@@ -37,7 +37,7 @@ class _Strict(BaseModel):
 
 
 class SamplingDefaults(_Strict):
-    """Sampling where the request is silent. `max_tokens` in tokens."""
+    """Sampling parameters for requests that set none. `max_tokens` in tokens."""
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -47,12 +47,12 @@ class SamplingDefaults(_Strict):
     max_tokens: int | None = Field(None, ge=1, le=10_000_000)
 
     def generation_config(self) -> dict[str, Any]:
-        """The sampling parameters that are given, without `max_tokens`."""
+        """The sampling parameters that are set, without `max_tokens`."""
         return self.model_dump(exclude_none=True, exclude={"max_tokens"})
 
 
 class Serving(_Strict):
-    """How one model is served; None: as the settings say."""
+    """How one model is served; None means the service's setting."""
 
     max_model_len: int | None = Field(None, ge=1, le=100_000_000)
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -72,7 +72,7 @@ class Serving(_Strict):
 
 
 class BadServing(ValueError):
-    """serving.json cannot be obeyed; names the key and what is allowed."""
+    """serving.json is invalid; the message names the key and what is allowed."""
 
 
 def parse_serving(content: bytes) -> Serving:
@@ -85,13 +85,13 @@ def parse_serving(content: bytes) -> Serving:
         key = ".".join(map(str, problem["loc"])) or "the file"
         if problem["type"] == "extra_forbidden":
             known = ", ".join(SamplingDefaults.model_fields if "." in key else Serving.model_fields)
-            raise BadServing(f"serving.json: unknown key '{key}'; known are {known}.") from error
+            raise BadServing(f"serving.json: unknown key '{key}'; known keys are {known}.") from error
         words = problem["msg"].removeprefix("Value error, ")
         raise BadServing(f"serving.json: {key}: {words}.") from error
 
 
 def _refuse_doubles(content: bytes) -> None:
-    """A key that is given twice: one of the two is not meant."""
+    """Rejects duplicate keys: one of the two is a mistake."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         doubled = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]

@@ -1,4 +1,4 @@
-"""A verified local directory of one revision of a model, as an engine is given it."""
+"""A verified local copy of one revision of a model, as an engine loads it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +8,9 @@ from inference_service.checkpoints.serving_config import Serving
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A verified local directory of one revision of a model, and how it wants to be served.
+    """A verified local directory with one revision of a model, and its serving settings.
 
-    `adapter_rank`: the highest rank of the LoRA adapters that its engine is to take; 0: none.
+    `adapter_rank`: the highest rank of LoRA adapters that its engine must take; 0 for no adapters.
     """
 
     model: str

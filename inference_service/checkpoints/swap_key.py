@@ -1,7 +1,7 @@
-"""Which models can take one another's place in a live engine: those with an equal swap key.
+"""Models with equal swap keys can replace each other in a running engine.
 
-Pure. What is part of the key cannot change while an engine lives; weights, template, generation config and
-sampling defaults are not, and follow in a swap.
+Pure. The key covers what cannot change while an engine runs. Weights, template, generation config and
+sampling defaults are not part of it; a swap replaces them.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from inference_service.checkpoints.serving_config import Serving
 VOCABULARY = frozenset(
     {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json"}
 )
-# What only names, trains or shows a model, and what is merged into other parts of the key.
+# Keys that only matter for naming, training or display, and keys covered by other parts of the swap key.
 _IGNORED = frozenset(
     {
         *("_name_or_path", "name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"),
@@ -29,8 +29,8 @@ _SERVED_ALIKE = (
     *("max_model_len", "dtype", "tool_call_parser", "reasoning_parser", "max_num_seqs", "kv_cache_gib"),
     *("tensor_parallel_size", "enable_prefix_caching"),
 )
-# Words in the keys of a config.json whose model is more than attention and dense layers: what vLLM makes of
-# such weights as it loads them is not undone by loading others.
+# Words in config.json keys of models with more than attention and dense layers: vLLM transforms such weights
+# at load time, and loading other weights does not undo that.
 _NOT_DENSE = ("expert", "vision", "audio", "mamba", "ssm", "linear_attn", "conv_kernel", "quantization")
 _FLOATS = frozenset({"F32", "F16", "BF16"})
 
@@ -41,9 +41,9 @@ def swap_key(
     serving: Serving,
     vocabulary: Mapping[str, int],
 ) -> str | None:
-    """None for a model that is always loaded afresh: anything but an unquantised dense one.
+    """None for a model that is always loaded into a new engine: anything but an unquantized dense model.
 
-    `vocabulary`: crc32c of the tokenizer's files by name.
+    `vocabulary`: crc32c of the tokenizer files by name.
     """
     if serving.quantization is not None or not _is_dense(config, tensors):
         return None
@@ -60,7 +60,7 @@ def swap_key(
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary embeddings as transformers 5 writes them, also where transformers 4 did."""
+    """Rotary embeddings in the format of transformers 5, also for configs written by transformers 4."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.get("rope_theta")}
     for key in ("rope_scaling", "rope_parameters"):
         found = config.get(key)

@@ -1,1 +1,1 @@
-"""Engines: what the pool holds. A host process each, started by the launcher."""
+"""Engines, which the pool holds: one host process each, started by the launcher."""

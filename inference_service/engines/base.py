@@ -1,7 +1,7 @@
-"""What the pool and the relay know of an engine, whatever runs behind it.
+"""The interface of an engine for the pool and the relay, whatever backend runs behind it.
 
-Owns the words: states, footprints, the Engine and Reply protocols, and HostSpec, the order for a host
-process that travels to the launcher as JSON.
+Defines states, footprints, the Engine and Reply protocols, and HostSpec, the specification of a host process,
+which is sent to the launcher as JSON.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -11,15 +11,15 @@ from typing import Any, Protocol, Self
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.errors import ServiceError
 
-# So long a host may take to end in good order.
+# How long a host may take to shut down.
 GRACE_SECONDS = 5.0
-# A line of a host's log that begins so names the phase that its start is in.
+# A line of a host's log with this prefix names the current phase of its start.
 PHASE_MARK = "@phase "
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A sign of life: requests that the engine works on, and a number that changes with every step."""
+    """A heartbeat: the number of running requests, and a number that changes with every step."""
 
     running: int
     steps: int
@@ -27,14 +27,14 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the weights make of a fixed prompt: the likeliest tokens and their log probabilities, in order."""
+    """The model's output for a fixed prompt: the most likely tokens and their log probabilities, in order."""
 
     top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
 class Swapped:
-    """A swap that the host has carried out: its weight check, and the seconds of its phases."""
+    """A completed swap: its weight check, and the seconds of its phases."""
 
     fingerprint: Fingerprint
     seconds: dict[str, float]
@@ -42,11 +42,11 @@ class Swapped:
 
 @dataclass(frozen=True)
 class HostSpec:
-    """The order for one host process.
+    """The specification of one host process.
 
     `program` is the module whose `run(spec, listener)` serves; `environment` is set in the host before
-    it runs; the defaults apply where a request is silent. `fallback`: the arguments with which the
-    transformers backend serves what the program's engine refuses; None: it shall not.
+    it runs; the defaults apply to what a request omits. `fallback`: the arguments with which the
+    transformers backend serves a model that the program's engine does not support; None for no fallback.
     """
 
     model: str
@@ -72,7 +72,7 @@ class HostSpec:
 
 
 class Reply(Protocol):
-    """A host's answer while it arrives. Closing it aborts the generation."""
+    """A host's response as it arrives. Closing it aborts the generation."""
 
     @property
     def status(self) -> int: ...
@@ -81,11 +81,11 @@ class Reply(Protocol):
     def content_type(self) -> str: ...
 
     def chunks(self) -> AsyncIterator[bytes]:
-        """Bytes as they come; raises EngineDied when the host goes away."""
+        """The bytes as they arrive; raises EngineDied if the host dies."""
         ...
 
     async def read(self) -> bytes:
-        """The whole body; raises EngineDied when the host goes away."""
+        """The whole body; raises EngineDied if the host dies."""
         ...
 
     def close(self) -> None:
@@ -95,14 +95,14 @@ class Reply(Protocol):
 
 @dataclass(frozen=True)
 class About:
-    """What a host says of itself: which backend answers, and what its operator should know of it."""
+    """What a host reports: which backend serves, and notes for the operator."""
 
     backend: str | None = None
     notes: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
-    """One model's engine. `start` once; `close` may be cancelled and called again."""
+    """The engine of one model. Call `start` once; `close` may be cancelled and called again."""
 
     @property
     def about(self) -> About:
@@ -111,16 +111,16 @@ class Engine(Protocol):
 
     @property
     def process_id(self) -> int | None:
-        """Leader of the host's process group, None before it exists."""
+        """Process id of the leader of the host's process group; None before it exists."""
         ...
 
     @property
     def phases(self) -> Mapping[str, float]:
-        """The phases of its start so far, in order, with the time at which each began (monotonic seconds)."""
+        """The phases of the start so far, in order, with the time at which each began (monotonic seconds)."""
         ...
 
     async def start(self) -> None:
-        """Return once the engine answers; raises EngineStartFailed with the engine's own reason."""
+        """Returns once the engine is ready; raises EngineStartFailed with the engine's own error."""
         ...
 
     async def forward(self, path: str, body: bytes, request_id: str) -> Reply:
@@ -128,17 +128,17 @@ class Engine(Protocol):
         ...
 
     async def heartbeat(self) -> Heartbeat:
-        """What the engine is doing at this moment; raises EngineDied."""
+        """The engine's heartbeat; raises EngineDied."""
         ...
 
     async def weight_check(self) -> Fingerprint:
-        """What the weights make of the weight check's prompt; raises EngineDied and SwapFailed."""
+        """Run the weight check's prompt; raises EngineDied and SwapFailed."""
         ...
 
     async def swap(self, snapshot: Snapshot) -> Swapped:
-        """Take the weights, and everything else, of another snapshot with the same swap key.
+        """Replace the weights, and everything else, with those of another snapshot with the same swap key.
 
-        No request may be under way. Raises EngineDied and SwapFailed; the engine is of no use then.
+        No request may be running. If it raises EngineDied or SwapFailed, the engine is unusable.
         """
         ...
 
@@ -147,17 +147,17 @@ class Engine(Protocol):
         ...
 
     async def remove_adapter(self, name: str) -> None:
-        """Forget an adapter that no request uses; raises EngineDied and AdapterRefused."""
+        """Remove an adapter that no request uses; raises EngineDied and AdapterRefused."""
         ...
 
     async def wait_dead(self) -> str:
-        """Return, with the reason, once the host's process is gone."""
+        """Returns the reason once the host's process is gone."""
         ...
 
     def abort_all(self, error: ServiceError) -> None:
-        """End every reply under way with `error`; idempotent, never blocks."""
+        """End every open reply with `error`; idempotent, never blocks."""
         ...
 
     async def close(self, grace: float = GRACE_SECONDS) -> None:
-        """End the host's process group, with SIGKILL after `grace` seconds; returns when nothing is left."""
+        """End the host's process group, with SIGKILL after `grace` seconds; returns once none is left."""
         ...

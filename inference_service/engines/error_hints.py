@@ -1,9 +1,9 @@
-"""Why an engine ended, in plain words: its own last error, with what it means in front of it."""
+"""Why an engine ended, in plain words: an explanation, followed by the engine's own last error."""
 
 import re
 import signal
 
-# What the engines print -> what it means. The first that is found in the error counts.
+# Pattern in an engine's error -> what it means. The first match wins.
 _MEANINGS = (
     (r"out ?of ?memory|MemoryError|Cannot allocate memory|Free memory on device",
      "it ran out of memory. Lower MAX_MODEL_LEN or MAX_CACHED_MODELS, or serve it on a larger device"),
@@ -25,7 +25,7 @@ _PATTERNS = [(re.compile(pattern), meaning) for pattern, meaning in _MEANINGS]
 
 
 def in_plain_words(error: str | None, status: int) -> str:
-    """`error` is the last that the process printed, `status` its exit status (negative: a signal)."""
+    """`error` is the last error that the process printed, `status` its exit status (negative: a signal)."""
     if error is None:
         return _ended(status)
     for pattern, meaning in _PATTERNS:
@@ -36,7 +36,7 @@ def in_plain_words(error: str | None, status: int) -> str:
 
 def _ended(status: int) -> str:
     if status == -signal.SIGKILL:
-        return "its process was killed by SIGKILL; if nobody did that, the system did, out of memory"
+        return "its process was killed by SIGKILL, most likely because the system ran out of memory"
     if status < 0:
         return f"its process ended (killed by {_signal_name(-status)})"
     return f"its process ended (exit code {status})"
@@ -45,5 +45,5 @@ def _ended(status: int) -> str:
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
-    except ValueError:  # real-time signals have numbers only
+    except ValueError:  # real-time signals have no names
         return f"signal {number}"

@@ -1,6 +1,6 @@
 """From a snapshot to an engine: the host's program, its command line and its environment.
 
-vLLM is steered by its own command line only, the most stable interface that it has.
+vLLM is configured through its command line only, its most stable interface.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ ROOM_PREFIX = "inference-service-"
 
 
 class EngineFactory:
-    """Makes engines for one device and backend; owns the directory of their sockets."""
+    """Creates engines for one device and backend; owns the directory of their sockets."""
 
     def __init__(self, settings: Settings, device: Device, backend: Backend, launcher: Launcher) -> None:
         self._settings = settings
@@ -41,7 +41,7 @@ class EngineFactory:
         self._room = Path(tempfile.mkdtemp(prefix=f"{ROOM_PREFIX}{os.getpid()}-"))
 
     def make(self, snapshot: Snapshot, footprint: Footprint) -> ProcessEngine:
-        """A new engine that keeps within `footprint`, not started yet."""
+        """A new engine that stays within `footprint`, not started yet."""
         directory = self._room / str(next(self._numbers))
 
         def specify(snapshot: Snapshot) -> HostSpec:
@@ -50,7 +50,7 @@ class EngineFactory:
         return ProcessEngine(self._launcher, specify(snapshot), directory, specify)
 
     def conditions(self) -> str:
-        """What logits depend on besides the weights: kernels, their version, the type they compute in."""
+        """What logits depend on besides the weights: kernels, their version, the dtype of the computation."""
         bits = "int8" if self._settings.quantizes else ""
         eager = "eager" if runs_eagerly(self._settings.engine_eager, self._device) else "compiled"
         computing = f"{self._device.name} {self._settings.dtype} {eager} {bits}".rstrip()
@@ -69,7 +69,7 @@ class EngineFactory:
             ):
                 fallback = transformers_arguments(self._settings, self._device, snapshot, footprint)
             arguments = vllm_arguments(self._settings, self._device, snapshot, footprint)
-            # vLLM's sockets and temporary files: in the engine's own room they go when it goes.
+            # vLLM's sockets and temporary files: they are removed with the engine's own directory.
             environment = {
                 "VLLM_RPC_BASE_PATH": str(directory),
                 "TMPDIR": str(directory),
@@ -93,10 +93,10 @@ class EngineFactory:
 
 
 def _sweep_orphaned_rooms() -> None:
-    """Remove what a service that was killed has left; its process id is in the name."""
+    """Remove directories left by services that were killed; their process id is in the name."""
     for room in Path(tempfile.gettempdir()).glob(f"{ROOM_PREFIX}*-*"):
         owner = room.name.removeprefix(ROOM_PREFIX).partition("-")[0]
-        with contextlib.suppress(FileNotFoundError):  # another service sweeps too
+        with contextlib.suppress(FileNotFoundError):  # another service is cleaning up too
             if owner.isdigit() and room.stat().st_uid == os.getuid() and not _is_alive(int(owner)):
                 shutil.rmtree(room, ignore_errors=True)
 

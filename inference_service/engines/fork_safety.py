@@ -1,8 +1,8 @@
-"""Whether a process that has imported a backend may fork hosts that use it.
+"""Whether a process that has imported a backend can safely fork hosts that use it.
 
-What vLLM does at import is its own affair and changes with its releases; where a fork of it could go wrong,
-each host imports vLLM by itself. On CUDA the GPUs are hidden while the launcher imports: nothing can
-initialise CUDA, which does not survive a fork.
+What vLLM does at import changes with its releases. If a fork would not be safe, each host imports vLLM
+itself. On CUDA the GPUs are hidden during the launcher's imports, so that nothing can initialize CUDA, which
+does not survive a fork.
 """
 
 import importlib
@@ -18,18 +18,18 @@ from inference_service.machine.device import Device
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DEVICES = Path("/dev")
-# cuInit opens it. NVML, which survives a fork, opens /dev/nvidiactl and no more.
+# cuInit opens it. NVML, which survives a fork, opens /dev/nvidiactl only.
 _UNIFIED_MEMORY = "nvidia-uvm"
 
 
 def why_spawned(warm_launcher: bool, device: Device) -> str | None:
-    """Why hosts are not to be forked here, whatever was imported; None where they are."""
+    """Why hosts cannot be forked on this machine, whatever was imported; None if they can."""
     if not warm_launcher:
         return "WARM_LAUNCHER is off"
     if sys.platform == "darwin":
-        return "macOS ends a forked process that uses its frameworks"
+        return "macOS kills a forked process that uses its frameworks"
     if not device.like_first:
-        # vLLM keeps at import what the machine's first GPU can do.
+        # At import, vLLM records the capabilities of the machine's first GPU.
         return (
             "the GPUs are not all of one kind (choose with CUDA_VISIBLE_DEVICES and "
             "CUDA_DEVICE_ORDER=PCI_BUS_ID)"
@@ -39,11 +39,11 @@ def why_spawned(warm_launcher: bool, device: Device) -> str | None:
 
 @contextmanager
 def gpus_hidden() -> Iterator[None]:
-    """Show no GPU to what is imported meanwhile; afterwards the environment is what it was.
+    """Hide the GPUs from imports; the environment is restored afterwards.
 
-    An import of vLLM asks Triton's drivers whether they are active, which initialises CUDA where there is a
-    GPU. Where the variable is empty, vLLM takes a process without an active driver for one that gets its GPU
-    later, and keeps Triton (vllm/triton_utils/importing.py).
+    Importing vLLM asks Triton's drivers whether they are active, which initializes CUDA if there is a GPU. If
+    the variable is empty, vLLM assumes that a process without an active driver gets its GPU later, and keeps
+    Triton (vllm/triton_utils/importing.py).
     """
     before = os.environ.get(VISIBLE)
     os.environ[VISIBLE] = ""
@@ -57,8 +57,8 @@ def gpus_hidden() -> Iterator[None]:
 
 
 def why_cold(backend: str) -> str | None:
-    """Why hosts must not be forked from this process; None where they may."""
-    # Threads of native pools, which wait for work and hold no lock of Python's, do no harm.
+    """Why hosts must not be forked from this process; None if they may."""
+    # Idle threads of native pools, which hold no Python lock, are harmless.
     threads = threading.active_count()
     if threads > 1:
         return f"it has {threads} threads, and a fork keeps one"
@@ -66,7 +66,7 @@ def why_cold(backend: str) -> str | None:
 
 
 def why_cuda() -> str | None:
-    """Neither a CUDA context nor a driver that is initialised survives a fork."""
+    """Neither a CUDA context nor an initialized driver survives a fork."""
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
     if cuda is not None and cuda.is_initialized():
         return "it has a CUDA context"
@@ -75,7 +75,7 @@ def why_cuda() -> str | None:
 
 
 def why_without_triton() -> str | None:
-    """vLLM on CUDA that did without Triton when it was imported: its forks would too."""
+    """vLLM on CUDA was imported without Triton, so its forks would run without it."""
     platforms, importing = map(sys.modules.get, ("vllm.platforms", "vllm.triton_utils.importing"))
     platform = getattr(platforms, "current_platform", None)
     if platform is None or not platform.is_cuda() or getattr(importing, "HAS_TRITON", True):
@@ -84,7 +84,7 @@ def why_without_triton() -> str | None:
 
 
 def why_unexpected() -> str | None:
-    """A symbol of vLLM that is not there."""
+    """A symbol of vLLM that is missing."""
     for module, names in EXPECTED.items():
         try:
             found = importlib.import_module(module)
@@ -102,6 +102,6 @@ def _open_files() -> list[str]:
     for entry in directory.iterdir() if directory.exists() else ():
         try:
             found.append(str(entry.readlink()))
-        except OSError:  # the descriptor of this very listing
+        except OSError:  # the descriptor of this listing itself
             continue
     return found

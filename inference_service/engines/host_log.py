@@ -1,6 +1,6 @@
-"""What a host or the launcher prints, relayed line by line into the service's log.
+"""Relays the output of a host or the launcher line by line to the service's log.
 
-Keeps the last lines, so that a host that dies while loading leaves its reason behind.
+Keeps the last lines, so that the error of a host that dies during its load is known.
 """
 
 import asyncio
@@ -25,9 +25,9 @@ _PREFIX = re.compile(
     r"(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)(?::\s+| \d\d-\d\d [\d:]+ (?:\[[^\]]*\] )?))?"
 )
 _ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<kind>\w*(?:Error|Exception|Interrupt|Exit))(?:: (?P<text>.*))?$")
-# pydantic's postscript to each of its messages.
+# The last line of pydantic's messages.
 _INPUT = re.compile(r" \[type=.*$")
-# Says only that another process of the host failed, whose own error stands further up.
+# Reports only that another process of the host failed, whose own error is further up.
 _SECONDARY = ("Engine core initialization failed", "EngineDeadError", "WorkerProc initialization")
 
 
@@ -35,7 +35,7 @@ class HostLog:
     """A pipe whose lines become log records with `model=name`.
 
     `writer` is the descriptor for the process; close it here once the process has its own copy. `entered` is
-    called with the phases that it names.
+    called with each phase that the output names.
     """
 
     def __init__(self, model: str, entered: Callable[[str], None] = lambda phase: None) -> None:
@@ -55,14 +55,14 @@ class HostLog:
             self.writer = -1
 
     def close(self) -> None:
-        """Take in what is left in the pipe, then drop it; idempotent."""
+        """Read what is left in the pipe, then close it; idempotent."""
         self.close_writer()
         if self._reader >= 0:
             self._receive()
         self._detach()
 
     def last_error(self) -> str | None:
-        """The last error that the process printed, as `Kind: text`; the cause before its echo."""
+        """The last error that the process printed, as `Kind: text`; the cause rather than its consequence."""
         lines = list(self._lines)
         errors = [found for at in range(len(lines)) if (found := _error_at(lines, at))]
         causes = [error for error in errors if not any(echo in error for echo in _SECONDARY)]
@@ -90,13 +90,13 @@ class HostLog:
         if self._partial:
             self._take(self._partial)
             self._partial = b""
-        with contextlib.suppress(RuntimeError):  # no loop: the service ends before it has begun
+        with contextlib.suppress(RuntimeError):  # no loop: the service ends before it has started
             asyncio.get_running_loop().remove_reader(self._reader)
         os.close(self._reader)
         self._reader = -1
 
     def _take(self, raw: bytes) -> None:
-        # A progress bar rewrites its line with carriage returns; only its last state is kept.
+        # A progress bar rewrites its line with carriage returns; keep only its last state.
         line = raw[:MAX_LINE_BYTES].decode(errors="replace").rstrip("\r").rpartition("\r")[2].rstrip()
         if not line:
             return
@@ -113,7 +113,7 @@ class HostLog:
 
 
 def _error_at(lines: list[str], at: int) -> str | None:
-    """The error whose first line stands at `at`, with the indented lines that go on with it."""
+    """The error whose first line is at index `at`, with the indented lines that continue it."""
     found = _ERROR.match(lines[at])
     if found is None:
         return None

@@ -1,7 +1,7 @@
-"""The service's end of the launcher: start it, order hosts from it, learn when they end.
+"""The service's side of the launcher: starts it, requests hosts from it, receives their exits.
 
-The launcher itself runs `launcher_process.py`. Owns the control socket and the lifeline, the pipe
-whose closing (the service's end, however it came) ends every host.
+The launcher's own program is `launcher_process.py`. This module owns the control socket and the lifeline: the
+pipe that closes when the service ends, in whatever way, and thereby ends every host.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ class Host:
         self._launcher = launcher
         self._exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.pid = pid
-        # Whether it ended because the launcher did.
+        # Whether it ended because the launcher died.
         self.with_launcher = False
 
     @property
@@ -39,7 +39,7 @@ class Host:
         return not self._exited.done()
 
     async def wait(self) -> int:
-        """Exit status, once no process of the host's group is left; negative for a signal."""
+        """The exit status once no process of the host's group is left; negative for a signal."""
         return await asyncio.shield(self._exited)
 
     def exited(self, status: int, *, with_launcher: bool = False) -> None:
@@ -47,7 +47,7 @@ class Host:
         self._exited.set_result(status)
 
     def kill(self, number: signal.Signals) -> None:
-        """Signal the host's whole process group; nothing happens once it is gone."""
+        """Signal the host's whole process group; does nothing once it is gone."""
         if self.alive:
             self._launcher.kill(self.pid, number)
 
@@ -58,7 +58,7 @@ class Launcher:
     def __init__(
         self, backend: str, device: str, environment: dict[str, str], cold: str | None = None
     ) -> None:
-        """`cold`: why each host is to import the backend itself; None: hosts are forks of the launcher."""
+        """`cold`: why each host must import the backend itself; None if hosts are forks of the launcher."""
         self._backend = backend
         self._device = device
         self._environment = environment
@@ -80,7 +80,7 @@ class Launcher:
         return self._process.pid
 
     def attach(self) -> None:
-        """Read the launcher's messages and its log on the running event loop."""
+        """Read the launcher's messages and its log in the running event loop."""
         self._control.setblocking(False)
         asyncio.get_running_loop().add_reader(self._control, self._receive)
         self._log.attach()
@@ -88,11 +88,11 @@ class Launcher:
     async def launch(self, spec: HostSpec, listener: socket.socket, log: int) -> Host:
         """Fork a host that owns `listener` and writes to `log`.
 
-        Waits while the launcher still imports; restarts a launcher that died. Raises
-        EngineStartFailed when it cannot import its backend.
+        Waits while the launcher is importing; restarts a launcher that died. Raises EngineStartFailed if it
+        cannot import its backend.
         """
         if self._process.poll() is not None:
-            self._receive()  # what it said before it ended
+            self._receive()  # what it reported before it ended
         if self._failure is not None:
             self._restart()
         order = next(self._orders)
@@ -103,20 +103,20 @@ class Launcher:
             self._control.send(message, [listener.fileno(), log])
         except BlockingIOError as error:
             del self._launching[order]
-            raise EngineStartFailed("The launcher does not answer; too many orders wait for it.") from error
+            raise EngineStartFailed("The launcher does not respond; its queue is full.") from error
         except ConnectionError:
-            # It has just died: `_receive` sees that and fails every pending launch.
-            logger.warning("the launcher died with an order on its way")
+            # It has just died: `_receive` notices and fails every pending launch.
+            logger.warning("the launcher died before it received the request")
         try:
             return await launched
         except asyncio.CancelledError:
-            # Also in the very moment in which the host was launched: nobody else knows of it.
+            # Also if the host was launched at the same moment: no other code knows of it.
             if launched.done() and not launched.cancelled() and launched.exception() is None:
                 launched.result().kill(signal.SIGKILL)
             raise
 
     def preload(self, modules: Iterable[str]) -> None:
-        """Import what the next hosts will need, now; each only once."""
+        """Import what the next hosts will need; each module only once."""
         for module in modules:
             if module not in self._preloaded:
                 self._preloaded[module] = None
@@ -124,7 +124,7 @@ class Launcher:
 
     def _order_preload(self, module: str) -> None:
         if self._failure is None:
-            # Where it does not take the order the host imports the module by itself.
+            # If the launcher does not receive the request, the host imports the module itself.
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 self._control.send({"preload": module})
 
@@ -136,10 +136,10 @@ class Launcher:
         except BlockingIOError:
             kill_group(pid, number)
         except ConnectionError:
-            logger.warning("the launcher died with an order on its way")
+            logger.warning("the launcher died before it received the request")
 
     def close(self) -> None:
-        """End the launcher and, with it, every host that is left; idempotent."""
+        """End the launcher and with it all remaining hosts; idempotent."""
         self._detach()
         if self._lifeline < 0:
             return
@@ -181,20 +181,20 @@ class Launcher:
     def _detach(self) -> None:
         if self._control.fileno() < 0:
             return
-        with contextlib.suppress(RuntimeError):  # no loop: the service ends before it has begun
+        with contextlib.suppress(RuntimeError):  # no loop: the service ends before it has started
             asyncio.get_running_loop().remove_reader(self._control)
         self._control.close()
 
     def _receive(self) -> None:
-        """Take in all messages that have come, up to the launcher's end."""
+        """Read all messages that have arrived, up to the end of the launcher."""
         while self._failure is None:
             try:
                 messages = self._control.receive()
             except BlockingIOError:
                 return
             except ConnectionResetError:
-                # It ended with commands unread. That is reported first, and only once; its last messages
-                # are still there.
+                # It ended with requests unread. The socket reports that first, and only once; its last
+                # messages can still be read.
                 continue
             if messages is None:
                 messages = [{"failed": "the launcher's process ended"}]
@@ -221,12 +221,12 @@ class Launcher:
 
     def _engines_are_slower(self, reason: str) -> None:
         level = logging.WARNING if self._cold is None else logging.INFO
-        logger.log(level, "engines are started without a warm launcher, slower: %s", reason)
+        logger.log(level, "hosts are not forked from the launcher, so engines start more slowly: %s", reason)
 
     def _launched(self, order: int, pid: int) -> None:
         host = Host(self, pid)
         launched = self._launching.pop(order)
-        if launched.done():  # cancelled: nobody wants this host any more
+        if launched.done():  # cancelled: no engine needs this host any more
             self.kill(pid, signal.SIGKILL)
             return
         self._hosts[pid] = host
@@ -244,7 +244,7 @@ class Launcher:
             host.exited(status)
 
     def _fail(self, reason: str) -> None:
-        """The launcher is gone: no host can be ordered from it, and its hosts are not waited for."""
+        """The launcher is gone: fail pending launches, and consider its hosts ended."""
         self._failure = reason
         self._detach()
         for launched in self._launching.values():
@@ -256,7 +256,7 @@ class Launcher:
             host.exited(-signal.SIGKILL, with_launcher=True)
         self._hosts.clear()
         if self._imported:
-            # It worked until now: the next load shall not have to wait for its imports.
+            # It worked until now: restart it so that the next load need not wait for its imports.
             asyncio.get_running_loop().call_soon(self._restart_after_death)
 
     def _restart_after_death(self) -> None:
@@ -270,11 +270,11 @@ class Launcher:
 
 
 def _inherited() -> dict[str, str]:
-    """The service's environment without its secrets: engines have no use for them."""
+    """The service's environment without its secrets, which engines do not need."""
     return {name: value for name, value in os.environ.items() if name.upper() != "ADMIN_API_KEY"}
 
 
 def kill_group(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """Signal a host's group without the launcher: only while it has not reaped the host."""
+    """Signal a host's group without the launcher, provided that it has not reaped the host."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, number)

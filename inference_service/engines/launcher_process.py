@@ -1,9 +1,13 @@
-"""The launcher's program: imports the backend once, then forks a host per order.
+"""The launcher's program: a fork server (zygote). It imports the backend once, then forks each host.
+
+multiprocessing.forkserver is not enough: its children lead no process groups, outlive a killed service and
+leave orphans (vLLM's own processes) unreaped. It also hides errors of its preloads, and cannot start a host
+in another way if a fork would not be safe.
 
 Runs as `python -m inference_service.engines.launcher_process CONTROL_FD LIFELINE_FD BACKEND DEVICE PARENT
-COLD` and holds one thread, because a fork keeps only the thread that called it. It imports the backend
-and never touches CUDA, which does not survive a fork: the GPUs are hidden while it imports. Where a fork
-could go wrong (fork_safety.py), and where COLD gives a reason not to fork, a host imports everything itself
+COLD` in a single thread, because a fork keeps only the thread that called it. It imports the backend but
+never initializes CUDA, which does not survive a fork: the GPUs are hidden during the imports. If a fork would
+not be safe (fork_safety.py), or COLD gives a reason not to fork, a host imports everything itself
 (spawned_host.py).
 
 Messages (see channel.py):
@@ -12,8 +16,8 @@ Messages (see channel.py):
                           {"preload": module}            the next hosts will need it
     launcher -> service   {"imported": seconds, "cold": reason or null} | {"failed": reason}
                           {"launched": id, "pid": n} | {"refused": id, "reason": text}
-                          {"cold": reason}               hosts are not forked any more: a preload forbids it
-                          {"exited": pid, "status": n}   once nothing of the group is left
+                          {"cold": reason}               hosts are no longer forked: a preload forbids it
+                          {"exited": pid, "status": n}   once no process of its group is left
 """
 
 import contextlib
@@ -53,9 +57,9 @@ def main() -> None:
     _die_with(parent)
     _adopt_orphans()
     started = time.monotonic()
-    # From Python 3.12 on, for threads of native pools too, which fork_safety.py knows to be harmless.
+    # Python 3.12 and later also warns of native pools' threads, which are harmless (fork_safety.py).
     warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
-    gc.disable()  # what is imported stays: collecting meanwhile costs an eighth of the time
+    gc.disable()  # imported objects stay: garbage collection would take an eighth of the time
     try:
         if cold is None:
             with _nothing_visible(device):
@@ -67,7 +71,7 @@ def main() -> None:
         sys.exit(1)
     imported = round(time.monotonic() - started, 2)
     control.send({"imported": imported, "cold": cold})
-    # Pages that the collector never touches again stay shared with every host.
+    # Pages that the collector never touches again stay shared with all hosts.
     gc.collect()
     gc.freeze()
     gc.enable()
@@ -75,7 +79,7 @@ def main() -> None:
 
 
 def preload(backend: str, device: str) -> None:
-    """Import what hosts of `backend` need; raises whatever the first import raises."""
+    """Import what hosts of `backend` need; raises what the first import raises."""
     first, *others = PRELOAD[Backend(backend)]
     importlib.import_module(first)
     for name in (*others, *(PRELOAD_VLLM.get(device, ()) if backend == "vllm" else ())):
@@ -89,7 +93,7 @@ def _nothing_visible(device: str) -> AbstractContextManager[None]:
 def _preload(name: str) -> None:
     try:
         importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # a host reports what it lacks itself
+    except (Exception, SystemExit) as error:  # a host reports itself what it lacks
         _say(f"WARNING: {name} was not preloaded: {type(error).__name__}: {error}")
 
 
@@ -106,7 +110,7 @@ class _Launcher:
         os.set_blocking(self._wakeup_write, False)
 
     def serve(self) -> None:
-        """Until the service closes its end: obey its orders, report hosts that ended."""
+        """Handle requests and report exited hosts until the service closes its end."""
         signal.set_wakeup_fd(self._wakeup_write)
         signal.signal(signal.SIGCHLD, _wake)
         with selectors.DefaultSelector() as selector:
@@ -140,7 +144,7 @@ class _Launcher:
             self._preload(message["preload"])
 
     def _preload(self, module: str) -> None:
-        """Import a module; what is imported later may forbid a fork as well."""
+        """Import a module, which may make forking unsafe."""
         with _nothing_visible(self._device):
             _preload(module)
             cold = why_cold(self._backend)
@@ -151,13 +155,13 @@ class _Launcher:
     def _launch(self, order: int, spec: dict[str, Any], listener: int, log: int) -> None:
         try:
             pid = os.fork()
-        except OSError as error:  # out of processes or of memory: no reason to end the other hosts
+        except OSError as error:  # out of processes or memory: no reason to end the other hosts
             self._control.send({"refused": order, "reason": str(error)})
             return
         if pid == 0:
             self._become_host(HostSpec.from_json(spec), listener, log)
         self._hosts.add(pid)
-        # Also here, not only in the child: a kill may be ordered before the child has run.
+        # Here too, not only in the child: a kill may be requested before the child has run.
         _lead_group(pid)
         self._control.send({"launched": order, "pid": pid})
 
@@ -177,7 +181,7 @@ class _Launcher:
                 _become_spawned_host(spec, listener, self._lifeline)
             title_host(spec.model, FORKED)
             end_group_with_service(self._lifeline)
-            tempfile.tempdir = None  # the host's own TMPDIR, not what the imports have looked up
+            tempfile.tempdir = None  # the host's own TMPDIR, not the one cached by the imports
             program = importlib.import_module(spec.program)
             program.run(spec, socket.socket(fileno=listener))
         except BaseException as error:
@@ -187,18 +191,18 @@ class _Launcher:
         os._exit(0)
 
     def _kill(self, pid: int, number: int) -> None:
-        # Only what was not reaped yet: until then the group's id cannot belong to anyone else.
+        # Only hosts that were not reaped: until then, their group's id cannot be reused.
         if pid in self._hosts:
             _kill_group(pid, number)
 
     def _reap(self) -> None:
-        """Reap whatever ended: hosts, and what they left behind, which falls to this process."""
+        """Reap all ended children: hosts, and orphans of hosts, which this process adopts."""
         os.read(self._wakeup_read, 4096)
         if not hasattr(os, "waitid"):
             self._reap_leaders()
         while hasattr(os, "waitid") and (pid := _next_zombie()) is not None:
             if pid in self._hosts:
-                # Before the leader is reaped: until then the group's id cannot be anyone else's.
+                # Before the leader is reaped: until then, the group's id cannot be reused.
                 _kill_group(pid, signal.SIGKILL)
                 self._hosts.discard(pid)
                 self._ending[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -209,7 +213,7 @@ class _Launcher:
             self._control.send(exited)
 
     def _reap_leaders(self) -> None:
-        """Where a zombie cannot be looked at before it is reaped, and orphans fall to process 1 (macOS)."""
+        """For macOS: a zombie cannot be examined before it is reaped, and process 1 adopts orphans."""
         for pid in list(self._hosts):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -224,7 +228,7 @@ class _Launcher:
 
 
 def _wake(number: int, frame: FrameType | None) -> None:
-    """A Python-level handler must exist for the wake-up descriptor to be written."""
+    """The wake-up descriptor is written only if a Python-level handler exists."""
 
 
 def _next_zombie() -> int | None:
@@ -238,7 +242,7 @@ def _next_zombie() -> int | None:
 def _group_exists(pid: int) -> bool:
     try:
         os.killpg(pid, 0)
-    except (ProcessLookupError, PermissionError):  # macOS refuses where all of a group are zombies
+    except (ProcessLookupError, PermissionError):  # macOS raises it if all processes of a group are zombies
         return False
     return True
 
@@ -254,17 +258,17 @@ def _kill_group(pid: int, number: int) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Let the kernel end this process with the service, also in the middle of an import."""
+    """Have the kernel end this process when the service ends, even during an import."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before this call
+    if os.getppid() != parent:  # the service was gone before this call
         sys.exit(1)
 
 
 def _adopt_orphans() -> None:
-    """Let what a dead host leaves behind fall to this process, which reaps it.
+    """Adopt the orphans of dead hosts, in order to reap them.
 
-    Otherwise it falls to process 1, which in a container is the service and reaps nothing.
+    Otherwise process 1 adopts them, which in a container is the service and reaps nothing.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)

@@ -1,4 +1,4 @@
-"""The pipe whose only other end the service holds: however the service ends, its hosts end with it."""
+"""A pipe whose other end only the service holds: in whatever way the service ends, its hosts end with it."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import threading
 
 
 def end_group_with_service(lifeline: int) -> None:
-    """Kill this host's group when the service is gone; the kernel closes its end of the pipe then."""
+    """Kill this host's process group when the service is gone: the kernel closes its end of the pipe."""
 
     def watch() -> None:
         os.read(lifeline, 1)

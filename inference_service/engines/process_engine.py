@@ -1,6 +1,6 @@
-"""The one Engine implementation: a host process behind a unix socket.
+"""The only Engine implementation: a host process behind a unix socket.
 
-Owns the socket's file, the log pipe and the HTTP client. What is inside a body is the host's business.
+Owns the socket's file, the log pipe and the HTTP client. Does not interpret bodies.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from inference_service.errors import (
 
 logger = logging.getLogger(__name__)
 
-# After SIGKILL only a launcher that hangs makes anyone wait.
+# After SIGKILL, only a launcher that hangs causes a wait.
 KILLED_SECONDS = 5.0
 # Below the 5 s after which vLLM's server closes an idle connection, so that a request is never sent
 # into a connection that is being closed.
@@ -44,7 +44,7 @@ HEARTBEAT_PATH = "/control/heartbeat"
 
 
 class ProcessEngine:
-    """An engine in a host process of its own (see engines/base.py for the protocol)."""
+    """An engine in its own host process (see engines/base.py for the protocol)."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class ProcessEngine:
         directory: Path,
         respecify: Callable[[Snapshot], HostSpec],
     ) -> None:
-        """`directory` is private to the service; the engine makes its own room in it.
+        """`directory` is private to the service; the engine creates its own directory in it.
 
-        `respecify`: the order for a host that served another snapshot in the same way.
+        `respecify`: the specification of a host that serves another snapshot in the same way.
         """
         self._launcher = launcher
         self._spec = spec
@@ -92,7 +92,7 @@ class ProcessEngine:
             response = await self._open_client.post(f"http://host{path}", data=body, headers=headers)
         reply = HostReply(self, response, self._replies.discard)
         self._replies.add(reply)
-        if self._cut_with is not None:  # in this very moment
+        if self._cut_with is not None:  # at the same moment
             reply.abort_all(self._cut_with)
         return reply
 
@@ -122,7 +122,7 @@ class ProcessEngine:
     async def _order(
         self, method: str, path: str, order: dict[str, Any] | None, failed: type[EngineError]
     ) -> dict[str, Any]:
-        """The host's answer to an order of the service; raises `failed` with the host's reason."""
+        """The host's reply to a control request; raises `failed` with the host's reason."""
         with self._translated():
             async with self._open_client.request(method, f"http://host{path}", json=order) as response:
                 answer: dict[str, Any] = await response.json()
@@ -146,13 +146,13 @@ class ProcessEngine:
         for reply in list(self._replies):
             reply.abort_all(error)
         if self._client is not None and self._disconnecting is None:
-            # Those who wait for a reply to begin are woken by it too.
+            # It also wakes tasks that wait for a reply to begin.
             self._disconnecting = asyncio.ensure_future(self._client.close())
 
     async def close(self, grace: float = GRACE_SECONDS) -> None:
         self.abort_all(self.died())
         if self._disconnecting is not None:
-            # Shielded: a teardown that is cancelled is started again and waits for it again.
+            # Shielded: a cancelled teardown is started again and waits for it again.
             await asyncio.shield(self._disconnecting)
         if self._host is not None:
             await self._end(self._host, grace)
@@ -186,10 +186,10 @@ class ProcessEngine:
         )
 
     async def _answer_or_death(self, host: Host) -> None:
-        """Wait for the host's first answer.
+        """Wait for the host's first response.
 
-        The socket listens since before the fork, so the request waits in its queue until the engine
-        is up: there is nothing to poll, and no time is lost.
+        The socket has been listening since before the fork, so the request waits in its queue until the
+        engine is up, without polling.
         """
         answer = asyncio.ensure_future(self._first_answer())
         death = asyncio.ensure_future(host.wait())
@@ -238,7 +238,7 @@ class ProcessEngine:
             async with asyncio.timeout(KILLED_SECONDS):
                 await host.wait()
         except TimeoutError:
-            # The launcher does not answer: its orders are carried out for it.
+            # The launcher does not respond: signal the host directly.
             logger.error("host is not reported dead, going on", extra={"model": self._spec.model})
             kill_group(host.pid)
 
@@ -252,13 +252,13 @@ class ProcessEngine:
     def died(self) -> EngineDied:
         return EngineDied(
             f"The engine of '{self._spec.model}' went away while it worked on this request. "
-            "Send the request again: a fresh engine will be started.",
+            "Send the request again: a new engine will be started.",
             retry_after=1,
         )
 
 
 class HostReply:
-    """A host's HTTP response while it arrives (see engines/base.py for the protocol)."""
+    """A host's HTTP response as it arrives (see engines/base.py for the protocol)."""
 
     def __init__(
         self,
@@ -297,13 +297,13 @@ class HostReply:
         self._response.close()
 
     def abort_all(self, error: ServiceError) -> None:
-        """Wake whoever reads with `error`: closing the client alone would leave him waiting."""
+        """Wake the reader with `error`: closing the client alone would not wake it."""
         self._cut = self._cut or error
         self._response.content.set_exception(aiohttp.ClientConnectionError("the engine is closed"))
 
 
 def _about(body: bytes, spec: HostSpec) -> About:
-    """vLLM's own server answers with an empty body: it is what was ordered."""
+    """vLLM's server returns an empty body: the reply is the request."""
     answer = json.loads(body) if body else {}
     return About(answer.get("backend", spec.program.rpartition(".")[2]), tuple(answer.get("notes", ())))
 
@@ -314,7 +314,7 @@ def _fingerprint(answer: dict[str, Any]) -> Fingerprint:
 
 @contextmanager
 def _listen(path: Path) -> Iterator[socket.socket]:
-    """A unix socket that listens at once and that only this user can open."""
+    """A unix socket that listens at once and only this user can open."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(str(path))

@@ -1,8 +1,8 @@
-"""A host that is not forked from the launcher: it imports its backend itself.
+"""A host that was not forked from the launcher and imports its backend itself.
 
 Runs as `python -m inference_service.engines.spawned_host SPEC LISTENER_FD LIFELINE_FD`, as the leader of its
-process group, with its output going to the log. It starts slower by the time of the imports, and does not
-depend on anything that must survive a fork.
+process group, with its output going to the log. Its start takes longer by the time of the imports, and
+depends on nothing that must survive a fork.
 """
 
 import importlib

@@ -1,6 +1,6 @@
-"""Which device this machine offers, and which backend serves on it.
+"""The device of this machine, and the dtype and number of GPUs of an engine on it.
 
-Decided without torch, which the service never imports: CUDA through NVML (the driver's library, which
+Detected without torch, which the service never imports: CUDA through NVML (the driver's library, which
 creates no CUDA context), MPS and the CPU from the platform.
 """
 
@@ -26,11 +26,11 @@ class DeviceKind(StrEnum):
 
 @dataclass(frozen=True)
 class Device:
-    """Where engines run. `count` devices, `memory_bytes` each (0 where it is not known).
+    """Where engines run: `count` devices with `memory_bytes` each (0 if unknown).
 
-    `bfloat16`: a processor that multiplies it faster than float32. Of GPUs, `driver_cuda` is the newest CUDA
-    that the driver supports, None where that is not known, and `like_first` whether all of them are of the
-    kind of the machine's first one.
+    `bfloat16`: whether the CPU multiplies it faster than float32. For GPUs, `driver_cuda` is the newest CUDA
+    that the driver supports (None if unknown), and `like_first` whether all of them are of the same kind as
+    the machine's first one.
     """
 
     kind: DeviceKind
@@ -43,15 +43,15 @@ class Device:
 
 
 def find_device() -> Device:
-    """CUDA if the driver shows a GPU, then Apple's MPS, then the CPU."""
+    """CUDA if the driver reports a GPU, else Apple's MPS, else the CPU."""
     return _cuda() or _mps() or _cpu()
 
 
 def resolve_dtype(choice: DtypeChoice, device: Device, backend: Backend, checkpoint_dtype: str | None) -> str:
-    """The weights' type for one checkpoint: 16 bit on CUDA, float32 elsewhere, unless chosen.
+    """The dtype of one checkpoint's weights: 16-bit on CUDA, float32 elsewhere, unless configured.
 
-    The transformers backend on a processor with instructions for bfloat16 keeps a checkpoint's bfloat16: it
-    reads half the bytes a token (docs/engines.md has the figures).
+    The transformers backend on a CPU with bfloat16 instructions keeps a checkpoint's bfloat16: it reads half
+    the bytes per token (docs/engines.md has the figures).
     """
     if choice is not DtypeChoice.AUTO:
         return choice.value
@@ -62,7 +62,7 @@ def resolve_dtype(choice: DtypeChoice, device: Device, backend: Backend, checkpo
 
 
 def tensor_parallel_size(choice: int | Literal["auto"], device: Device) -> int:
-    """GPUs per engine."""
+    """The number of GPUs per engine."""
     if choice == "auto":
         return device.count if device.kind is DeviceKind.CUDA else 1
     return choice
@@ -94,10 +94,10 @@ def _cuda() -> Device | None:
 
 
 def visible_gpus(nvml: Any) -> list[Any]:
-    """NVML's handles of the GPUs that CUDA shows to a process; NVML itself shows all of them.
+    """NVML handles of the GPUs that are visible to CUDA; NVML itself ignores CUDA_VISIBLE_DEVICES.
 
-    CUDA_VISIBLE_DEVICES holds indices, or UUIDs and beginnings of them; the first entry that names no GPU
-    ends the list. https://docs.nvidia.com/cuda/cuda-c-programming-guide/#env-vars
+    CUDA_VISIBLE_DEVICES holds indices, or UUIDs and prefixes of them; the first invalid entry ends the list.
+    https://docs.nvidia.com/cuda/cuda-c-programming-guide/#env-vars
     """
     present = _present(nvml)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -108,7 +108,7 @@ def visible_gpus(nvml: Any) -> list[Any]:
 
 
 def _present(nvml: Any) -> list[Any]:
-    """Every GPU of the machine in NVML's order; None for one that is broken."""
+    """Every GPU of the machine in NVML's order; None for a broken one."""
     found: list[Any] = []
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
@@ -119,7 +119,7 @@ def _present(nvml: Any) -> list[Any]:
 
 
 def _named(nvml: Any, entry: str, present: list[Any]) -> Any:
-    """The GPU, or the part of one (MIG), that an entry of CUDA_VISIBLE_DEVICES names; None for none."""
+    """The GPU or MIG device that an entry of CUDA_VISIBLE_DEVICES names; None if there is none."""
     if entry.isascii() and entry.isdigit():
         return present[int(entry)] if int(entry) < len(present) else None
     if entry.startswith("MIG-"):
@@ -133,16 +133,16 @@ def _named(nvml: Any, entry: str, present: list[Any]) -> Any:
 
 
 def _like_first(nvml: Any, gpus: list[Any]) -> bool:
-    """Whether the GPUs are of the kind of the machine's first one, which is what an import sees.
+    """Whether the GPUs are of the same kind as the machine's first one, which imports see.
 
-    Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA counts the fastest first and NVML does not: where a machine has
-    several kinds, an index may mean another one.
+    Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA lists the fastest GPU first and NVML does not: on a machine
+    with several kinds, an index may mean another GPU.
     """
     everyone = _present(nvml)
     ordered = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
     compared = [everyone[0], *(gpus if ordered else everyone)]
     try:
-        # A part of a GPU (MIG) is called like the whole one, with its size after it.
+        # The name of a MIG device is that of the GPU, followed by its size.
         kinds = {gpu and str(nvml.nvmlDeviceGetName(gpu)).partition(" MIG ")[0] for gpu in compared}
     except nvml.NVMLError:
         return False
@@ -171,7 +171,7 @@ def _cpu() -> Device:
 
 
 def _cpu_info() -> dict[str, str]:
-    """What Linux says of the first processor; nothing elsewhere."""
+    """What Linux reports about the first processor; empty elsewhere."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -181,7 +181,7 @@ def _cpu_info() -> dict[str, str]:
 
 
 def memory_bytes() -> int:
-    """The machine's memory, or the container's limit where that is less."""
+    """The machine's memory, or the container's limit if that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()

@@ -1,7 +1,7 @@
-"""How much memory is free on the device right now, measured.
+"""The memory that is free on the device, measured now.
 
-CUDA through NVML (no CUDA context); on the CPU what the system or the container has left, files that it
-could drop counted as free.
+On CUDA through NVML (without a CUDA context); on the CPU what the system or the container has left, where
+reclaimable page cache counts as free.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: Device) -> int | None:
-    """The least that any of the devices has free; None if unknown. Blocks for milliseconds."""
+    """Free bytes on the fullest device; None if unknown. Blocks for milliseconds."""
     if device.kind is DeviceKind.CUDA:
         return _free_on_gpus()
     found = [free for free in (_available(), _left_in_cgroup(_CGROUP)) if free is not None]
@@ -43,7 +43,7 @@ def _available() -> int | None:
 
 
 def _left_in_cgroup(cgroup: Path) -> int | None:
-    """Up to the container's limit; pages of files are given up before anything is killed."""
+    """Up to the container's limit; page cache is reclaimed before any process is killed."""
     try:
         limit = (cgroup / "memory.max").read_text().strip()
         used = int((cgroup / "memory.current").read_text())

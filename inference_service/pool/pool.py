@@ -306,7 +306,7 @@ class Pool:
     async def unload(self, name: str, *, force: bool = False) -> bool:
         """Stop the model's engine once its leases are released, or at once; False if it has none.
 
-        Of an adapter that nobody uses its engine is rid.
+        An adapter that no request uses is removed from its engine.
         """
         for waiter in list(self._waiters.values()):
             if waiter.wanted is not waiter.model and waiter.wanted.name == name:
@@ -448,7 +448,7 @@ class Pool:
                 self._lifecycle.cancel(key)
 
     def _newest(self, key: str) -> Checkpoint:
-        """The model that is waited for, as the last who asked knows it."""
+        """The model of the waiting request that came last."""
         waiting = reversed(self._waiters.values())
         return next(waiter.model for waiter in waiting if waiter.model.reference == key)
 

@@ -92,7 +92,7 @@ class Report:
             for key, slot in lifecycle.slots.items()
         ]
         waiting = " ".join(waiter.wanted.name for waiter in self._waiters.values())
-        return f"{' '.join(engines) or 'empty'} | waiting: {waiting or 'nobody'}"
+        return f"{' '.join(engines) or 'empty'} | waiting: {waiting or 'none'}"
 
     def _waiter(self, waiter: Waiter, now: float) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""A model as a request means it: described by the bucket, and with the engine that it is to run on."""
+"""A model as a request means it: described by the bucket, and placed on an engine."""
 
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -49,7 +49,7 @@ class _Found:
 
     @cached_property
     def reference(self) -> str:
-        """Tells an engine, or an adapter on one, from every other."""
+        """Identifies an engine, or an adapter on one."""
         return str(Reference(self.name, self.revision))
 
 

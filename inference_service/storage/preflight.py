@@ -1,7 +1,7 @@
-"""Whether a model can be served at all, found out before a byte of its weights is downloaded.
+"""Checks whether a model can be served before any of its weights are downloaded.
 
-Reads config.json and the header of every safetensors file by range. What it finds is kept per revision,
-so that only the first request for a revision pays the few milliseconds.
+Reads config.json and the header of every safetensors file by range. Results are cached per revision, so only
+the first request for a revision pays the few milliseconds.
 """
 
 import asyncio
@@ -48,15 +48,15 @@ from inference_service.storage.model import Adapter, Checkpoint, Model
 READS_AT_ONCE = 8
 KEPT_VERDICTS = 3
 JUDGES = 4
-# Most headers of a shard fit: one request instead of two.
+# Most shard headers fit: one request instead of two.
 FIRST_READ_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
 class _Verdict:
-    """What an examination found: why the model cannot be served, if it cannot, and what it takes.
+    """The result of an examination: why the model cannot be served (if so), and the memory it needs.
 
-    `revision`: an adapter's with that of its base.
+    `revision`: for an adapter, includes the reference of its base.
     """
 
     revision: str
@@ -69,8 +69,8 @@ class _Verdict:
 class Preflight:
     """Examines models for one device and backend.
 
-    `check_disk`: raises DiskFull for a model of so many bytes that the disk cannot hold. `kept`: where its
-    snapshot lies, if it is there already; then the bucket is not asked.
+    `check_disk(model, bytes)` raises DiskFull if the disk cannot hold the model. `kept` returns the path of
+    the snapshot if it is already on disk; the bucket is then not read.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Preflight:
         self._backend = backend
         self._check_disk = check_disk
         self._kept = kept
-        # Of each model the newest revisions: the one that serves and the one that is to.
+        # The newest revisions of each model: the one that serves and the one that will.
         self._found: dict[tuple[str, str], _Verdict] = {}
         self._examining: dict[tuple[str, str], asyncio.Task[_Verdict]] = {}
         self._judges = ThreadPoolExecutor(JUDGES, thread_name_prefix="judge")
@@ -101,17 +101,17 @@ class Preflight:
             raise ModelNotServable(model.name, verdict.reason)
 
     def memory_profile(self, model: Model) -> MemoryProfile | None:
-        """The memory that a model takes that was examined; None where no header was read."""
+        """The memory that an examined model takes; None if no header was read."""
         verdict = self._verdict(model)
         return None if verdict is None else verdict.memory_profile
 
     def swap_key(self, model: Model) -> str | None:
-        """Which engines can take the weights of a model that was examined; None where none can."""
+        """Which engines can take the weights of an examined model; None if none can."""
         verdict = self._verdict(model)
         return None if verdict is None else verdict.swap_key
 
     def architectures(self, model: Model) -> tuple[str, ...]:
-        """What config.json of a model that was examined names."""
+        """The architectures that config.json of an examined model names."""
         verdict = self._verdict(model)
         return () if verdict is None else verdict.architectures
 
@@ -119,7 +119,7 @@ class Preflight:
         return self._found.get((model.name, _examined(model)))
 
     async def _once(self, model: Model) -> _Verdict:
-        """One examination of a revision, however many ask; it outlives a client that leaves."""
+        """One examination per revision, shared by all callers; it continues if a client disconnects."""
         key = (model.name, _examined(model))
         examining = self._examining.get(key)
         if examining is None:
@@ -145,20 +145,20 @@ class Preflight:
         return None if self._kept is None else await self._kept(model.described)
 
     def _judge_where_it_lies(self, model: Model, snapshot: Path | None, of_base: Path | None) -> _Verdict:
-        """What is on the disk is read there, an adapter's base too: the bucket may hold neither any more."""
+        """Prefers snapshots on disk, also for an adapter's base: the bucket may no longer hold them."""
         try:
             return self._judge(model, self._reader(snapshot), self._reader(of_base), fetch=snapshot is None)
-        except CacheError:  # it has just been evicted
+        except CacheError:  # the snapshot has just been evicted
             return self._judge(model, self._documents, self._documents, fetch=True)
 
     def _reader(self, snapshot: Path | None) -> Reader:
         return self._documents if snapshot is None else SnapshotDocuments(snapshot)
 
     def _judge(self, model: Model, reader: Reader, of_base: Reader, fetch: bool) -> _Verdict:
-        """Whether the model can be served; damage is reported and not remembered: it may be the network's."""
+        """Whether the model can be served. Damage is raised, not cached: the network may have caused it."""
         if fetch:
             self._check_disk(model.name, model.bytes)
-        if self._backend is Backend.FAKE:  # nothing reads the insides of its models
+        if self._backend is Backend.FAKE:  # the fake engine never reads weights
             return self._judge_fake(model, reader)
         if isinstance(model, Adapter):
             return self._judge_adapter(model, model.engine_model, reader, of_base)
@@ -190,8 +190,8 @@ class Preflight:
         if limit is not None and adapter.rank > limit:
             return _Verdict(
                 _examined(adapter),
-                f"its rank {adapter.rank} is higher than the {limit} that the serving.json of '{base.name}' "
-                "allows (max_lora_rank).",
+                f"its rank {adapter.rank} exceeds max_lora_rank={limit} in the serving.json of its base "
+                f"'{base.name}'. Raise max_lora_rank there, or train the adapter with a lower rank.",
             )
         try:
             tensors = self._weights(adapter, reader).tensors
@@ -203,7 +203,7 @@ class Preflight:
         return _Verdict(_examined(adapter), reason, MemoryProfile("", adapter.bytes))
 
     def _weights(self, model: Model, reader: Reader) -> Weights:
-        """The tensors of all of a model's files; raises BadDocument."""
+        """The tensors of all files of a model; raises BadDocument."""
         files = [stored for stored in model.objects if stored.filename.endswith(WEIGHTS)]
         headers = list(self._readers.map(lambda stored: _header(reader, stored), files))
         weights = Weights({})
@@ -212,13 +212,13 @@ class Preflight:
         return weights
 
     def _unknown_names(self, config: dict[str, Any], serving: Serving) -> str | None:
-        """An architecture, parser or quantisation that the engine does not have."""
+        """An architecture, parser or quantization that the engine does not support."""
         by_vllm = self._backend is Backend.VLLM
         architectures: list[str] = config.get("architectures") or []
         known = source_tables.architectures() if by_vllm else source_tables.transformers_architectures()
         if known is not None and not known.intersection(architectures):
             named = ", ".join(architectures) or "no architecture"
-            return f"config.json names {named}, which {self._backend} does not run."
+            return f"config.json names {named}, which the {self._backend} backend does not support."
         if not by_vllm:
             return _only_vllm(serving)
         for key, name, names in (
@@ -227,7 +227,7 @@ class Preflight:
             ("quantization", serving.quantization, source_tables.quantizations()),
         ):
             if name is not None and names is not None and name not in names:
-                return f"serving.json: {key}: '{name}' is none of {', '.join(sorted(names))}."
+                return f"serving.json: {key}: '{name}' is not one of {', '.join(sorted(names))}."
         return None
 
     def _too_large(self, profile: MemoryProfile) -> str | None:
@@ -238,28 +238,28 @@ class Preflight:
         needed, cache = profile.weights_bytes, profile.kv_cache_bytes or 0
         if needed + cache <= usable:
             return None
-        beside = f" and its KV cache {readable_bytes(cache)} (serving.json: kv_cache_gib)" if cache else ""
+        beside = f" plus {readable_bytes(cache)} of KV cache (serving.json: kv_cache_gib)" if cache else ""
         return (
-            f"its weights take {readable_bytes(needed)} as {profile.dtype}{beside}, and the engine may use "
-            f"{readable_bytes(usable)} ({profile.gpus} x {readable_bytes(device.memory_bytes)} of "
+            f"its weights take {readable_bytes(needed)} as {profile.dtype}{beside}, but the engine may use "
+            f"only {readable_bytes(usable)} ({profile.gpus} x {readable_bytes(device.memory_bytes)} of "
             f"{device.name}, GPU_MEMORY_UTILIZATION={settings.gpu_memory_utilization:g})."
         )
 
 
 def _examined(model: Model) -> str:
-    """What of a model is examined: its revision, and an adapter's base with it."""
+    """The key of an examination: the revision, and for an adapter also the reference of its base."""
     on = f" on {model.engine_model.reference}" if isinstance(model, Adapter) else ""
     return f"{model.revision}{on}"
 
 
 def _document(name: str, model: Model, reader: Reader) -> dict[str, Any]:
-    """A JSON object of the model's, {} where it has none; raises BadDocument."""
+    """A JSON object of the model, {} if the file does not exist; raises BadDocument."""
     found = [stored for stored in model.objects if stored.filename == name]
     return parse_object(name, reader.read(found[0])) if found else {}
 
 
 def _vocabulary(model: Model, reader: Reader) -> dict[str, int]:
-    """crc32c of the tokenizer's files; of those in a directory, which has none, their bytes are read."""
+    """crc32c of the tokenizer's files, computed if the store has none (file://)."""
     files = [stored for stored in model.objects if stored.filename in VOCABULARY]
     return {
         stored.filename: stored.crc32c
@@ -270,7 +270,7 @@ def _vocabulary(model: Model, reader: Reader) -> dict[str, int]:
 
 
 def _header(reader: Reader, stored: StoredObject) -> bytes:
-    """The length and the header's JSON; what is no header comes as it is, for `_parsed` to tell."""
+    """The length and the header's JSON; an invalid header is returned as is, for `_parsed` to report."""
     first = reader.read_range(stored, 0, min(stored.size, FIRST_READ_BYTES))
     try:
         end = LENGTH_BYTES + header_bytes(first, stored.size)
@@ -286,36 +286,36 @@ def _parsed(stored: StoredObject, header: bytes) -> dict[str, Tensor]:
         header_bytes(header, stored.size)
         return parse_header(header[LENGTH_BYTES:], stored.size)
     except BadHeader as error:
-        raise BadDocument(f"{stored.filename} is not complete or damaged: {error}") from error
+        raise BadDocument(f"{stored.filename} is incomplete or damaged: {error}") from error
 
 
 def _malformed(config: dict[str, Any]) -> str | None:
-    """What is read of config.json has the type that everything after this takes for granted."""
+    """Checks the types that all later code takes for granted."""
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        return "config.json: architectures is not a list of names."
+        return "config.json: architectures must be a list of names."
     if not isinstance(config.get("text_config") or {}, dict):
-        return "config.json: text_config is not an object."
+        return "config.json: text_config must be an object."
     return None
 
 
 def _only_vllm(serving: Serving) -> str | None:
-    """What transformers would not do: the model would be served, but not as its serving.json asks for."""
+    """Settings that transformers would ignore: the model would not be served as serving.json asks."""
     if serving.quantization is not None:
-        return "serving.json: quantization needs the vLLM backend; the transformers backend has CPU_INT8."
+        return "serving.json: quantization requires the vLLM backend; the transformers backend has CPU_INT8."
     return None
 
 
 def _too_long(config: dict[str, Any], serving: Serving) -> str | None:
-    """A longer context than the model has positions; where they are stretched the engine knows better."""
+    """max_model_len beyond the model's positions; if RoPE is scaled, the engine decides."""
     known = positions(config)
     if serving.max_model_len is None or known is None or is_stretched(config):
         return None
     if serving.max_model_len <= known:
         return None
     return (
-        f"serving.json: max_model_len: {serving.max_model_len} is more than the {known} positions of the "
-        "model (config.json)."
+        f"serving.json: max_model_len: {serving.max_model_len} is more than the {known} positions that the "
+        "model has (config.json)."
     )
 
 
@@ -323,6 +323,6 @@ def _runs_code(config: dict[str, Any]) -> str | None:
     if not config.get("auto_map"):
         return None
     return (
-        "config.json has an auto_map: it wants Python code from the bucket to be run, which this service "
-        "never does. If the engine knows the architecture by itself, remove auto_map."
+        "config.json has an auto_map, which requires running Python code from the bucket. This service never "
+        "does. If the engine supports the architecture natively, remove auto_map."
     )

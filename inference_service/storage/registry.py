@@ -41,7 +41,7 @@ def open_store(bucket: str) -> Store:
 
 
 class Registry:
-    """The catalog, the preflight and the sync of one bucket, in the order in which a model needs them."""
+    """Catalog, preflight and snapshots of one bucket, in the order in which a model needs them."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Registry:
     async def find(self, name: str) -> Requested[AnyModel]:
         """The model that a client means by `name`; raises ModelNotFound and StoreError.
 
-        A revision that the bucket does not hold any more is found while its snapshot is on the disk.
+        A revision that the bucket no longer holds is found while its snapshot is on the disk.
         """
         exact = Reference.parse(canonical_name(name)) is not None
         try:
@@ -89,9 +89,9 @@ class Registry:
         return engine_rank(max((rank for rank in ranks if limit is None or rank <= limit), default=0), limit)
 
     async def kept(self, newest: DescribedModel, revision: str) -> AnyModel | None:
-        """Another revision of a model, as its snapshot on the disk shows it; None where there is none.
+        """Another revision of a model, from its snapshot on the disk; None if there is none.
 
-        How it is served is what the bucket says of its newest revision.
+        It is served as the bucket says of the newest revision.
         """
         path = self._layout.snapshot(newest.name, revision)
         if path.parent.parent != self._layout.root:
@@ -100,7 +100,7 @@ class Registry:
         return None if kept is None else await self._placed(kept)
 
     async def kept_instead(self, newest: DescribedModel) -> Model | None:
-        """The revision on the disk that was used last and is not this one; None where none can be served."""
+        """The most recently used other revision on the disk; None if none can be served."""
         for revision in await self.kept_revisions(newest.name):
             found = None if revision == newest.revision else await self.kept(newest, revision)
             if found is not None:
@@ -111,7 +111,7 @@ class Registry:
         return None
 
     async def kept_revisions(self, name: str) -> list[str]:
-        """The revisions of a model that are on the disk, the one that was used last first."""
+        """The revisions of a model on the disk, the most recently used first."""
         return await asyncio.to_thread(self._layout.revisions, name)
 
     async def examine(self, model: AnyModel) -> Model:
@@ -131,11 +131,11 @@ class Registry:
         return model
 
     def memory_profile(self, model: Model) -> MemoryProfile:
-        """What the model takes in memory; where it was not examined, as much as on the disk."""
+        """The memory that the model takes; if it was not examined, as much as on the disk."""
         return self._preflight.memory_profile(model) or MemoryProfile("", model.bytes)
 
     def swap_key(self, model: Model) -> str | None:
-        """Models with the same can take one another's place in an engine; None: it is loaded afresh."""
+        """Models with the same key can replace each other in an engine; None: it cannot be swapped."""
         return self._preflight.swap_key(model)
 
     def architectures(self, model: Model) -> tuple[str, ...]:
@@ -156,7 +156,7 @@ class Registry:
         return found
 
     def fetching(self, model: Model) -> Progress | None:
-        """How far the fetch of the model is; None while none is under way."""
+        """The progress of the model's fetch; None if none is in progress."""
         under_way = (progress for progress in self.snapshots.progress() if progress.model == model.name)
         return next(under_way, None)
 
@@ -164,15 +164,15 @@ class Registry:
         """The model's snapshot, held until `release`, every byte of it verified.
 
         `entered` is called with the phases: list, sync, verify. Raises StoreError, CacheError, DiskFull, and
-        ObjectReplaced where the bucket holds another revision by now.
+        ObjectReplaced if the bucket holds another revision by now.
         """
         entered("list")
-        # It may have been let through because another revision was loaded, which is gone.
+        # The request may have been admitted for another revision, which is gone.
         await self.examine(model)
         try:
             snapshot = await self._verified(model, entered)
         except SnapshotCorrupt as error:
-            # What was right when it came has been damaged on the disk since.
+            # It was correct when it arrived and was damaged on the disk since.
             logger.warning("fetching it again: %s", error, extra={"model": model.name})
             snapshot = await self._verified(model, entered)
         except ObjectReplaced:
@@ -202,12 +202,12 @@ class Registry:
         return {**self.snapshots.stats(), "host_cache": locked}
 
     def release(self, snapshot: Snapshot) -> None:
-        """No engine uses the snapshot any more."""
+        """Release a snapshot that no engine uses any more."""
         self.snapshots.release(snapshot)
 
 
 def _kept(newest: DescribedModel, revision: str, path: Path) -> DescribedModel | None:
-    """The model as the snapshot in `path` has it; None where that is none, or damaged."""
+    """The model of the snapshot in `path`; None if that is missing or damaged."""
     manifest = Manifest.read(path)
     try:
         records = {} if manifest is None else manifest.files

@@ -180,7 +180,7 @@ async def test_whatever_moment_a_request_ends_in_nothing_is_left(
         assert (await bench.pool.stats())["leases"] == 0, f"moment {moment}"
         assert all(reply.closed for engine in bench.engines for reply in engine.replies), f"moment {moment}"
         assert not bench.service.relays
-        assert "waiting: nobody" in repr(bench.pool)
+        assert "waiting: none" in repr(bench.pool)
         starts = [message for message in client.messages if message["type"] == "http.response.start"]
         assert len(starts) <= 1, "a response begins once"
         await bench.pool.close()

@@ -74,7 +74,7 @@ def test_an_adapter_of_its_base() -> None:
         ({A: tensor(8, 640), B: tensor(640, 8)}, "another base"),
         ({A.replace("layers.0", "layers.9"): tensor(8, 640)}, "does not have"),
         ({A.replace("lora_A", "lora_magnitude_vector"): tensor(8, 640)}, "DoRA"),
-        ({"model.weight": tensor(8, 640)}, "none of a LoRA"),
+        ({"model.weight": tensor(8, 640)}, "is not a LoRA weight"),
         ({}, "no tensor"),
     ],
 )
@@ -90,7 +90,7 @@ def test_an_adapter_of_something_else(tensors: dict[str, Tensor], words: str) ->
         ({"r": 4}, {A: tensor(8, 640), B: tensor(576, 8)}, "says 4"),
         ({"r": 16}, {A: tensor(8, 640), B: tensor(576, 8)}, "says 16"),
         ({"r": 4, "rank_pattern": {"x": 6}}, {A: tensor(8, 640), B: tensor(576, 8)}, "says 6"),
-        ({"r": 8}, {A: tensor(8, 640), B: tensor(576, 4)}, "the rank 4"),
+        ({"r": 8}, {A: tensor(8, 640), B: tensor(576, 4)}, "rank 4"),
         ({"r": 8}, {A: tensor(8, 640)}, "lora_B"),
         ({"r": 8}, {B: tensor(576, 8)}, "lora_A"),
     ],

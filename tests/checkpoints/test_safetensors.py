@@ -45,7 +45,7 @@ def test_a_type_that_nobody_knows_yet_is_the_engines_to_judge() -> None:
         ({"a": entry("F32", [2], 0, 8)}, 3, "3 bytes that belong to no tensor"),
         ({"a": entry("F32", [2], 4, 12)}, 4, "does not begin after the header"),
         ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}, 4, "overlap or leave gaps"),
-        ({"a": entry("F32", [3], 0, 8)}, 0, "has not 8 bytes"),
+        ({"a": entry("F32", [3], 0, 8)}, 0, "cannot have 8 bytes"),
         ({"a": entry("F32", [-2], 0, 8)}, 0, "whole numbers"),
         ({"a": entry("F32", [2.0], 0, 8)}, 0, "whole numbers"),  # type: ignore[list-item]
         ({"a": {"dtype": "F32"}}, 0, "not valid"),

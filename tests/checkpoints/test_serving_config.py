@@ -45,8 +45,11 @@ def test_nothing_is_needed() -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"max_modle_len": 1}', "unknown key 'max_modle_len'; known are max_model_len, dtype"),
-        ('{"sampling_defaults": {"temp": 1}}', "unknown key 'sampling_defaults.temp'; known are temperature"),
+        ('{"max_modle_len": 1}', "unknown key 'max_modle_len'; known keys are max_model_len, dtype"),
+        (
+            '{"sampling_defaults": {"temp": 1}}',
+            "unknown key 'sampling_defaults.temp'; known keys are temperature",
+        ),
         ('{"max_model_len": "4096"}', "max_model_len: Input should be a valid integer"),
         ('{"max_model_len": true}', "max_model_len"),
         ('{"max_model_len": 0}', "max_model_len: Input should be greater than or equal to 1"),

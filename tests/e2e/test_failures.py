@@ -106,7 +106,7 @@ def test_truncated_weights_are_told_and_harm_nobody(
             ask(frail, "cut")
         assert caught.value.status_code in (422, 503)
         assert "model.safetensors" in caught.value.message
-        assert "cut off" in caught.value.message or "not complete" in caught.value.message
+        assert "cut off" in caught.value.message or "incomplete" in caught.value.message
         assert ask(frail, BASE) == "The capital of France is Paris."
     finally:
         bucket.remove("models/cut/")

@@ -49,7 +49,7 @@ def test_transformers_takes_over_and_says_so(service: ServiceProcess) -> None:
     assert any("one at a time" in note for note in notes)
     engine = service.engine("neo")
     assert (engine["backend"], engine["notes"]) == ("transformers", notes)
-    assert "the transformers backend does" in service.log_text()
+    assert "using the transformers backend" in service.log_text()
 
 
 def test_a_stream_and_a_client_that_leaves(service: ServiceProcess) -> None:

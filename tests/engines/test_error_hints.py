@@ -33,7 +33,7 @@ def test_an_error_that_nobody_knows_is_told_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        (-9, "SIGKILL; if nobody did that, the system did, out of memory"),
+        (-9, "SIGKILL, most likely because the system ran out of memory"),
         (-11, "SIGSEGV"),
         (3, "exit code 3"),
     ],

@@ -170,7 +170,7 @@ async def _bench(
             if not engine.may_close.done():
                 engine.may_close.set_result(None)
     await closing
-    assert repr(bench.pool) == "<Pool empty | waiting: nobody>"
+    assert repr(bench.pool) == "<Pool empty | waiting: none>"
 
 
 async def test_one_load_however_many_ask(two: Bench) -> None:
@@ -179,12 +179,12 @@ async def test_one_load_however_many_ask(two: Bench) -> None:
     assert repr(two.pool) == "<Pool a:starting(0) | waiting: a a a>"
     two.engine("a").started.set_result(None)
     leases = await asyncio.gather(*asked)
-    assert repr(two.pool) == "<Pool a:ready(3) | waiting: nobody>"
+    assert repr(two.pool) == "<Pool a:ready(3) | waiting: none>"
     assert len(two.engines["a"]) == 1
     for lease in leases:
         lease.release()
         lease.release()
-    assert repr(two.pool) == "<Pool a:ready(0) | waiting: nobody>"
+    assert repr(two.pool) == "<Pool a:ready(0) | waiting: none>"
 
 
 async def test_a_warm_lease_is_granted_without_waiting(two: Bench) -> None:
@@ -228,7 +228,7 @@ async def test_a_failed_load_fails_everyone_who_waited_and_frees_the_slot(one: B
     for result in await asyncio.gather(*asked, return_exceptions=True):
         assert isinstance(result, EngineStartFailed)
     await one.settle()
-    assert repr(one.pool) == "<Pool empty | waiting: nobody>"
+    assert repr(one.pool) == "<Pool empty | waiting: none>"
     (await one.started("a")).release()
 
 
@@ -246,7 +246,7 @@ async def test_a_dead_engine_is_replaced_on_the_next_request(one: Bench) -> None
     one.engine("a").may_close.set_result(None)
     one.engine("a").dead.set_result("killed by SIGKILL")
     await one.settle()
-    assert repr(one.pool) == "<Pool empty | waiting: nobody>"
+    assert repr(one.pool) == "<Pool empty | waiting: none>"
     lease.release()
     (await one.started("a")).release()
     assert len(one.engines["a"]) == 2
@@ -294,7 +294,7 @@ async def test_unload_in_the_moment_a_load_ends(one: Bench) -> None:
     with suppress(Exception):
         (await asked).release()
     await one.settle()
-    assert repr(one.pool) == "<Pool empty | waiting: nobody>"
+    assert repr(one.pool) == "<Pool empty | waiting: none>"
 
 
 async def test_concurrency_holds_and_the_rest_waits_in_order(two: Bench) -> None:
@@ -309,7 +309,7 @@ async def test_concurrency_holds_and_the_rest_waits_in_order(two: Bench) -> None
     leases.pop().release()
     for lease in (*leases, await fourth, await fifth):
         lease.release()
-    assert repr(two.pool) == "<Pool a:ready(0) | waiting: nobody>"
+    assert repr(two.pool) == "<Pool a:ready(0) | waiting: none>"
 
 
 async def test_too_many_waiting_are_refused_at_once(two: Bench) -> None:
@@ -321,7 +321,7 @@ async def test_too_many_waiting_are_refused_at_once(two: Bench) -> None:
     for task in asked:
         task.cancel()
     await asyncio.gather(*asked, return_exceptions=True)
-    assert repr(two.pool) == "<Pool a:starting(0) | waiting: nobody>"
+    assert repr(two.pool) == "<Pool a:starting(0) | waiting: none>"
 
 
 async def test_a_warm_model_is_not_refused_for_those_who_wait_for_a_cold_one(two: Bench) -> None:
@@ -345,7 +345,7 @@ async def test_cancellation_at_every_step_leaves_no_lease(two: Bench, steps: int
     with suppress(asyncio.CancelledError):
         (await asked).release()
     await two.settle()
-    assert "waiting: nobody" in repr(two.pool)
+    assert "waiting: none" in repr(two.pool)
     assert "(1)" not in repr(two.pool)
 
 
@@ -360,7 +360,7 @@ async def test_a_lease_granted_in_the_moment_of_cancellation_is_given_back(two: 
         await asked
     for lease in held:
         lease.release()
-    assert repr(two.pool) == "<Pool a:ready(0) | waiting: nobody>"
+    assert repr(two.pool) == "<Pool a:ready(0) | waiting: none>"
 
 
 async def test_stop_admission_fails_waiters_and_keeps_leases(two: Bench) -> None:
@@ -455,7 +455,7 @@ async def test_a_load_that_nobody_waits_for_any_more_is_cancelled(monkeypatch: p
         await bench.settle()
         assert bench.engine("a").closed
         assert bench.held == []
-        assert repr(bench.pool) == "<Pool empty | waiting: nobody>"
+        assert repr(bench.pool) == "<Pool empty | waiting: none>"
 
 
 async def test_a_load_goes_on_for_a_client_that_comes_back_soon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,7 +510,7 @@ async def test_another_revision_gets_an_engine_of_its_own(two: Bench) -> None:
     await two.settle()
     two.engine("a").started.set_result(None)
     lease = await asked
-    assert (lease.model.revision, repr(two.pool)) == ("r2", "<Pool a:ready(0) a:ready(1) | waiting: nobody>")
+    assert (lease.model.revision, repr(two.pool)) == ("r2", "<Pool a:ready(0) a:ready(1) | waiting: none>")
     lease.release()
 
 
@@ -533,7 +533,7 @@ async def test_a_forced_unload_ends_the_leases_with_an_error(one: Bench) -> None
     unloading = asyncio.create_task(one.pool.unload("a", force=True))
     await one.settle()
     assert isinstance(one.engine("a").cut_with, EngineUnloaded)
-    assert repr(one.pool) == "<Pool a:stopping(0) | waiting: nobody>"
+    assert repr(one.pool) == "<Pool a:stopping(0) | waiting: none>"
     one.engine("a").may_close.set_result(None)
     assert await unloading
     lease.release()
@@ -617,7 +617,7 @@ async def test_an_engine_that_makes_steps_or_has_no_work_does_not_hang() -> None
         for _ in range(20):
             clock.now += 0.05
             await asyncio.sleep(0.01)
-        assert repr(bench.pool) == "<Pool a:ready(0) | waiting: nobody>"
+        assert repr(bench.pool) == "<Pool a:ready(0) | waiting: none>"
 
 
 async def test_one_engine_of_a_device_starts_or_ends_at_a_time(two: Bench) -> None:
@@ -655,7 +655,7 @@ async def test_memory_that_never_comes_is_told_with_the_numbers(
     with pytest.raises(OutOfMemory, match=r"needs 1.0 MiB .* the device lacks 1.0 MiB"):
         await one.ask("a")
     await one.settle()
-    assert repr(one.pool) == "<Pool empty | waiting: nobody>"
+    assert repr(one.pool) == "<Pool empty | waiting: none>"
     assert one.held == []
 
 
@@ -694,7 +694,7 @@ async def test_a_model_that_failed_is_refused_also_while_what_it_left_is_torn_do
         bench.engine("a").started.set_exception(EngineStartFailed("no such architecture"))
         with pytest.raises(EngineStartFailed):
             await asked
-        assert repr(bench.pool) == "<Pool a:failed(0) | waiting: nobody>"
+        assert repr(bench.pool) == "<Pool a:failed(0) | waiting: none>"
         with pytest.raises(EngineStartFailed, match="failed once"):
             await bench.ask("a")
 
@@ -738,7 +738,7 @@ async def test_a_load_that_the_operator_asked_for_outlives_the_queue_timeout() -
         assert not loading.done()
         bench.engine("a").started.set_result(None)
         await loading
-        assert repr(bench.pool) == "<Pool a:ready(0) | waiting: nobody>"
+        assert repr(bench.pool) == "<Pool a:ready(0) | waiting: none>"
 
 
 async def test_who_waited_too_long_for_a_ready_engine_is_told_so() -> None:
@@ -797,7 +797,7 @@ async def test_a_wait_that_ends_as_its_engine_is_ready_costs_nobody_a_lease(
             if isinstance(found, Lease):
                 found.release()
         await bench.settle()
-        assert repr(bench.pool) == "<Pool a:ready(0) | waiting: nobody>"
+        assert repr(bench.pool) == "<Pool a:ready(0) | waiting: none>"
         (await asyncio.wait_for(bench.pool.lease(model("a")), 10)).release()
 
 

@@ -280,7 +280,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.loop.run_until_complete(asyncio.wait_for(closing, 5))
             assert self.snapshots == []
             assert all(self.loop.run_until_complete(unload) for unload in self.unloads)
-            assert repr(self.pool) == "<Pool empty | waiting: nobody>"
+            assert repr(self.pool) == "<Pool empty | waiting: none>"
         self.loop.close()
 
     def _serve_everyone(self) -> None:

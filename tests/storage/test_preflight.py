@@ -110,7 +110,7 @@ async def test_a_model_that_can_be_served_costs_a_few_kilobytes_once(source: Pat
 async def test_weights_that_do_not_fit_are_refused_with_the_numbers(source: Path) -> None:
     put(source / "models" / "m", elements=2_000_000_000)
     words = await refusal(source, memory=8 * GIB, gpu_memory_utilization=0.5)
-    assert "its weights take 7.5 GiB as bfloat16, and the engine may use 4.0 GiB" in words
+    assert "its weights take 7.5 GiB as bfloat16, but the engine may use only 4.0 GiB" in words
     assert "1 x 8.0 GiB of Test GPU, GPU_MEMORY_UTILIZATION=0.5" in words
 
 
@@ -136,7 +136,7 @@ async def test_code_is_never_run(source: Path) -> None:
 @needs_vllm
 async def test_an_architecture_that_nobody_knows(source: Path) -> None:
     put(source / "models" / "m", config={"architectures": ["NobodysForCausalLM"]})
-    assert "NobodysForCausalLM, which vllm does not run" in await refusal(source)
+    assert "NobodysForCausalLM, which the vllm backend does not support" in await refusal(source)
     put(source / "models" / "m", config={})
     assert "names no architecture" in await refusal(source)
 
@@ -145,9 +145,9 @@ async def test_an_architecture_that_nobody_knows(source: Path) -> None:
 @pytest.mark.parametrize(
     ("serving", "words"),
     [
-        ({"tool_call_parser": "nobodys"}, "tool_call_parser: 'nobodys' is none of"),
-        ({"reasoning_parser": "nobodys"}, "reasoning_parser: 'nobodys' is none of"),
-        ({"quantization": "nobodys"}, "quantization: 'nobodys' is none of"),
+        ({"tool_call_parser": "nobodys"}, "tool_call_parser: 'nobodys' is not one of"),
+        ({"reasoning_parser": "nobodys"}, "reasoning_parser: 'nobodys' is not one of"),
+        ({"quantization": "nobodys"}, "quantization: 'nobodys' is not one of"),
     ],
 )
 async def test_names_that_vllm_does_not_know(source: Path, serving: Any, words: str) -> None:
@@ -174,7 +174,7 @@ async def test_a_weights_file_that_was_cut_off_is_named(source: Path) -> None:
     with file.open("r+b") as cut:
         cut.truncate(file.stat().st_size - 10)
     words = await refusal(source)
-    assert "model-00002-of-00002.safetensors is not complete or damaged: it was cut off: 10 bytes" in words
+    assert "model-00002-of-00002.safetensors is incomplete or damaged: it was cut off: 10 bytes" in words
 
 
 async def test_a_long_header_takes_a_second_read(source: Path) -> None:
@@ -260,7 +260,7 @@ async def test_a_context_longer_than_the_model_has_positions(source: Path) -> No
 
 async def test_a_kv_cache_that_does_not_fit_beside_the_weights(source: Path) -> None:
     put(source / "models" / "m", serving={"kv_cache_gib": 1000})
-    assert "its KV cache 1000.0 GiB (serving.json: kv_cache_gib)" in await refusal(source)
+    assert "plus 1000.0 GiB of KV cache (serving.json: kv_cache_gib)" in await refusal(source)
 
 
 async def test_a_document_that_hangs_is_not_waited_for(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +273,7 @@ async def test_a_document_that_hangs_is_not_waited_for(source: Path, monkeypatch
             yield b""
 
     model = model_in(DirectoryStore(source))
-    with pytest.raises(StoreUnavailable, match="did not come within"):
+    with pytest.raises(StoreUnavailable, match="did not arrive within"):
         await preflight(Hanging(source)).examine(model)
     gate.set()
 
@@ -299,5 +299,5 @@ async def test_an_adapters_base_is_read_where_it_lies(tmp_path: Path) -> None:
 
     device = Device(DeviceKind.CUDA, "Test GPU", 1, 8 * GIB)
     found = Preflight(Documents(store), Settings(), device, Backend.VLLM, lambda model, count: None, where)
-    with pytest.raises(ModelNotServable, match="none of a LoRA adapter's"):
+    with pytest.raises(ModelNotServable, match="is not a LoRA weight"):
         await found.examine(Adapter(replace(describe(adapter, {}), rank=8), base))

@@ -1,0 +1,1 @@
+"""Pydantic models of what clients send and receive."""

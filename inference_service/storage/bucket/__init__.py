@@ -1,0 +1,1 @@
+"""The bucket: its objects, and the models that they make."""

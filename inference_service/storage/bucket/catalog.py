@@ -1,8 +1,8 @@
 """Names: which models the bucket holds, and which one a client means.
 
 A client may write a name with slashes or hyphens: `org/model` and `org-model` are one model.
-`model@revision` names one revision of it, an alias (serving.json) another name. What a model is, is
-model.py's; fetching is sync.py's.
+`model@revision` names one revision of it, an alias (serving.json) another name. model.py defines what
+a model is; snapshots/ fetches it.
 """
 
 import asyncio
@@ -30,10 +30,11 @@ from inference_service.storage.bucket.store import Store
 logger = logging.getLogger(__name__)
 
 LISTING_SECONDS = 30.0
-# What the cached listing lacks may have been uploaded just now. It is looked for in a listing that begins
-# after the request came, as the bucket itself would answer, but wrong names list no more often than this.
+# A name that the cached listing lacks may have just been uploaded. It is looked up in a listing that begins
+# after the request arrived, as the bucket itself would answer, but unknown names cause no more listings than
+# this.
 MISS_LISTING_SECONDS = 1.0
-# What cannot be served may be served in an older revision, whose clients are not to wait for listings.
+# An older revision may serve instead of an unservable one; its clients must not wait for listings.
 UNSERVABLE_LISTING_SECONDS = 2.0
 READS_AT_ONCE = 4
 
@@ -48,10 +49,10 @@ class RevisionNotFound(ModelNotFound):
 
 
 class Catalog:
-    """The listing of the prefix as models, kept for `ttl` seconds, refreshed once at a time.
+    """The listing of the prefix as models, reused for `ttl` seconds, refreshed once at a time.
 
-    What the models' own documents say (aliases, an adapter's base, the shards of an index) is read
-    behind the listing, and at once for a model that is asked for.
+    The models' own documents (aliases, an adapter's base, the shards of an index) are read after the listing,
+    and at once for a requested model.
     """
 
     def __init__(
@@ -68,21 +69,21 @@ class Catalog:
         self._models: dict[str, ListedModel] = {}
         self._aliases: dict[str, str] = {}
         self._conflicts: dict[str, tuple[str, ...]] = {}
-        # By base; None: not known of this listing yet.
+        # By base; None: not computed for this listing yet.
         self._adapters: dict[str, list[DescribedModel]] | None = None
         self._folded: dict[str, str] = {}
-        # When the newest listing began, when one ended last, and when one was last known to be old.
+        # When the newest listing began, when the last one ended, and when one was last invalidated.
         self._listed_at: float | None = None
         self._ended_at = self._forgotten_at = -math.inf
         self._refreshing: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
-        # Their own: a listing that hangs holds nothing else, and no document a listing.
+        # Separate pools: a hanging listing blocks no document, and no document a listing.
         self._lister = ThreadPoolExecutor(1, thread_name_prefix="list")
         self._readers = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="read")
 
     @property
     def listed(self) -> list[ListedModel]:
-        """All models by name as they were last listed; the store is not asked."""
+        """All models by name, from the last listing; does not read the store."""
         return list(self._models.values())
 
     @property
@@ -104,7 +105,7 @@ class Catalog:
         return self.listed
 
     def forget(self) -> None:
-        """The listing is known to be old: the next request lists again and waits for it."""
+        """Invalidate the listing: the next request lists again and waits for it."""
         self._forgotten_at = time.monotonic()
 
     async def find(self, name: str) -> DescribedModel:
@@ -178,12 +179,12 @@ class Catalog:
         return found
 
     def parent(self, adapter: DescribedModel) -> str | None:
-        """The name of an adapter's base in the bucket; as the adapter names it where the bucket has none."""
+        """The name of an adapter's base in the bucket, or as the adapter names it if the bucket has none."""
         named = adapter.base_name
         return None if named is None else self._base_name(named) or named
 
     def _base_name(self, named: str) -> str | None:
-        """The checkpoint that an adapter means: by the whole name, its last part, or either in other case."""
+        """The checkpoint that an adapter means: by the whole name, its last part, or either ignoring case."""
         names = [canonical_name(named), named.rstrip("/").rpartition("/")[2]]
         known = [each for name in names if (each := self._known(name)) is not None]
         folded = (self._folded.get(name.casefold()) for name in names)
@@ -195,7 +196,7 @@ class Catalog:
         return name if name in self._models else self._aliases.get(name)
 
     async def _look_for(self, known: Callable[[], str | None]) -> str | None:
-        """What `known` finds, where it finds nothing also in a listing that begins after this call."""
+        """The result of `known`; if it finds nothing, also in a listing that begins after this call."""
         called = time.monotonic()
         while True:
             if known() is None and self._reading is not None:
@@ -206,7 +207,7 @@ class Catalog:
             await self._next_listing()
 
     async def _next_listing(self) -> None:
-        """The listing that is under way or due; else returns when one is due, or has been made by another."""
+        """The listing in progress or due; else returns when one is due, or another caller has made it."""
         pause = self._ended_at + MISS_LISTING_SECONDS - time.monotonic()
         if pause > 0 and self._refreshing is None and self._listed_since(-math.inf):
             await asyncio.sleep(pause)
@@ -214,19 +215,19 @@ class Catalog:
             await self._listing()
 
     def _is_fresh(self, seconds: float) -> bool:
-        """Whether that long has not passed since the last listing, one that failed included."""
+        """Whether less time has passed since the last listing, failed ones included."""
         return self._listed_since(-math.inf) and time.monotonic() - self._ended_at < seconds
 
     def _listed_since(self, moment: float) -> bool:
-        """Whether the listing began then or later, and is not known to be old."""
+        """Whether the listing began then or later, and was not invalidated."""
         return self._listed_at is not None and self._listed_at >= max(moment, self._forgotten_at)
 
     async def _listing(self) -> None:
-        # Shielded: one client that leaves must not end the listing that others wait for.
+        # Shielded: a client that disconnects must not cancel the listing that others wait for.
         await asyncio.shield(self._refresh())
 
     def _refresh(self) -> asyncio.Task[None]:
-        """The listing that is under way, or else a new one."""
+        """The listing in progress, or else a new one."""
         if self._refreshing is None:
             self._refreshing = asyncio.create_task(self._list_anew())
         return self._refreshing
@@ -242,7 +243,7 @@ class Catalog:
         except StoreError as error:
             if not self._models:
                 raise
-            # What is loaded and cached goes on being served while the bucket cannot be reached.
+            # Loaded and cached models go on being served while the bucket cannot be reached.
             logger.warning("the old listing is kept: %s", error)
         finally:
             self._refreshing = None
@@ -253,7 +254,7 @@ class Catalog:
             self._reading = asyncio.create_task(self._read_all())
 
     def _list(self) -> dict[str, ListedModel]:
-        """Models, with what is known of their documents from the listing before."""
+        """Models, with the documents that are known from the previous listing."""
         models = models_in(self._store.list(self._prefix), self._prefix)
         return {name: described_as(model, self._models.get(name)) for name, model in models.items()}
 
@@ -277,7 +278,7 @@ class Catalog:
 
         tried: set[tuple[str, str]] = set()
         try:
-            # A listing that comes meanwhile brings models of its own.
+            # A listing that ends meanwhile adds models.
             while unread := [
                 each
                 for each in self.listed
@@ -315,9 +316,9 @@ class Catalog:
 
 
 def aliases_of(models: Mapping[str, ListedModel]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-    """Alias -> name of the model; and alias -> those that claim it in vain.
+    """Alias -> name of the model; and alias -> the models with conflicting claims.
 
-    A model's own name wins, and an alias that two claim is nobody's.
+    A model's own name wins, and an alias that two models claim names none.
     """
     claims: dict[str, set[str]] = {}
     described = [model for model in models.values() if isinstance(model, DescribedModel)]

@@ -30,7 +30,7 @@ class DirectoryStore:
     def list(self, prefix: str) -> list[StoredObject]:
         if not self.root.is_dir():
             raise BucketNotFound(
-                f"The directory {self.root} named by GCS_BUCKET does not exist or is no directory."
+                f"The directory {self.root} named by GCS_BUCKET does not exist or is not a directory."
             )
         with self._translated():
             found = self._walk(self.root / prefix, frozenset())
@@ -44,7 +44,7 @@ class DirectoryStore:
             while left > 0 and (chunk := source.read(min(left, CHUNK_BYTES))):
                 left -= len(chunk)
                 yield chunk
-            # A file is written in place: what was read before may be of another content.
+            # A file was written in place: earlier reads may be of other content.
             self._check(source.fileno(), stored)
 
     def checksum(self, stored: StoredObject) -> int:
@@ -55,7 +55,7 @@ class DirectoryStore:
 
     def _open(self, stored: StoredObject) -> FileIO:
         try:
-            # Not to wait for a writer, should somebody have put a pipe there.
+            # Do not wait for a writer if the file is a pipe.
             return FileIO(self.root / stored.name, "rb", opener=_open_at_once)
         except FileNotFoundError as error:
             raise replaced(stored) from error
@@ -78,7 +78,7 @@ class DirectoryStore:
         for path in entries:
             try:
                 found = path.stat()
-            except (FileNotFoundError, NotADirectoryError):  # removed meanwhile, or a link to nowhere
+            except (FileNotFoundError, NotADirectoryError):  # removed meanwhile, or a dangling link
                 continue
             except OSError as error:
                 if error.errno != errno.ELOOP:
@@ -86,7 +86,7 @@ class DirectoryStore:
                 continue
             if stat.S_ISDIR(found.st_mode):
                 yield from self._below(path, above | {here})
-            elif stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+            elif stat.S_ISREG(found.st_mode):  # reading a pipe would block forever
                 yield StoredObject(
                     path.relative_to(self.root).as_posix(),
                     found.st_size,
@@ -99,7 +99,7 @@ class DirectoryStore:
         try:
             yield from list(self._walk(directory, above))
         except OSError as error:
-            # One directory that cannot be read must not take all other models down.
+            # One unreadable directory must not affect all other models.
             logger.warning("%s cannot be read and is left out: %s", error.filename, error.strerror)
 
     @contextmanager

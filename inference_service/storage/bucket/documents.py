@@ -1,6 +1,6 @@
 """The small JSON files of a model (config.json, serving.json, ...).
 
-Owns their size limits and the reading; what they say is judged by catalog.py and preflight.py.
+Owns their size limits and how they are read; model.py and preflight.py interpret them.
 """
 
 import json
@@ -49,7 +49,7 @@ class Reader(Protocol):
 
 
 class Documents:
-    """Reads small objects of one store. Blocks, READ_SECONDS at most each time; keeps nothing."""
+    """Reads small objects of one store. Blocks for at most READ_SECONDS each time; keeps nothing."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -71,7 +71,7 @@ class Documents:
         return content
 
     def _whole(self, stored: StoredObject, start: int, end: int) -> bytes:
-        """In a thread that is left alone where it hangs: no timeout of a socket sees bytes that drip."""
+        """In a thread that is abandoned if it hangs: socket timeouts do not catch slowly dripping bytes."""
         answer: SimpleQueue[bytes | Exception] = SimpleQueue()
 
         def fetch() -> None:
@@ -84,7 +84,7 @@ class Documents:
         try:
             content = answer.get(timeout=READ_SECONDS)
         except Empty:
-            content = StoreUnavailable(f"{stored.name} did not come within {READ_SECONDS:g} s.")
+            content = StoreUnavailable(f"{stored.name} did not arrive within {READ_SECONDS:g} s.")
         if isinstance(content, Exception):
             raise content
         if len(content) != end - start:
@@ -93,7 +93,7 @@ class Documents:
 
 
 class SnapshotDocuments:
-    """Reads the same out of a verified snapshot: the bucket need not be there."""
+    """Reads the same from a verified snapshot, without the bucket."""
 
     def __init__(self, snapshot: Path) -> None:
         self._snapshot = snapshot
@@ -145,7 +145,7 @@ def parse_object(name: str, content: bytes) -> dict[str, Any]:
 
 
 def oversized(stored: StoredObject) -> str | None:
-    """Why a file is too large to be what its name says; None where it is not."""
+    """Why a file is too large for what its name says; None if it is not."""
     limit = MAX_TOKENIZER_BYTES if stored.filename in _LARGE else MAX_JSON_BYTES
     if stored.filename == "serving.json":
         limit = MAX_SERVING_BYTES

@@ -28,8 +28,7 @@ from urllib3.exceptions import HTTPError
 from inference_service.errors import BucketNotFound, StoreError, StoreForbidden, StoreUnavailable
 from inference_service.storage.bucket.store import RETRY_AFTER_SECONDS, Bytes, StoredObject, replaced
 
-# A fast stream is read in large pieces, for few wake-ups; room for one that comes in drops would be
-# allocated in vain.
+# A fast stream is read in large pieces, to wake up rarely; for a slow one large buffers would be wasted.
 MIN_CHUNK_BYTES = 64 << 10
 MAX_CHUNK_BYTES = 2 << 20
 CONNECT_SECONDS = 5.0

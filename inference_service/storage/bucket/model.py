@@ -1,8 +1,8 @@
-"""A model as the bucket shows it: from a listing to models, and what their documents add.
+"""Models in the bucket: derived from a listing, and described by their documents.
 
-A model is a directory below the prefix that holds `config.json` or safetensors (a checkpoint), or
-`adapter_config.json` (an adapter). Its name is its path below the prefix with hyphens for slashes. Pure:
-reads nothing.
+A model is a directory below the prefix with `config.json` or safetensors (a checkpoint), or with
+`adapter_config.json` (an adapter). Its name is its path below the prefix, with hyphens for slashes. Pure:
+reads no files.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_CHARACTERS - 1}}}")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.safetensors")
 _TOKENIZERS = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"})
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# What serving needs. Pickles and Python files are never fetched: loading either would run them.
+# Files needed for serving. Pickles and Python files are never fetched: loading either would run code.
 _SERVED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab")
 _NOT_SERVED = (SERVING, "trainer_state.json", "training_args.json")
 
@@ -44,10 +44,10 @@ class ModelKind(StrEnum):
 
 @dataclass(frozen=True)
 class ListedModel:
-    """One revision of a model, as a listing of the bucket shows it.
+    """One revision of a model in a listing of the bucket.
 
-    `objects` are the files that serving needs, `documents` those that describe the model further;
-    `unservable` is the reason why it cannot be served, if it cannot.
+    `objects` are the files needed for serving, `documents` those that describe the model further;
+    `unservable` is the reason why the model cannot be served, if any.
     """
 
     name: str
@@ -66,10 +66,10 @@ class ListedModel:
 
 @dataclass(frozen=True)
 class DescribedModel(ListedModel):
-    """A listed model and what its documents say.
+    """A listed model with the content of its documents.
 
-    `base_name` is an adapter's base as the adapter names it, `rank` an adapter's own (0 for a checkpoint).
-    `problem` is the part of `unservable` that its documents are the reason of.
+    `base_name` is the base as the adapter names it, `rank` the adapter's rank (0 for a checkpoint).
+    `problem` is the part of `unservable` that comes from the documents.
     """
 
     serving: Serving = field(default_factory=Serving)
@@ -84,7 +84,7 @@ def canonical_name(name: str) -> str:
 
 
 def models_in(objects: list[StoredObject], prefix: str) -> dict[str, ListedModel]:
-    """The models that a listing of `prefix` shows, by name."""
+    """The models in a listing of `prefix`, by name."""
     directories: dict[str, list[StoredObject]] = {}
     astray: dict[str, str] = {}
     for stored in objects:
@@ -103,16 +103,16 @@ def models_in(objects: list[StoredObject], prefix: str) -> dict[str, ListedModel
 
 
 def _is_safe(segment: str) -> bool:
-    """Whether a part of an object's name is a plain name of a file or directory."""
+    """Whether a segment of an object name is a plain file or directory name."""
     plain = segment not in ("", ".", "..") and "\\" not in segment and segment.isprintable()
     return plain and len(segment.encode()) <= MAX_SEGMENT_BYTES
 
 
 def _only(other: ListedModel | None, model: ListedModel) -> ListedModel:
-    """Two directories of one name are neither of them served: nobody can say which is meant."""
+    """If two directories map to one name, neither is served: the name is ambiguous."""
     if other is None:
         return model
-    clash = f"the directories {other.directory} and {model.directory} have the same name; rename one."
+    clash = f"the directories {other.directory} and {model.directory} map to the same name. Rename one."
     return replace(model, unservable=clash)
 
 
@@ -138,10 +138,9 @@ def _model(directory: str, files: list[StoredObject], astray: str | None) -> Lis
 
 
 def _kind(names: set[str]) -> ModelKind | None:
-    """What a directory with these files is; None where it is no model.
+    """The kind of model in a directory with these files; None if it is not a model.
 
-    Weights of its own make a checkpoint also of a directory that an adapter's training has left its
-    configuration in.
+    A directory with its own weights is a checkpoint even if training an adapter left its configuration there.
     """
     weights = {name for name in names if name.endswith(WEIGHTS)}
     if ADAPTER_CONFIG in names and not weights - {ADAPTER_WEIGHTS}:
@@ -154,12 +153,13 @@ def _kind(names: set[str]) -> ModelKind | None:
 def _why_misnamed(directory: str, astray: str | None) -> str | None:
     if astray is not None:
         return (
-            f"the object name {astray!r} would leave its directory or is no file's name; delete that object."
+            f"the object name {astray!r} would leave its directory or is not a valid file name. "
+            "Delete that object."
         )
     if not _NAME.fullmatch(canonical_name(directory)):
         return (
-            "its name may hold letters, digits, '.', '_' and '-' only, begin with a letter or digit, and "
-            f"be at most {MAX_NAME_CHARACTERS} characters long; rename its directory."
+            "its name may contain only letters, digits, '.', '_' and '-', must begin with a letter or digit, "
+            f"and may have at most {MAX_NAME_CHARACTERS} characters. Rename its directory."
         )
     return None
 
@@ -173,25 +173,25 @@ def _is_document(name: str) -> bool:
 
 
 def _is_served(name: str) -> bool:
-    # A name that begins with a dot may be one of the snapshot's own.
+    # Names with a leading dot may collide with the snapshot's own files.
     return name.endswith(_SERVED_SUFFIXES) and name not in _NOT_SERVED and not name.startswith(".")
 
 
 def _why_unservable(kind: ModelKind, names: set[str]) -> str | None:
     if kind is ModelKind.ADAPTER:
         absent = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name not in names]
-        return f"the upload is not complete: {absent[0]} is missing." if absent else None
+        return f"the upload is incomplete: {absent[0]} is missing." if absent else None
     weights = sorted(name for name in names if name.endswith(WEIGHTS) and _is_served(name))
     if weights:
         missing = _missing_config(names) or _missing_shard(weights) or _missing_tokenizer(names)
-        return f"the upload is not complete: {missing} is missing." if missing else None
+        return f"the upload is incomplete: {missing} is missing." if missing else None
     pickles = sorted(name for name in names if name.endswith(_PICKLES))
     if pickles:
         return (
-            f"its weights are pickles ({pickles[0]}), which run code when they are loaded. "
-            "Save it with safe_serialization=True and upload the safetensors files."
+            f"its weights are pickles ({pickles[0]}), which can run code when loaded. "
+            "Save the model with safe_serialization=True and upload the safetensors files."
         )
-    return "it has no *.safetensors file; the upload may not be complete."
+    return "it has no *.safetensors file. The upload may be incomplete."
 
 
 def _missing_config(names: set[str]) -> str | None:
@@ -199,7 +199,7 @@ def _missing_config(names: set[str]) -> str | None:
 
 
 def _missing_shard(weights: list[str]) -> str | None:
-    """The first shard that the names of the others promise (`model-00001-of-00004.safetensors`)."""
+    """The first missing shard, as implied by the other names (`model-00001-of-00004.safetensors`)."""
     held = set(weights)
     found = [shard for shard in map(_SHARD.fullmatch, weights) if shard is not None]
     series = {(shard["stem"], shard["count"], len(shard["number"])) for shard in found}
@@ -218,7 +218,7 @@ def _missing_tokenizer(names: set[str]) -> str | None:
 
 
 def _fingerprint(files: list[StoredObject]) -> str:
-    """Twelve hex digits over every file's name, generation and checksum."""
+    """Twelve hex digits of a hash over the name, generation and checksum of every file."""
     digest = hashlib.sha256()
     for stored in sorted(files, key=_by_name):
         digest.update(f"{stored.name}\0{stored.generation}\0{stored.crc32c}\n".encode())
@@ -226,7 +226,7 @@ def _fingerprint(files: list[StoredObject]) -> str:
 
 
 def describe(model: ListedModel, contents: Mapping[str, bytes]) -> DescribedModel:
-    """The model with what its documents (content by file name) say, or the reason why it cannot be served."""
+    """The model with its documents applied (contents by file name), or why it cannot be served."""
     try:
         serving = parse_serving(contents[SERVING]) if SERVING in contents else Serving()
         base_name, rank, problem = serving.base, 0, None
@@ -242,7 +242,7 @@ def describe(model: ListedModel, contents: Mapping[str, bytes]) -> DescribedMode
 
 
 def described_as(model: ListedModel, known: ListedModel | None) -> ListedModel:
-    """The model with what is known of it, if that is of the same revision."""
+    """The model with the description of `known`, if both are of the same revision."""
     if isinstance(model, DescribedModel) or not isinstance(known, DescribedModel):
         return model
     if known.revision != model.revision:
@@ -274,18 +274,18 @@ def _described(
 
 
 def _unlisted_shard(model: ListedModel, name: str, content: bytes) -> str | None:
-    """The first shard that the index names and the bucket does not hold."""
+    """Reports the first shard in the index that is missing from the bucket."""
     index = parse_object(name, content).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
-        raise BadDocument(f"{name} has no weight_map of file names")
+        raise BadDocument(f"{name} has no valid weight_map")
     held = {stored.filename for stored in model.objects}
     missing = sorted(set(index.values()) - held)
     if not missing:
         return None
-    return f"the upload is not complete: {_shown(missing[0])} is missing, which {name} names."
+    return f"the upload is incomplete: {_shown(missing[0])}, listed in {name}, is missing."
 
 
 def _shown(name: str) -> str:
-    """A name that came out of a file, fit for a message and a terminal."""
+    """A name read from a file, made safe for messages and terminals."""
     plain = name if name.isprintable() else ascii(name)
     return plain if len(plain) <= _SHOWN_CHARACTERS else f"{plain[:_SHOWN_CHARACTERS]}…"

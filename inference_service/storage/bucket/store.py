@@ -1,6 +1,6 @@
-"""Where models lie: a bucket (gcs.py) or a local directory (directory.py), seen as objects and bytes.
+"""The store of models: a bucket (gcs.py) or a local directory (directory.py), as objects and bytes.
 
-Owns the words that both share. Knows no models. All methods block; callers run them in threads.
+Defines the types that both share; knows nothing about models. All methods block; callers run them in threads.
 """
 
 from collections.abc import Generator
@@ -18,10 +18,10 @@ RETRY_AFTER_SECONDS = 5
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One object as a listing shows it.
+    """One object in a listing.
 
-    `name` is the full object name; `generation` changes with every write; `crc32c` is the checksum that
-    the store holds of the whole object, None where it holds none (file://).
+    `name` is the full object name; `generation` changes with every write; `crc32c` is the store's checksum of
+    the whole object, None if it has none (file://).
     """
 
     name: str
@@ -37,28 +37,28 @@ class StoredObject:
 
 
 class Store(Protocol):
-    """A readable place of objects."""
+    """Read access to objects."""
 
     def list(self, prefix: str) -> list[StoredObject]:
         """All objects under `prefix`; raises StoreError."""
         ...
 
     def read(self, stored: StoredObject, start: int = 0, end: int | None = None) -> Bytes:
-        """The bytes `start` to `end` (exclusive; None: the last) of exactly the object's generation.
+        """The bytes `start` to `end` (exclusive; None: to the end) of exactly this generation.
 
-        They come as they arrive, one attempt, not verified. Raises StoreUnavailable where another
-        attempt may help, ObjectReplaced where that generation is gone, StoreForbidden.
+        Streams them as they arrive, in one attempt, unverified. Raises StoreUnavailable if a retry may help,
+        ObjectReplaced if that generation is gone, and StoreForbidden.
         """
         ...
 
     def checksum(self, stored: StoredObject) -> int:
-        """crc32c of the whole object: what the listing said, else of the source itself."""
+        """crc32c of the whole object, from the listing or else computed from the source."""
         ...
 
 
 def replaced(stored: StoredObject) -> ObjectReplaced:
-    """The error for an object that is not there any more as the listing showed it."""
+    """The error for an object that no longer exists as listed."""
     return ObjectReplaced(
-        f"{stored.name} was replaced or deleted while it was fetched. Try again.",
+        f"{stored.name} was replaced or deleted while it was being fetched. Try again.",
         retry_after=RETRY_AFTER_SECONDS,
     )

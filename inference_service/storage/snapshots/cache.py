@@ -1,7 +1,7 @@
-"""The room in LOCAL_MODEL_CACHE: the quota, what is promised to fetches, and what must stay or may go.
+"""Disk space in LOCAL_MODEL_CACHE: the quota, reservations of fetches, and eviction.
 
-A snapshot that is held (an engine uses it) is never evicted, neither by this process nor by another that
-shares the directory: a holder keeps a shared lock on the manifest, which ends with the process.
+A held snapshot (an engine uses it) is never evicted, neither by this process nor by others that share the
+directory: the holder keeps a shared lock on the manifest, which is released when the process ends.
 """
 
 import logging
@@ -40,34 +40,34 @@ _MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
 
 
 class Disk:
-    """The cache directory with its quota in bytes, among all processes that share the directory.
+    """The cache directory and its quota in bytes, which all processes that share it use together.
 
-    `chosen`: the quota is DISK_CACHE_GIB's, not the default.
+    `chosen`: the quota is set by DISK_CACHE_GIB and not the default.
     """
 
     def __init__(self, layout: Layout, quota: int, *, chosen: bool = False) -> None:
         self.quota = quota
         self._chosen = chosen
         self._layout = layout
-        # Held while snapshots are removed, which takes its time.
+        # Held while snapshots are removed, which can be slow.
         self._room = threading.RLock()
-        # Held for a moment only: the event loop takes it.
+        # Held only briefly: the event loop takes it.
         self._use = threading.Lock()
         self._held: dict[Path, int] = {}
         self._holders: Counter[Path] = Counter()
         self._leaving: set[Path] = set()
-        # Told of every snapshot that leaves the disk.
+        # Called for every snapshot that is removed from the disk.
         self.evicted: Callable[[Path], None] = lambda snapshot: None
 
     @contextmanager
     def reserved(self, model: str, target: Path, staging: Path, count: int) -> Iterator[None]:
-        """Room for `count` bytes in `staging`, made by eviction if need be; raises DiskFull and OSError.
+        """Reserve `count` bytes for `staging`, evicting if necessary; raises DiskFull and OSError.
 
-        The caller has the turn to fetch `target`. The promise goes with the file that holds it.
+        The caller holds the lock to fetch `target`. The reservation ends when its file is removed.
         """
         with self._room, locks.exclusive(self._layout.root / ROOM_LOCK):
             self._make_room(model, target, staging, count)
-            # What lies there already (links to files of another revision) is no part of it.
+            # Files already there (links to another revision's files) do not count toward it.
             (staging / PROMISE).write_text(f"{count} {allocated_bytes(staging)}")
         try:
             yield
@@ -76,14 +76,14 @@ class Disk:
                 (staging / PROMISE).unlink()
 
     def hold(self, snapshot: Path) -> bool:
-        """Keep the snapshot from being evicted, and count it as used now; False if it is gone."""
+        """Protect the snapshot from eviction and mark it as just used; False if it is gone."""
         with self._use:
             if snapshot in self._leaving:
                 return False
             descriptor = locks.shared(snapshot / MANIFEST)
             if descriptor is None:
                 return False
-            # It may be a new one in the place of what was held before: the newer lock counts.
+            # The snapshot may have been replaced since it was first held: keep the newer lock.
             before = self._held.pop(snapshot, None)
             if before is not None:
                 os.close(before)
@@ -94,7 +94,7 @@ class Disk:
         return True
 
     def release(self, snapshot: Path) -> None:
-        """Give one `hold` back."""
+        """Undo one `hold`."""
         with self._use:
             self._holders[snapshot] -= 1
             if self._holders[snapshot] == 0:
@@ -102,7 +102,7 @@ class Disk:
                 os.close(self._held.pop(snapshot))
 
     def clear(self, leftovers: Iterable[Path]) -> None:
-        """Remove what nobody fetches any more of these staging directories."""
+        """Remove those of these staging directories that no process is fetching into."""
         with self._room:
             for leftover in leftovers:
                 gone = _evict(leftover, self._layout.root)
@@ -110,11 +110,11 @@ class Disk:
                     shutil.rmtree(gone, ignore_errors=True)
 
     def replace(self, target: Path, staging: Path) -> None:
-        """Put a sealed staging directory in the place of its snapshot, whatever lies there."""
+        """Move a sealed staging directory into the place of its snapshot, replacing any old one."""
         with self._room:
             old = None
             if target.exists():
-                # Renamed, not emptied: an engine that uses it finds the same files at the same paths.
+                # Renamed, not emptied: an engine that uses it still finds the same files at the same paths.
                 old = _rename_away(target, self._layout.root)
             staging.rename(target)
             if old is not None:
@@ -123,11 +123,11 @@ class Disk:
         sync_directory(target.parent)
 
     def used(self) -> int:
-        """Bytes on the disk or promised."""
+        """Bytes on disk plus reserved bytes."""
         return self._used(None)
 
     def check_fits(self, model: str, count: int) -> None:
-        """Raises DiskFull for a snapshot that has no room even if everything else goes; CacheError."""
+        """Raises DiskFull if a snapshot would not fit even in an empty cache, and CacheError."""
         most = min(self.quota, self._reachable())
         if count > most:
             raise DiskFull(
@@ -138,24 +138,24 @@ class Disk:
             )
 
     def _reachable(self) -> int:
-        """Bytes that the file system has free, and those that lie in the cache."""
+        """Free bytes of the file system plus the bytes in the cache."""
         root = self._layout.root
         try:
             root.mkdir(parents=True, exist_ok=True)
             status = os.statvfs(root)
         except OSError as error:
-            raise CacheError(f"LOCAL_MODEL_CACHE={root} cannot be used: {error.strerror}") from error
+            raise CacheError(f"LOCAL_MODEL_CACHE={root} cannot be used: {error.strerror}.") from error
         return status.f_bavail * status.f_frsize + allocated_bytes(root)
 
     def _advice(self, count: int) -> str:
-        """Which settings would make room for a snapshot of `count` bytes."""
+        """The settings to change so that a snapshot of `count` bytes fits."""
         if not _is_memory(self._layout.root):
             default, larger = "90 % of the file system", "point LOCAL_MODEL_CACHE at a larger disk"
         else:
             default = "half of the memory"
             larger = (
-                "point LOCAL_MODEL_CACHE at a disk (files are memory there; on Cloud Run, mount an ephemeral "
-                "disk) or give the container more memory"
+                "point LOCAL_MODEL_CACHE at a disk (its files are kept in memory now; on Cloud Run, mount an "
+                "ephemeral disk) or give the container more memory"
             )
         over_disk = count > self._reachable()
         if self._chosen:
@@ -168,12 +168,12 @@ class Disk:
         return allocated_bytes(self._layout.root) + self._outstanding(mine)
 
     def _outstanding(self, mine: Path | None) -> int:
-        """Bytes that were promised and have not come; what a dead fetch of `mine` was promised is void."""
+        """Reserved bytes not yet written; reservations left by a dead fetch of `mine` do not count."""
         void = [] if mine is None else stagings(mine)
         return sum(_outstanding(leftover) for leftover in self._layout.leftovers() if leftover not in void)
 
     def _free(self, mine: Path) -> int:
-        """Bytes that neither the quota nor the file system withholds and nobody was promised."""
+        """Free bytes within the quota and the file system that are not reserved."""
         status = os.statvfs(self._layout.root)
         on_disk = status.f_bavail * status.f_frsize - self._outstanding(mine)
         return min(self.quota - self._used(mine), on_disk)
@@ -184,21 +184,21 @@ class Disk:
         freed = sum(
             allocated_bytes(victim) + (0 if victim in void else _outstanding(victim)) for victim in victims
         )
-        # Looked at before anything goes: a model that cannot have its room must not cost others theirs.
+        # Checked before anything is evicted: a model that cannot fit must not cost others their snapshots.
         if count > self._free(mine) + freed:
             raise self._full(model, mine, count, freed)
         for victim in victims:
             if count <= self._free(mine):
                 return
             if self._let_go(victim, mine):
-                logger.info("evicted from the disk", extra={"snapshot": str(victim)})
+                logger.info("evicted from disk", extra={"snapshot": str(victim)})
         if count > self._free(mine):
             raise self._full(model, mine, count, 0)
 
     def _victims(self, mine: Path) -> list[Path]:
-        """What nobody needs, least needed first: leftovers, then snapshots by their last use.
+        """Eviction candidates in order: leftovers, then unused snapshots, least recently used first.
 
-        What is left of the revision itself comes last: it saves fetching it again.
+        Leftovers of the revision itself come last: they save fetching it again.
         """
         with self._use:
             held = set(self._held)
@@ -209,7 +209,7 @@ class Disk:
         return [path for path in candidates if _is_free(path, mine)]
 
     def _let_go(self, victim: Path, mine: Path) -> bool:
-        """Evict, unless it has come to be held meanwhile."""
+        """Evict, unless it is held by now."""
         with self._use:
             if victim in self._held:
                 return False
@@ -236,13 +236,13 @@ class Disk:
                 status.f_bavail * status.f_frsize,
             )
         )
-        using = f"by models that are loaded ({held}) and " if held else ""
-        advice = " Unload one (POST /admin/unload)." if held else ""
+        using = f"models that are loaded ({held}) and " if held else ""
+        advice = " Unload a model (POST /admin/unload)." if held else ""
         error = DiskFull(
             f"The model '{model}' needs {readable_bytes(count)} in LOCAL_MODEL_CACHE ({self._layout.root}), "
-            f"and {free} can be had: the quota is {readable_bytes(self.quota)} (DISK_CACHE_GIB), {used} "
-            f"of it is taken {using}by fetches under way, and the file system has {left} left.{advice} "
-            f"{self._advice(count)}",
+            f"but only {free} can be made available: {used} of the quota of {readable_bytes(self.quota)} "
+            f"(DISK_CACHE_GIB) is in use by {using}fetches in progress, and the file system has {left} left."
+            f"{advice} {self._advice(count)}",
             param="model",
         )
         error.missing = count - self._free(mine) - freed
@@ -250,12 +250,12 @@ class Disk:
 
 
 def open_cache(directory: Path, quota_gib: float | None) -> tuple[Layout, Disk]:
-    """LOCAL_MODEL_CACHE, made if need be, with its quota; raises CacheError."""
+    """LOCAL_MODEL_CACHE with its quota, created if necessary; raises CacheError."""
     root = directory.absolute()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CacheError(f"LOCAL_MODEL_CACHE={root} cannot be made: {error.strerror}") from error
+        raise CacheError(f"LOCAL_MODEL_CACHE={root} cannot be created: {error.strerror}.") from error
     layout = Layout(root)
     if quota_gib is None:
         return layout, Disk(layout, default_quota(root))
@@ -263,7 +263,7 @@ def open_cache(directory: Path, quota_gib: float | None) -> tuple[Layout, Disk]:
 
 
 def default_quota(directory: Path) -> int:
-    """90 % of the file system; half of the memory where files are memory. Bytes."""
+    """90 % of the file system, or half of the memory if files are kept in memory. Bytes."""
     status = os.statvfs(directory)
     if _is_memory(directory):
         return int(SHARE_OF_MEMORY * min(memory_bytes(), status.f_blocks * status.f_frsize))
@@ -272,12 +272,12 @@ def default_quota(directory: Path) -> int:
 
 def _is_memory(directory: Path) -> bool:
     kind, mount = _mount(directory)
-    # Cloud Run's own file system is memory whatever it calls itself; a mounted volume is not.
+    # Cloud Run's root file system is memory whatever type it reports; a mounted volume is not.
     return kind in _MEMORY_FILE_SYSTEMS or ("K_SERVICE" in os.environ and mount == Path("/"))
 
 
 def _mount(directory: Path) -> tuple[str, Path]:
-    """Type and mount point of the file system that holds `directory`."""
+    """Type and mount point of the file system of `directory`."""
     kind, mount = "", Path("/")
     with suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -289,19 +289,19 @@ def _mount(directory: Path) -> tuple[str, Path]:
 
 
 def _is_free(victim: Path, mine: Path) -> bool:
-    """Whether no process uses or fetches it."""
+    """Whether no process is using or fetching it."""
     with locks.try_exclusive(_lock_for(victim, mine)) as ours:
         return ours
 
 
 def _evict(victim: Path, root: Path, mine: Path | None = None) -> Path | None:
-    """Take a snapshot or a leftover out of its place; where to, or None where a process needs it."""
+    """Rename a snapshot or leftover away; returns the new path, or None if a process needs it."""
     with locks.try_exclusive(_lock_for(victim, mine)) as ours:
         return _rename_away(victim, root) if ours else None
 
 
 def _lock_for(victim: Path, mine: Path | None) -> Path | None:
-    """The file that whoever needs it has locked; None where only the caller can."""
+    """The file that is locked while a process needs `victim`; None if only the caller can need it."""
     if victim.name.startswith(EVICTED):
         return None
     if not victim.name.startswith(INCOMPLETE):
@@ -311,7 +311,7 @@ def _lock_for(victim: Path, mine: Path | None) -> Path | None:
 
 
 def _rename_away(victim: Path, root: Path) -> Path | None:
-    """No moment in which a half-removed directory still has its manifest."""
+    """Renames first, so that no half-removed directory ever has a manifest."""
     gone = victim if victim.name.startswith(EVICTED) else root / f"{EVICTED}{os.urandom(6).hex()}"
     try:
         victim.rename(gone)
@@ -321,7 +321,7 @@ def _rename_away(victim: Path, root: Path) -> Path | None:
 
 
 def _outstanding(staging: Path) -> int:
-    """Bytes that a fetch was promised and that have not come."""
+    """Bytes reserved by a fetch and not yet written."""
     try:
         count, before = map(int, (staging / PROMISE).read_text().split())
     except (OSError, ValueError):

@@ -1,14 +1,14 @@
-"""Whether a fetch is still wanted: who waits for it, in the event loop, tells its threads by an order."""
+"""Cancels a fetch: the event loop, where its waiters are, cancels a token that its threads check."""
 
 import threading
 
 
 class Cancelled(Exception):
-    """Nobody waits for the fetch any more. No client ever sees it."""
+    """No task waits for the fetch any more. Clients never see this error."""
 
 
 class CancelToken:
-    """What a fetch was begun for; it looks here at every step that may take its time."""
+    """Shared by a fetch and its waiters; the fetch checks it before every step that may take long."""
 
     def __init__(self) -> None:
         self._cancelled = threading.Event()
@@ -18,10 +18,10 @@ class CancelToken:
         return self._cancelled.is_set()
 
     def cancel(self) -> None:
-        """Nobody waits any more. Returns at once; for good."""
+        """Cancel, for good. Returns at once."""
         self._cancelled.set()
 
     def check(self) -> None:
-        """Raises Withdrawn once nobody waits."""
+        """Raises Cancelled once cancelled."""
         if self.cancelled:
             raise Cancelled

@@ -1,9 +1,9 @@
-"""Moves bytes: spans of objects into files, over a few connections that all fetches share.
+"""Downloads spans of objects into files, over a few connections that all fetches share.
 
-A free connection serves the fetch that has the fewest at work, and a fetch that has none is made way for,
-so two fetches share the bandwidth evenly. The span that a connection takes shrinks as the fetch nears its
-end, and where none is left it takes over half of the largest rest of another: all connections finish
-together, and none waits for a slow one. Every file is checked as a whole when its last byte is there.
+A free connection serves the fetch with the fewest connections, and a fetch without any gets one from the
+others, so two fetches share the bandwidth evenly. The span that a connection takes shrinks towards the end of
+the fetch, and when no span is left it takes over half of the largest remainder of another: all connections
+finish together, and none waits for a slow one. Every file is verified as a whole once its last byte is there.
 """
 
 import random
@@ -36,10 +36,10 @@ class Downloader:
         self._changed = threading.Condition()
 
     def move(self, spans: Iterable[Span], progress: Progress, note: Callable[[Stretch], None]) -> Job:
-        """Begin a fetch; returns at once. `note` is called for every stretch that has arrived.
+        """Start a fetch; returns at once. `note` is called for every stretch that has arrived.
 
-        All files of `spans` are verified and durable once the job has ended without an error. Until then
-        somebody has to call `watch` every now and then.
+        All files of `spans` are verified and durable once the job has ended without an error. Until then,
+        call `watch` regularly.
         """
         waiting = deque(spans)
         files = frozenset(span.file for span in waiting)
@@ -52,13 +52,13 @@ class Downloader:
             self._jobs.append(job)
             self._hire()
             self._changed.notify_all()
-            nobody = self._threads == 0
-        if nobody:
-            self._end(job, StoreUnavailable("No thread can be started to fetch with."))
+            without_thread = self._threads == 0
+        if without_thread:
+            self._end(job, StoreUnavailable("No thread can be started for the fetch."))
         return job
 
     def watch(self, job: Job) -> None:
-        """Break off every part that has not gained enough lately, whatever its connection hangs in."""
+        """Break off every part that has made too little progress lately, whatever its connection hangs in."""
         now = time.monotonic()
         with self._changed:
             due = [part for part in job.parts if now - part.watched_at >= self.config.stall_seconds]
@@ -72,14 +72,14 @@ class Downloader:
                 self._end(job, error)
 
     def stop(self, job: Job, error: BaseException) -> None:
-        """End a job, unless it has ended; once this returns no connection begins to write to its files.
+        """End a job, unless it has ended; once this returns, no connection starts to write to its files.
 
-        Blocks for LEAVE_SECONDS where connections hang. Those are left alone, and others take their places.
+        Blocks for at most LEAVE_SECONDS if connections hang. Those are abandoned and replaced.
         """
         self._end(job, error)
         with self._changed:
             self._changed.wait_for(lambda: not job.parts, LEAVE_SECONDS)
-            # What writes or verifies is no matter of the store's: the file is closed only after it.
+            # Threads that write or verify do not wait for the store: the file is closed only after them.
             for part in [part for part in job.parts if not part.writing and not part.accounted]:
                 _stop_here(part)
                 self._let_go(job, part)
@@ -91,13 +91,13 @@ class Downloader:
     def _stalls(self, part: Part, now: float) -> bool:
         gained = part.position - part.watched_from
         part.watched_at, part.watched_from = now, part.position
-        # A slow disk, or a file that is being verified, is no stall of the store's.
+        # A slow disk, or a file that is being verified, is not a stall of the store.
         return gained < self.config.stall_bytes and not part.writing and not part.accounted
 
     def _abandon(self, job: Job, part: Part) -> bool:
-        """Let others fetch the rest of a part; its thread ends when its connection does.
+        """Let others fetch the rest of a part; its thread ends with its connection.
 
-        Whether the part's file is complete without it.
+        Returns whether the part's file is complete without it.
         """
         end = _stop_here(part)
         self._let_go(job, part)
@@ -107,13 +107,13 @@ class Downloader:
         return complete
 
     def _let_go(self, job: Job, part: Part) -> None:
-        """Count a part's thread no longer: another may be started in its place."""
+        """Stop counting a part's thread: another may be started in its place."""
         part.abandoned = True
         job.parts.discard(part)
         self._threads -= 1
 
     def _hire(self) -> None:
-        """Threads up to the number of connections, or as many as the system gives."""
+        """Start threads up to the number of connections, or as many as the system allows."""
         while self._threads < self.config.connections:
             thread = threading.Thread(target=self._work, name="fetch", daemon=True)
             try:
@@ -123,7 +123,7 @@ class Downloader:
             self._threads += 1
 
     def _make_way(self, newcomer: Job) -> None:
-        """Cut the others' parts short, so that a new fetch gets its share of the connections now."""
+        """Shorten the parts of other fetches, so that a new one gets its share of the connections now."""
         busy = [part for job in self._jobs for part in job.parts]
         if len(busy) < self.config.connections:
             return
@@ -154,12 +154,12 @@ class Downloader:
             last = not job.parts and job.ended.is_set()
             self._changed.notify_all()
         if last:
-            # Only the last closes the files: until then another may still write to them.
+            # Only the last one closes the files: until then another may still write to them.
             for file in job.files:
                 file.close()
 
     def _take(self) -> tuple[Job, Part] | None:
-        """What to fetch next; waits for it; None once there is no job any more."""
+        """The next part to fetch, waiting for one; None once the downloader is closed."""
         with self._changed:
             while self._jobs:
                 now = time.monotonic()
@@ -174,7 +174,7 @@ class Downloader:
             return None
 
     def _cut(self, job: Job, now: float) -> Part | None:
-        """Guided self-scheduling: one connection's even share of what no connection has yet."""
+        """Guided self-scheduling: an even share, per connection, of what no connection has taken yet."""
         config = self.config
         span = next((span for span in job.spans if span.ready_at <= now), None)
         if span is None:
@@ -216,7 +216,7 @@ class Downloader:
         self._arrived(job, part, error)
 
     def _claim(self, part: Part, count: int) -> int:
-        """How many of `count` bytes that came are the part's own; the rest another has taken over."""
+        """How many of the `count` received bytes belong to the part; another has taken over the rest."""
         with self._changed:
             count = min(count, part.left)
             part.position += count
@@ -239,7 +239,7 @@ class Downloader:
             self._complete(job, part.file)
 
     def _account(self, job: Job, part: Part) -> bool:
-        """Count what a part has brought; whether its file is complete now, true only once."""
+        """Account for the bytes of a part; returns whether its file is now complete, true only once."""
         part.accounted = True
         part.file.missing -= part.gained
         job.retries_left = min(self.config.retries, job.retries_left + part.gained / self.config.credit)
@@ -248,7 +248,7 @@ class Downloader:
         return complete
 
     def _again(self, job: Job, part: Part, end: int, error: StoreUnavailable) -> None:
-        """Put the rest of a part that broke off back, to be fetched after a while; or give up."""
+        """Put back the rest of a broken part, to be fetched after a delay; or give up."""
         config = self.config
         failures = 1 if part.gained >= config.stall_bytes else part.failures + 1
         job.progress.retried()
@@ -256,14 +256,14 @@ class Downloader:
         if failures >= config.attempts or job.retries_left <= 0:
             self._end(job, error)
             return
-        # Jitter, but never none: connections that failed together come back apart.
+        # Jitter, so that connections that failed together retry at different times; but never no delay.
         delay = min(config.longest_delay, config.first_delay * 2 ** (failures - 1))
         ready_at = time.monotonic() + delay * random.uniform(0.5, 1.0)  # noqa: S311
         job.spans.append(Span(part.file, part.position, end, ready_at, failures))
         self._changed.notify_all()
 
     def _complete(self, job: Job, file: IncomingFile) -> None:
-        """Every byte of a file is there: verify it as a whole, make it durable."""
+        """Verify a complete file as a whole and make it durable."""
         expected, found = self._store.checksum(file.stored), file.checksum()
         if found == expected:
             file.flush()
@@ -279,7 +279,7 @@ class Downloader:
             raise SnapshotCorrupt(
                 f"{file.stored.name} arrived damaged {file.damaged} times: crc32c {found:08x} "
                 f"over {file.stored.size} bytes, the store holds {expected:08x}. Nothing of it was kept; "
-                "try again, and upload it again if this goes on.",
+                "try again, and upload it again if this persists.",
                 retry_after=RETRY_AFTER_SECONDS,
             )
         job.progress.advance(-file.stored.size)
@@ -305,7 +305,7 @@ class Downloader:
 
 
 class _Writer:
-    """Writes one part as it comes, and notes its stretches."""
+    """Writes one part as it arrives, and journals its stretches."""
 
     def __init__(self, job: Job, part: Part, stretch: int, claim: Callable[[Part, int], int]) -> None:
         self._job = job
@@ -316,7 +316,7 @@ class _Writer:
         self._sum = 0
 
     def write(self, chunk: bytes) -> None:
-        """Raises OSError where the disk is full."""
+        """Raises OSError if the disk is full."""
         count = self._claim(self._part, len(chunk))
         if count == 0:
             return
@@ -330,14 +330,14 @@ class _Writer:
             self.end()
 
     def end(self) -> None:
-        """Note what has arrived since the last stretch."""
+        """Journal what has arrived since the last stretch."""
         if self._written > self._noted:
             self._job.note(Stretch(self._part.file.name, self._noted, self._written, self._sum))
             self._noted, self._sum = self._written, 0
 
 
 def _stop_here(part: Part) -> int:
-    """Let a part end where it is; returns where it would have ended."""
+    """End a part at its position; returns its previous end."""
     end, part.end = part.end, part.position
     return end
 

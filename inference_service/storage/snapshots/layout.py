@@ -1,21 +1,21 @@
-"""The tree in LOCAL_MODEL_CACHE, and what in it counts.
+"""The directory tree in LOCAL_MODEL_CACHE.
 
     LOCAL_MODEL_CACHE/
       my-model/
         3f2a9c0d1e5b/                        a snapshot: one revision, complete and verified
           config.json  model.safetensors  ...
-          .weight_check.json                 what its weights make of a fixed prompt (pool/weight_check.py)
-          .manifest.json                     written last; its time is when the snapshot was last used
-        .incomplete-3f2a9c0d1e5b-k3x0a1/     a fetch under way, or what a killed one left
-          .journal                           which stretches have arrived, with their crc32c
-          .promised                          how many bytes it will take on the disk
+          .weight_check.json                 its output for a fixed prompt (pool/weight_check.py)
+          .manifest.json                     written last; its mtime is the snapshot's last use
+        .incomplete-3f2a9c0d1e5b-k3x0a1/     a fetch in progress, or left by a killed one
+          .journal                           the stretches that have arrived, with their crc32c
+          .promised                          the bytes reserved on the disk
         .3f2a9c0d1e5b.lock                   held by the process that fetches the revision
-      .evicted-9fj2k1/                       an evicted snapshot on its way out
-      .room.lock                             held while room is made or promised
-      .vllm/                                 what vLLM keeps: compiled kernels, start-up plans (factory.py)
-      .triton/                               Triton's compiled kernels (factory.py)
+      .evicted-9fj2k1/                       an evicted snapshot that is being removed
+      .room.lock                             held while space is freed or reserved
+      .vllm/                                 vLLM's compiled kernels and start-up plans
+      .triton/                               Triton's compiled kernels
 
-That a file exists proves nothing; only the manifest does.
+A file that exists proves nothing; only the manifest does.
 """
 
 import json
@@ -38,9 +38,9 @@ ROOM_LOCK = ".room.lock"
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One verified file: the object that it is a copy of. `crc32c` of all its bytes.
+    """One verified file: the object that it is a copy of, and the `crc32c` of all its bytes.
 
-    `modified_ns`: the file's own time; another one means that somebody has written to it since.
+    `modified_ns`: the file's mtime; a different one means that the file was written to since.
     """
 
     object: str
@@ -52,13 +52,13 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a snapshot holds, by file name."""
+    """The files of a snapshot by name."""
 
     files: dict[str, FileRecord]
 
     @classmethod
     def read(cls, snapshot: Path) -> Self | None:
-        """The manifest in `snapshot`; None where there is none that can be read."""
+        """The manifest in `snapshot`; None if it is missing or unreadable."""
         try:
             content = json.loads((snapshot / MANIFEST).read_bytes())
             return cls({name: FileRecord(**record) for name, record in content["files"].items()})
@@ -66,7 +66,7 @@ class Manifest:
             return None
 
     def write(self, directory: Path) -> None:
-        """Durably; raises OSError."""
+        """Write it durably; raises OSError."""
         content = {"files": {name: asdict(record) for name, record in self.files.items()}}
         with (directory / MANIFEST).open("wb") as file:
             file.write(json.dumps(content, indent=1).encode())
@@ -74,7 +74,7 @@ class Manifest:
             os.fsync(file.fileno())
 
     def covers(self, objects: Iterable[StoredObject]) -> bool:
-        """Whether it names exactly these objects at these generations."""
+        """Whether it lists exactly these objects at these generations."""
         return {name: (record.object, record.generation) for name, record in self.files.items()} == {
             stored.filename: (stored.name, stored.generation) for stored in objects
         }
@@ -90,17 +90,17 @@ class Layout:
         return self.root / model / revision
 
     def snapshots(self) -> list[Path]:
-        """Every directory with a manifest, whole or not."""
+        """Every directory with a manifest, complete or not."""
         below = [path for model in _visible(self.root) for path in _visible(model)]
         return [path for path in below if (path / MANIFEST).exists()]
 
     def revisions(self, model: str) -> list[str]:
-        """Revisions of a model that have a manifest, the one that was used last first."""
+        """Revisions of a model that have a manifest, the most recently used first."""
         found = [path for path in _visible(self.root / model) if (path / MANIFEST).exists()]
         return [path.name for path in sorted(found, key=last_used, reverse=True)]
 
     def leftovers(self) -> list[Path]:
-        """Staging directories of every model, and snapshots that were being evicted."""
+        """Staging directories of all models, and snapshots whose eviction was interrupted."""
         stagings = [staging for model in _visible(self.root) for staging in stagings_of(model)]
         return [*stagings, *_named(self.root, EVICTED)]
 
@@ -110,7 +110,7 @@ def _visible(directory: Path) -> list[Path]:
 
 
 def _named(directory: Path, prefix: str) -> list[Path]:
-    """Entries of the directory by name; none where it is gone. (`glob` fails where others remove.)"""
+    """Entries of the directory by name; none if it is gone. (`glob` fails if others remove entries.)"""
     try:
         return sorted(path for path in directory.iterdir() if path.name.startswith(prefix))
     except OSError:
@@ -118,22 +118,22 @@ def _named(directory: Path, prefix: str) -> list[Path]:
 
 
 def stagings_of(model: Path) -> list[Path]:
-    """What fetches of any revision of a model have left or are writing."""
+    """Staging directories of any revision of a model, in use or left over."""
     return _named(model, INCOMPLETE)
 
 
 def stagings(snapshot: Path) -> list[Path]:
-    """What fetches of this revision have left or are writing."""
+    """Staging directories of this revision, in use or left over."""
     return [staging for staging in stagings_of(snapshot.parent) if revision_of(staging) == snapshot.name]
 
 
 def revision_of(staging: Path) -> str:
-    """The revision that a staging directory is of."""
+    """The revision that a staging directory belongs to."""
     return staging.name.removeprefix(INCOMPLETE).rpartition("-")[0]
 
 
 def last_used(snapshot: Path) -> float:
-    """When an engine was last loaded from it; 0 where it is gone."""
+    """When an engine was last loaded from it; 0 if it is gone."""
     try:
         return (snapshot / MANIFEST).stat().st_mtime
     except OSError:
@@ -151,7 +151,7 @@ def lock_of(snapshot: Path) -> Path:
 
 
 def is_whole(snapshot: Path, objects: Iterable[StoredObject]) -> bool:
-    """A snapshot of these objects: it has its manifest, and nobody has touched a file of it since."""
+    """Whether it is a snapshot of these objects: its manifest exists, and no file has changed since."""
     manifest = Manifest.read(snapshot)
     if manifest is None or not manifest.covers(objects):
         return False
@@ -166,7 +166,7 @@ def _untouched(path: Path, record: FileRecord) -> bool:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is what lies at `path` now."""
+    """Whether the open file is the one that is at `path` now."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:
@@ -183,9 +183,9 @@ def sync_directory(path: Path) -> None:
 
 
 def allocated_bytes(directory: Path) -> int:
-    """What the files below take on the disk, each once however many names it has.
+    """Disk usage of the files below, each counted once even if it has several links.
 
-    A file that vanishes meanwhile counts nothing.
+    A file that vanishes meanwhile counts as nothing.
     """
     total, seen = 0, set()
     for parent, _, names in os.walk(directory):

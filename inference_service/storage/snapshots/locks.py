@@ -1,7 +1,7 @@
 """Advisory file locks (flock) between the processes that share LOCAL_MODEL_CACHE.
 
-They end with the process that holds them. Correctness never depends on them: on a file system without locks,
-every fetch writes to a directory of its own, and only the rename of a complete one makes a snapshot.
+They end with the process that holds them. Correctness never depends on them: even on a file system without
+locks, every fetch writes to its own directory, and only the rename of a complete one makes a snapshot.
 """
 
 import fcntl
@@ -14,7 +14,7 @@ from pathlib import Path
 from inference_service.storage.snapshots.layout import is_at, lock_of, stagings
 
 LOCK_POLL_SECONDS = 0.2
-# How long to wait for another process that holds the lock and has written nothing.
+# How long to wait for another process that holds the lock and makes no progress.
 LOCK_PATIENCE_SECONDS = 120.0
 
 
@@ -22,8 +22,8 @@ LOCK_PATIENCE_SECONDS = 120.0
 def revision_lock(target: Path, done: Callable[[], bool]) -> Iterator[bool]:
     """Wait while another process fetches this revision and makes progress, or until `done`.
 
-    Yields whether this process has the revision to itself: what lies there of it is then left over from a
-    process that was killed.
+    Yields whether this process has the revision to itself: existing staging directories were then left by
+    processes that were killed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _wait_for_lock(target, done)
@@ -38,7 +38,7 @@ def revision_lock(target: Path, done: Callable[[], bool]) -> Iterator[bool]:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Wait for the lock on `path`, which is created if need be; no lock where the file system has none."""
+    """Wait for the lock on `path`, created if necessary; without a lock if the file system has none."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         with suppress(OSError):
@@ -100,7 +100,7 @@ def _is_free(descriptor: int) -> bool:
 
 
 def _wait_for_lock(target: Path, done: Callable[[], bool]) -> int | None:
-    """The lock on the revision; None once `done`, or where no lock can be had."""
+    """The lock on the revision; None once `done`, or if locks are not available."""
     path = lock_of(target)
     written_at, alive_at = 0.0, time.monotonic()
     while True:
@@ -119,7 +119,7 @@ def _wait_for_lock(target: Path, done: Callable[[], bool]) -> int | None:
 
 
 def _try_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock, on a file of its own; None while another has it. Raises OSError."""
+    """A descriptor that holds the lock; None while another process has it. Raises OSError."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -136,7 +136,7 @@ def _try_lock(path: Path) -> int | None:
 
 
 def _excludes(path: Path) -> bool:
-    """Whether a lock that is held keeps others out: on some file systems it does nothing."""
+    """Whether a held lock excludes others: on some file systems it has no effect."""
     second = _try_lock(path)
     if second is None:
         return True

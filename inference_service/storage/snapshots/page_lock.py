@@ -1,7 +1,7 @@
-"""The host-memory tier (HOST_CACHE_GIB): weights that were used lately stay in memory, whatever else is read.
+"""The host-memory tier (HOST_CACHE_GIB): recently used weights stay in memory, whatever else is read.
 
-The files' own pages, which every engine that reads them shares, are locked in memory. Where the system
-allows this process no locked memory (RLIMIT_MEMLOCK), the page cache does what it can, and the log says so.
+The files' pages in the page cache, which all engines that read them share, are locked. If the system does not
+allow this process to lock memory (RLIMIT_MEMLOCK), the page cache alone keeps them, and the log says so.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ class _Locked:
 
 
 class PageLock:
-    """Locks up to `quota` bytes of weights in memory, the least recently used give way; 0: none."""
+    """Locks up to `quota` bytes of weights in memory and evicts the least recently used; 0 disables it."""
 
     def __init__(self, quota: int) -> None:
         self.quota = quota
@@ -37,11 +37,11 @@ class PageLock:
 
     @property
     def bytes(self) -> int:
-        """How much is locked at this moment."""
+        """The number of locked bytes."""
         return sum(file.bytes for files in self._locked.values() for file in files)
 
     def keep(self, snapshot: Path, names: list[str]) -> None:
-        """The snapshot is used now: lock its files, and unlock what the quota has no room for. Blocks."""
+        """Mark the snapshot as just used: lock its files, and unlock others beyond the quota. Blocks."""
         if self._libc is None or self._refused:
             return
         with self._lock:
@@ -63,7 +63,7 @@ class PageLock:
                 self._drop(kept)
 
     def forget(self, snapshot: Path) -> None:
-        """The snapshot is leaving the disk."""
+        """Unlock a snapshot that is being removed from the disk."""
         with self._lock:
             self._drop(self._locked.pop(snapshot, []))
 
@@ -79,7 +79,7 @@ class PageLock:
         if self._libc.mlock(address, size) != 0:
             self._refused = True
             logger.warning(
-                "HOST_CACHE_GIB is without effect, the page cache alone keeps weights: %s (RLIMIT_MEMLOCK; "
+                "HOST_CACHE_GIB has no effect, weights stay in the page cache only: %s (RLIMIT_MEMLOCK; "
                 "docker run --ulimit memlock=-1)",
                 os.strerror(ctypes.get_errno()),
             )

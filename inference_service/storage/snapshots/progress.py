@@ -1,4 +1,4 @@
-"""How far a fetch is: bytes, rate and time left, for the log, /admin/stats and a terminal."""
+"""The progress of a fetch: bytes, rate and time left, for the log, /admin/stats and a terminal."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ _SAMPLE_SECONDS = 0.25
 class Progress:
     """Counts the bytes of one fetch; many threads advance it.
 
-    `total` in bytes. The rate is that of the last WINDOW_SECONDS, so that it tells a stall from an average.
+    `total` in bytes. The rate is that of the last WINDOW_SECONDS, so that a stall shows.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Progress:
         self._lock = threading.Lock()
 
     def advance(self, count: int) -> None:
-        """`count` bytes more are there, or (negative) have to come again."""
+        """Add `count` bytes, or (negative) take back bytes that must be fetched again."""
         with self._lock:
             self.done += count
             now = self._clock()
@@ -41,7 +41,7 @@ class Progress:
                 self._samples.popleft()
 
     def skip(self, count: int) -> None:
-        """`count` bytes were there before: they count, but not as speed."""
+        """Add `count` bytes that were already there: they do not count towards the rate."""
         with self._lock:
             self.done += count
             self._samples = deque([(self._clock(), self.done)])
@@ -66,12 +66,12 @@ class Progress:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds until all is there, at the present rate; None while nothing moves."""
+        """Seconds left at the current rate; None during a stall."""
         rate = self.bytes_per_second
         return (self.total - self.done) / rate if rate >= 1 else None
 
     def describe(self) -> dict[str, Any]:
-        """As /admin/stats shows it; `eta_seconds` is None while nothing moves."""
+        """As shown by /admin/stats; `eta_seconds` is None during a stall."""
         eta = self.eta_seconds
         return {
             "model": self.model,

@@ -1,9 +1,9 @@
-"""Snapshots: a model's files fetched into LOCAL_MODEL_CACHE (layout.py draws it), each checked as a whole.
+"""Snapshots: model files fetched into LOCAL_MODEL_CACHE (see layout.py), each verified as a whole.
 
-One fetch per revision, however many ask, in this process and among those that share the directory. A
-lock keeps the others from fetching the same; without it the result is as right, for every fetch writes
-to a directory of its own and only a rename makes a snapshot of it. A fetch ends early with the last that
-waits for it, and what has arrived stays for the next.
+Each revision is fetched once, in this process and across processes that share the directory. A lock
+prevents duplicate fetches. Correctness does not depend on it: every fetch writes to its own directory, and
+only a rename makes that a snapshot. A fetch is cancelled when no task waits for it, and the next one resumes
+from what has arrived.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ _TAKEN_ATTEMPTS = 5
 
 @dataclass(eq=False)
 class _UnderWay:
-    """A fetch in the threads, and how many tasks wait for it. The event loop's alone."""
+    """A running fetch and the number of tasks that wait for it. Used only in the event loop."""
 
     token: CancelToken
     work: Future[None]
@@ -61,7 +61,7 @@ class _UnderWay:
 
     def cancel(self) -> None:
         self.token.cancel()
-        self.work.cancel()  # what no thread has begun shall never begin
+        self.work.cancel()  # work that no thread has started must not start
 
 
 class SnapshotStore:
@@ -76,48 +76,51 @@ class SnapshotStore:
         self._downloader = Downloader(store, config)
         self._under_way: dict[Path, _UnderWay] = {}
         self._progress: dict[Path, Progress] = {}
-        # Its own: a fetch that takes for ever must not hold a listing or a parse.
+        # Separate pools: a fetch that hangs must not block listings or parsing.
         self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="sync")
         self._lookers = ThreadPoolExecutor(1, thread_name_prefix="look")
 
     async def snapshot(self, model: ListedModel) -> Snapshot:
-        """The verified snapshot of `model`, fetched unless it is there; held until `release`.
+        """The verified snapshot of `model`, fetched if necessary; held until `release`.
 
-        Raises StoreError, CacheError and DiskFull; nothing half-written counts as a snapshot then. Cancelled,
-        it ends the fetch unless others wait for that too.
+        Raises StoreError, CacheError and DiskFull; a partial fetch never counts as a snapshot. Cancelling
+        this task ends the fetch unless other tasks wait for it.
         """
         target = self._layout.snapshot(model.name, model.revision)
         for _ in range(_HOLD_ATTEMPTS):
             await self._fetched_with_room(model, target)
             if self._disk.hold(target):
                 return Snapshot(model.name, model.revision, target, model.bytes)
-            await asyncio.sleep(HOLD_AGAIN_SECONDS)  # somebody looked whether it may go
-        raise CacheError(f"The snapshot of '{model.name}' was removed as often as it was fetched.")
+            await asyncio.sleep(HOLD_AGAIN_SECONDS)  # another process was checking whether it can be evicted
+        raise CacheError(
+            f"The snapshot of '{model.name}' was fetched and removed {_HOLD_ATTEMPTS} times in a row. Does "
+            "another process remove files from LOCAL_MODEL_CACHE?"
+        )
 
     async def kept(self, model: ListedModel) -> Path | None:
-        """Where the model's snapshot lies, if it is on the disk already."""
+        """The path of the model's snapshot, if it is on disk."""
         target = self._layout.snapshot(model.name, model.revision)
         loop = asyncio.get_running_loop()
         whole = await loop.run_in_executor(self._lookers, is_whole, target, model.objects)
         return target if whole else None
 
     def release(self, snapshot: Snapshot) -> None:
-        """Nobody uses the snapshot any more that `snapshot` returned: it may be evicted."""
+        """Release a snapshot returned by `snapshot`; it may then be evicted."""
         self._disk.release(snapshot.path)
 
     def progress(self) -> list[Progress]:
-        """The fetches under way."""
+        """The fetches in progress."""
         return list(self._progress.values())
 
     def stats(self) -> dict[str, Any]:
-        """Fetches under way, and the disk. Walks the cache directory: call it in a thread."""
+        """Fetches in progress and disk usage. Walks the cache directory: call it in a thread."""
         return {
             "syncs": [progress.describe() for progress in self.progress()],
             "disk": {"quota_bytes": self._disk.quota, "used_bytes": self._disk.used()},
         }
 
     async def _fetched_with_room(self, model: ListedModel, target: Path) -> None:
-        """As `_fetched`; a fetch that is being stopped has its room on the disk a moment longer."""
+        """Like `_fetched`, but waits for fetches being stopped, which still hold their disk space."""
         while True:
             stopping = [fetch for fetch in self._under_way.values() if fetch.token.cancelled]
             try:
@@ -129,7 +132,7 @@ class SnapshotStore:
                     await fetch.ended.wait()
 
     async def _fetched(self, model: ListedModel, target: Path) -> None:
-        """Wait for the fetch, a new one unless others wait for one; ends it if nobody else does."""
+        """Join or start the fetch and wait for it; cancels it if no other task waits."""
         fetch = await self._joined(model, target)
         fetch.waiting += 1
         try:
@@ -141,7 +144,7 @@ class SnapshotStore:
         fetch.work.result()
 
     async def _joined(self, model: ListedModel, target: Path) -> _UnderWay:
-        # One that is being stopped still writes; what it leaves is for the next to take over.
+        # A fetch that is being stopped still writes; the next one resumes from what it leaves.
         while (fetch := self._under_way.get(target)) is not None and fetch.token.cancelled:
             await fetch.ended.wait()
         return fetch or self._begin(model, target)
@@ -159,7 +162,7 @@ class SnapshotStore:
         return fetch
 
     def ensure(self, model: ListedModel, token: CancelToken | None = None) -> None:
-        """Blocks until the snapshot is there; raises as `snapshot` does, and Withdrawn once `order` is."""
+        """Blocks until the snapshot is there; raises like `snapshot`, and Cancelled once `token` is."""
         target = self._layout.snapshot(model.name, model.revision)
         token = token or CancelToken()
 
@@ -179,8 +182,8 @@ class SnapshotStore:
             try:
                 return self._fetch(model, target, token, resume=alone and attempt == 0)
             except FileNotFoundError:
-                # Where a lock does not reach (another machine), this staging directory may have been
-                # taken for a dead one's. From now on leave everybody else's alone.
+                # Locks may not reach another machine, which may have removed this staging directory as a
+                # leftover. Do not touch the staging directories of others from now on.
                 logger.warning("the staging directory was removed", extra={"model": model.name})
         return self._fetch(model, target, token, resume=False)
 
@@ -202,7 +205,7 @@ class SnapshotStore:
                 self._put_in_place(staging.path, target, model)
         except Cancelled:
             staging.leave()
-            _log(progress, "nobody waits for it any more")
+            _log(progress, "fetch cancelled: no request waits for it")
             raise
         except (StoreUnavailable, KeyboardInterrupt):
             staging.leave()
@@ -222,7 +225,7 @@ class SnapshotStore:
         progress: Progress,
         token: CancelToken,
     ) -> None:
-        """Fetch and verify the files `wanted`, but for what `leftovers` of this revision have of them."""
+        """Fetch and verify the `wanted` files, reusing what `leftovers` of this revision contain."""
         files = {stored.filename: IncomingFile(stored, staging.path / stored.filename) for stored in wanted}
         covered = {name: Coverage() for name in files}
         try:
@@ -243,15 +246,15 @@ class SnapshotStore:
         self._await(self._downloader.move(spans, progress, staging.note), progress, token)
 
     def _await(self, job: Job, progress: Progress, token: CancelToken) -> None:
-        """Watch over the job until it has ended; raises its error, and Withdrawn once nobody wants it."""
+        """Watch the job until it ends; raises its error, and Cancelled once `token` is."""
         try:
             self._watch(job, progress, token)
-        except BaseException as error:  # Withdrawn, or Ctrl-C
+        except BaseException as error:  # Cancelled, or Ctrl-C
             self._downloader.stop(job, error)
             raise
         if job.error is not None:
-            # Connections that are in the middle of a piece still have its file open: the disk gets its room
-            # back when they have left.
+            # Connections in the middle of a part still have its file open: the disk space is free only after
+            # they have ended.
             self._downloader.stop(job, job.error)
             raise job.error
 
@@ -268,7 +271,7 @@ class SnapshotStore:
     def _put_in_place(self, staging: Path, target: Path, model: ListedModel) -> None:
         sync_directory(staging)
         try:
-            # Another process may have been faster.
+            # Another process may have finished first.
             if is_whole(target, model.objects):
                 shutil.rmtree(staging, ignore_errors=True)
             else:
@@ -279,7 +282,7 @@ class SnapshotStore:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _siblings(self, target: Path) -> list[Path]:
-        """Other revisions of the model: what did not change need not come again."""
+        """Other revisions of the model: unchanged files are not fetched again."""
         return [path for path in self._layout.snapshots() if path.parent == target.parent and path != target]
 
     def _record(self, stored: StoredObject, staging: Path) -> FileRecord:
@@ -290,7 +293,7 @@ class SnapshotStore:
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-    with suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+    with suppress(RuntimeError):  # the loop is closed: nothing waits there
         loop.call_soon_threadsafe(callback)
 
 
@@ -302,7 +305,7 @@ def _log(progress: Progress, message: str) -> None:
 
 @contextmanager
 def _disk_errors(model: str, cache: Path) -> Iterator[None]:
-    """Translate a failing cache directory (full, read-only) into an error with its path."""
+    """Translate errors of the cache directory (full, read-only) into one that names its path."""
     try:
         yield
     except ServiceError:
@@ -311,5 +314,5 @@ def _disk_errors(model: str, cache: Path) -> Iterator[None]:
         kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else CacheError
         raise kind(
             f"The model '{model}' could not be stored in LOCAL_MODEL_CACHE ({cache}): "
-            f"{error.strerror or error}. Nothing half-written was kept."
+            f"{error.strerror or error}. No partial files were kept."
         ) from error

@@ -1,8 +1,7 @@
-"""A fetch under way on disk: its files, and the journal of the stretches that have arrived.
+"""A fetch in progress on disk: its files, and the journal of the stretches that have arrived.
 
-A staging directory is written by one fetch only. What a killed fetch left is never taken over, for
-somebody who is thought dead may still write to it: its stretches are copied once their sums are found
-right.
+A staging directory is written by one fetch only. The directory of a killed fetch is never taken over, because
+a process that seems dead may still write to it: its stretches are copied if their checksums match.
 """
 
 import bisect
@@ -42,13 +41,13 @@ class Stretch:
 
 
 class Coverage:
-    """Which bytes of one file are there: stretches without overlap, in order."""
+    """The bytes of one file that have arrived: stretches without overlap, in order."""
 
     def __init__(self) -> None:
         self._stretches: list[tuple[int, int]] = []
 
     def fits(self, start: int, end: int) -> bool:
-        """Whether none of these bytes is there yet."""
+        """Whether none of these bytes has arrived."""
         index = bisect.bisect_left(self._stretches, (start, end))
         before = index == 0 or self._stretches[index - 1][1] <= start
         return before and (index == len(self._stretches) or end <= self._stretches[index][0])
@@ -57,7 +56,7 @@ class Coverage:
         bisect.insort(self._stretches, (start, end))
 
     def gaps(self, size: int) -> list[tuple[int, int]]:
-        """What is not there of a file of `size` bytes; one empty gap where that is nothing."""
+        """The missing ranges of a file of `size` bytes; one empty gap if the file is empty."""
         gaps, position = [], 0
         for start, end in [*self._stretches, (size, size)]:
             if start > position:
@@ -67,9 +66,9 @@ class Coverage:
 
 
 class IncomingFile:
-    """One file that is being fetched, and how many of its bytes are not there yet.
+    """One file that is being fetched, and the number of its missing bytes.
 
-    It is open from the first byte until it is verified: a model may have thousands of files.
+    It is open only from its first byte until it is verified: a model may have thousands of files.
     """
 
     def __init__(self, stored: StoredObject, path: Path) -> None:
@@ -98,11 +97,11 @@ class IncomingFile:
         os.fsync(self._open())
 
     def checksum(self) -> int:
-        """crc32c of the file as it is on disk."""
+        """crc32c of the file on disk."""
         return checksum(self._open(), 0, self.stored.size)
 
     def close(self) -> None:
-        """Nobody writes to it any more. Idempotent."""
+        """Close the file, which no thread writes to any more. Idempotent."""
         with self._opening, suppress(OSError):
             if self._file is not None:
                 self._file.close()
@@ -119,26 +118,26 @@ class Staging:
     """The directory of one fetch."""
 
     def __init__(self, snapshot: Path) -> None:
-        """A new one beside `snapshot`; raises OSError."""
+        """Create one next to `snapshot`; raises OSError."""
         snapshot.parent.mkdir(parents=True, exist_ok=True)
         prefix = f"{INCOMPLETE}{snapshot.name}-"
         self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=snapshot.parent))
         self._journal = (self.path / JOURNAL).open("ab", buffering=0)
         self._writing = threading.Lock()
-        # Whether it holds bytes that lie nowhere else: not so while what they were copied from is there.
+        # Whether its bytes exist nowhere else: not so while the leftover exists that they were copied from.
         self._only_copy = False
 
     def note(self, stretch: Stretch) -> None:
-        """A stretch has arrived: should this process be killed, the next need not fetch it again."""
+        """Journal a stretch, so that the next fetch need not fetch it again if this process is killed."""
         self._only_copy = True
         self._enter(stretch)
 
     def salvage(
         self, leftover: Path, files: dict[str, IncomingFile], covered: dict[str, Coverage], token: CancelToken
     ) -> Iterator[Stretch]:
-        """Copy what `leftover` holds beyond `covered` and its journal's sums confirm; yields what it took.
+        """Copy the stretches of `leftover` that are not in `covered` and match their checksums; yields each.
 
-        In the end nothing is left of the leftover. Raises Withdrawn before that, and OSError.
+        The leftover is removed at the end. Before that, raises Cancelled and OSError.
         """
         took = False
         for stretch in journalled(leftover):
@@ -159,9 +158,9 @@ class Staging:
     def reuse(
         self, snapshots: Iterable[Path], objects: Iterable[StoredObject], token: CancelToken
     ) -> list[StoredObject]:
-        """Link files that another snapshot has of the same object and generation, their sums checked.
+        """Link the files of other snapshots that have the same generation and match their checksums.
 
-        Raises Withdrawn.
+        Raises Cancelled.
         """
         wanted = {(stored.name, stored.generation): stored for stored in objects}
         for snapshot in snapshots:
@@ -177,30 +176,30 @@ class Staging:
         return [stored for stored in objects if (stored.name, stored.generation) not in wanted]
 
     def seal(self, manifest: Manifest) -> None:
-        """The files are verified and durable: write the manifest. Raises OSError."""
+        """Write the manifest; the files must be verified and durable. Raises OSError."""
         self.close()
         for name in (JOURNAL, PROMISE):
             (self.path / name).unlink(missing_ok=name == PROMISE)
         manifest.write(self.path)
 
     def leave(self) -> None:
-        """The fetch has broken off: what has arrived stays for the next attempt.
+        """End a fetch that failed or was cancelled; what has arrived stays for the next one.
 
-        However often fetches break off while they copy what another left, there is one leftover and not many.
+        Fetches that break off while they copy a leftover leave no further ones.
         """
         self.close()
         if not self._only_copy:
             self.discard()
 
     def close(self) -> None:
-        # Under the lock: the number of a closed descriptor is soon another file's.
+        # Under the lock: the number of a closed descriptor is soon reused.
         with self._writing:
             self._journal.close()
 
     def _enter(self, stretch: Stretch) -> None:
         line = f"{json.dumps([stretch.file, stretch.start, stretch.end, stretch.crc32c])}\n"
         with self._writing:
-            # After `close` a thread that comes late may still call; a full disk shows itself elsewhere.
+            # A late thread may still call after `close`; a full disk is reported elsewhere.
             if not self._journal.closed:
                 with suppress(OSError):
                     self._journal.write(line.encode())
@@ -211,7 +210,7 @@ class Staging:
 
 
 def journalled(leftover: Path) -> list[Stretch]:
-    """The stretches that a journal names; a last line that was cut is left out."""
+    """The stretches in a journal, without an incomplete last line."""
     stretches = []
     with suppress(OSError):
         for line in (leftover / JOURNAL).read_bytes().splitlines():
@@ -221,7 +220,7 @@ def journalled(leftover: Path) -> list[Stretch]:
 
 
 def checksum(descriptor: int, start: int, end: int, look: Callable[[], None] | None = None) -> int:
-    """crc32c of the bytes `start` to `end` of a file; raises OSError, and what `look` raises on the way."""
+    """crc32c of the bytes `start` to `end` of a file; raises OSError, and what `look` raises."""
     total = 0
     while start < end and (chunk := os.pread(descriptor, min(COPY_BYTES, end - start), start)):
         if look is not None:
@@ -239,9 +238,9 @@ def _stretch(line: Any) -> Stretch:
 
 
 def _copy(source: Path, stretch: Stretch, file: IncomingFile) -> bool:
-    """Copy the stretch; False where it cannot be read, or its bytes are not those that were journalled.
+    """Copy the stretch; returns False if it cannot be read, or its bytes do not match the journal.
 
-    Raises OSError where they cannot be written.
+    Raises OSError if it cannot be written.
     """
     total, offset = 0, stretch.start
     try:

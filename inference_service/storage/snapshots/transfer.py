@@ -1,4 +1,4 @@
-"""One fetch as the mover sees it: the spans that are still to come and the parts that are on their way."""
+"""One fetch as the downloader sees it: the spans still to fetch, and the parts being fetched."""
 
 import threading
 from collections import deque
@@ -13,11 +13,11 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """How bytes are cut into spans, and how much trouble of the store is borne. Bytes and seconds.
+    """How bytes are cut into spans, and how many errors of the store are tolerated. Bytes and seconds.
 
-    `stretch` is what a killed fetch may lose on each connection. `stall`: a part that gains fewer than
-    `stall_bytes` in `stall_seconds` is broken off; `attempts` in a row without such a gain end the fetch,
-    and so do `retries` altogether, less one for each `credit` that arrives.
+    `stretch` is what a killed fetch may lose on each connection. A part that gains fewer than `stall_bytes`
+    in `stall_seconds` is broken off. The fetch fails after `attempts` in a row without such a gain, or after
+    `retries` in total, less one for every `credit` bytes that arrive.
     """
 
     connections: int = 12
@@ -36,7 +36,7 @@ class TransferConfig:
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes `start` to `end` (exclusive) of one file that are still to come, not before `ready_at`."""
+    """Bytes `start` to `end` (exclusive) of one file that are still to be fetched, not before `ready_at`."""
 
     file: IncomingFile
     start: int
@@ -51,10 +51,10 @@ class Span:
 
 @dataclass(eq=False)
 class Part:
-    """A span that a connection is fetching: `position` is the next byte, `end` may come closer.
+    """A span that a connection is fetching: `position` is the next byte, `end` may decrease.
 
-    `writing`: the bytes before `position` are not all on the disk yet. `accounted`: what it brought has been
-    counted. `abandoned`: nobody waits for its thread any more, and that writes nothing any more.
+    `writing`: not all bytes before `position` are on the disk yet. `accounted`: its bytes have been counted.
+    `abandoned`: its thread is no longer waited for and writes nothing more.
     """
 
     file: IncomingFile
@@ -79,7 +79,7 @@ class Part:
 
 @dataclass(eq=False)
 class Job:
-    """One fetch: its spans, and how it ends. Everything in it is guarded by the mover's lock."""
+    """One fetch: its spans, and how it ends. Guarded by the downloader's lock."""
 
     progress: Progress
     note: Callable[[Stretch], None]
@@ -92,5 +92,5 @@ class Job:
     ended: threading.Event = field(default_factory=threading.Event)
 
     def ready_in(self, now: float) -> float | None:
-        """Seconds until a span may be taken; None where there is none."""
+        """Seconds until a span may be taken; None if there is none."""
         return min((max(0.0, span.ready_at - now) for span in self.spans), default=None)

@@ -1,7 +1,7 @@
-"""Snapshots on the disk, read before an engine reads them: every byte verified once, and in the page cache.
+"""Verifies snapshots on the disk before an engine loads them, and reads them into the page cache.
 
-What was verified on its way from the bucket, or before by this process, and has not been touched since is
-only called into the page cache. Owns the threads for it.
+Files that were verified on arrival, or earlier by this process, and have not changed since are only read into
+the page cache. Owns the threads for it.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ CHUNK_BYTES = 1 << 20
 READS_AT_ONCE = 2
 MAX_KNOWN = 10_000
 
-# Device, inode, size and time of a file's last change.
+# Device, inode, size and ctime of a file.
 _Identity = tuple[int, int, int, int]
 
 
@@ -34,9 +34,9 @@ class Verifier:
         self._threads = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="verify")
 
     async def verify(self, snapshot: Snapshot, *, arrived_now: bool = False) -> None:
-        """Returns once every byte is known to be right; raises SnapshotCorrupt and CacheError.
+        """Returns once every byte is verified; raises SnapshotCorrupt and CacheError.
 
-        `arrived_now`: it was verified on its way.
+        `arrived_now`: it was verified on arrival.
         """
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._threads, self._verify, snapshot, arrived_now)

@@ -487,7 +487,7 @@ STEPS: list[tuple[Any, str, int]] = [
 
 
 @pytest.mark.parametrize(("place", "name", "call"), STEPS, ids=str)
-async def test_withdrawn_at_any_step(
+async def test_cancelled_at_any_step(
     store: SlowStore, cache: Path, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int
 ) -> None:
     store.pause = 0
@@ -518,7 +518,7 @@ async def test_withdrawn_at_any_step(
 
 
 def cancelled_at(patch: pytest.MonkeyPatch, place: Any, name: str, call: int) -> CancelToken:
-    """An order that is withdrawn when `name` is called for the `call`-th time."""
+    """A token that is cancelled when `name` is called for the `call`-th time."""
     token, called, counting = CancelToken(), [0], threading.Lock()
     original = getattr(place, name)
 
@@ -533,7 +533,7 @@ def cancelled_at(patch: pytest.MonkeyPatch, place: Any, name: str, call: int) ->
     return token
 
 
-async def test_withdrawn_while_it_waits_for_room(
+async def test_cancelled_while_it_waits_for_room(
     store: SlowStore, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshots = open_snapshots(store, cache)
@@ -568,7 +568,7 @@ async def test_what_is_linked_is_not_read_to_its_end(
     assert stagings(cache) == [], "nothing has arrived, nothing stays"
 
 
-def test_an_order_is_withdrawn_for_good() -> None:
+def test_a_token_is_cancelled_for_good() -> None:
     token = CancelToken()
     token.check()
     assert not token.cancelled

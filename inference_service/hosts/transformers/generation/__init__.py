@@ -1,1 +1,1 @@
-"""Tokens in, tokens out: a transformers model that many sequences run on together. Knows no HTTP, no text."""
+"""Tokens in, tokens out: a transformers model that batches sequences. Knows neither HTTP nor text."""

@@ -1,4 +1,4 @@
-"""LoRA adapters on one model, through PEFT: several are in its layers, one at a time is in use."""
+"""LoRA adapters on one model, through PEFT: several are loaded, one at a time is active."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 
 class Adapters:
-    """Known by the name under which they are served. To be used by the model's thread, or in its place."""
+    """Keyed by served name. Use only in the model's thread, or with exclusive access to the model."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -23,15 +23,15 @@ class Adapters:
         return name in self._names
 
     def add(self, name: str, number: int, directory: Path) -> None:
-        """Read an adapter; raises what PEFT raises, and lets the model answer as before then."""
+        """Load an adapter. Raises what PEFT raises; the model is unchanged then."""
         inner = f"adapter{number}"
         try:
             with _without_warnings():
                 loading = self._model.load_adapter(str(directory), adapter_name=inner, hotswap=False)
             missing = sorted(key for key in loading.missing_keys if f".{inner}." in f"{key}.")
             if missing:
-                # PEFT would go on as if it were no adapter at all.
-                raise ValueError(f"the adapter lacks {len(missing)} of its weights, among them {missing[0]}")
+                # PEFT would carry on as if there were no adapter.
+                raise ValueError(f"the adapter lacks {len(missing)} of its weights, for example {missing[0]}")
         except BaseException:
             self._withdraw(inner)
             raise
@@ -44,7 +44,7 @@ class Adapters:
             self._withdraw(inner)
 
     def clear(self) -> None:
-        """Leave the model as its checkpoint has it, without PEFT's layers around its own."""
+        """Restore the model to its checkpoint, without PEFT's layers around its own."""
         for name in list(self._names):
             self.remove(name)
         for path, layer in list(self._model.named_modules()):
@@ -53,7 +53,7 @@ class Adapters:
         self._layers = []
 
     def enter(self, name: str | None) -> None:
-        """Let the next step use an adapter, or none; one that is not there raises KeyError."""
+        """Activate an adapter, or none, for the next step. Raises KeyError if it is not loaded."""
         if name == self._in_use or not self._layers:
             return
         for layer in self._layers:
@@ -69,7 +69,7 @@ class Adapters:
         self._look_again()
 
     def _look_again(self) -> None:
-        """Reading and removing an adapter change which one is in use."""
+        """Loading or removing an adapter changes which one is active."""
         self._layers = [layer for layer in self._model.modules() if isinstance(layer, BaseTunerLayer)]
         for layer in self._layers:
             layer.enable_adapters(False)
@@ -78,8 +78,8 @@ class Adapters:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """PEFT asks at the second adapter whether several are meant, and tells which it makes the active one;
-    transformers misses the weights of those that are there already."""
+    """PEFT warns that a second adapter may be unintended, and which one it activates; transformers reports
+    the weights of adapters that are already loaded as missing."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,7 +1,7 @@
-"""Attention over a packed batch on the CPU: each sequence looks at its own keys only.
+"""Attention over a packed batch on the CPU: each sequence attends to its own keys only.
 
-transformers' "sdpa" lets every row of a batch look at the keys of all sequences and masks the others' out,
-which costs as many times too much as there are sequences. What comes out is the same.
+transformers' "sdpa" computes every row of a batch against the keys of all sequences and masks the others out,
+which multiplies the cost by the number of sequences. The result is the same.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 def install() -> None:
-    """Take the place of "sdpa" for whatever runs in this process from now on."""
+    """Replace "sdpa" in this process from now on."""
     AttentionInterface.register("sdpa", attend)
 
 
@@ -71,7 +71,7 @@ def _of_one(
     _, heads, rows, _ = query.shape
     key_heads = key.shape[1]
     if rows == 1:
-        # It sees all keys, so the heads that share one are as good as rows of it.
+        # It attends to all keys, so query heads that share a key head can be treated as rows.
         grouped = query.reshape(1, key_heads, heads // key_heads, -1)
         found = scaled_dot_product_attention(grouped, key, value, scale=scaling)
         return found.reshape(1, 1, heads, -1)

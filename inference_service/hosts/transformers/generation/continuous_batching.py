@@ -1,8 +1,8 @@
 """Many sequences in one batch, on transformers' continuous batching with a paged cache.
 
-transformers packs the batch and keeps the pages; the tokens are chosen by sampling.py, in the place of one of
-its logits processors, because its own know nothing of log probabilities, seeds or grammars. What this relies
-on beyond transformers' documented interface is pinned with its release and tested (tests/hosts).
+transformers packs the batch and manages the pages. sampling.py chooses the tokens, installed as a logits
+processor, because transformers' own processors do not support log probabilities, seeds or grammars. What this
+uses beyond transformers' documented interface is pinned with its release and tested (tests/hosts).
 """
 
 import logging
@@ -27,10 +27,10 @@ from inference_service.hosts.transformers.generation.sequence import Failure, Se
 logger = logging.getLogger(__name__)
 
 PAGE_TOKENS = 32
-# Of one step: a long prompt is read in pieces, so that running sequences go on meanwhile.
+# Per step: a long prompt is processed in chunks, so that running sequences are not blocked.
 BATCH_TOKENS = 512
 MIN_BATCH_TOKENS = 64
-# The attention mask of a step has this many rows, each as long as the cache.
+# Of a step's attention mask, which has a row for each token of the batch, as long as the cache.
 MASK_BYTES = 128 << 20
 STOP_SECONDS = 5.0
 SHRINKING = 0.9
@@ -39,9 +39,9 @@ _TURNS = "turns"
 
 @dataclass(frozen=True)
 class CacheSize:
-    """The paged cache in bytes and in tokens, and how many sequences share one step.
+    """The size of the paged cache, and the maximum number of sequences in one step.
 
-    With fewer than `least` tokens the model is better off without one.
+    A cache of fewer than `least` tokens is not worth having.
     """
 
     bytes: int
@@ -59,7 +59,7 @@ class CacheSize:
 
     @property
     def batch_tokens(self) -> int:
-        """Rows of the mask that fit; never fewer than one for each sequence."""
+        """The number of mask rows that fit; at least one for each sequence."""
         rows = MASK_BYTES // (4 * self.tokens)
         return max(self.sequences, MIN_BATCH_TOKENS, min(BATCH_TOKENS, rows))
 
@@ -68,11 +68,11 @@ class ContinuousBatching:
     """A Runner (see runner.py)."""
 
     def __init__(self, model: Any, size: CacheSize, adapters: Adapters, *, shares_prefixes: bool) -> None:
-        """Raises whatever transformers raises where it cannot run this architecture so."""
+        """Raises whatever transformers raises if it cannot batch this architecture."""
         self._sequences: dict[str, Sequence] = {}
         self._adapters = adapters
         self._lock = threading.Lock()
-        # transformers lets several threads into one pause.
+        # A pause of transformers admits several threads.
         self._model_lock = threading.Lock()
         self._chooser = _Chooser(self._sequences, self._end_early)
         SCHEDULER_MAPPING[_TURNS] = partial(AdapterRoundRobin, find=self._wanted, enter=adapters.enter)
@@ -80,7 +80,7 @@ class ContinuousBatching:
         self._manager.start()
 
     def _fitted(self, model: Any, size: CacheSize, *, shares_prefixes: bool) -> tuple[CacheSize, Any]:
-        """The manager with its pages, fewer than planned where transformers sees no memory for them all."""
+        """The manager with its pages: fewer than planned if transformers finds too little memory for them."""
         while True:
             manager = model.init_continuous_batching(
                 generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
@@ -95,7 +95,7 @@ class ContinuousBatching:
                 if smaller.tokens < size.least:
                     raise
                 size = smaller
-                logger.warning("the cache is made smaller, %d tokens: %s", size.tokens, error)
+                logger.warning("the KV cache is reduced to %d tokens: %s", size.tokens, error)
             else:
                 return size, manager
 
@@ -121,7 +121,7 @@ class ContinuousBatching:
         )
         if accepted is None:
             self._drop(sequence.name)
-            raise RunnerDead("the batch's thread has ended")
+            raise RunnerDead("the continuous batching thread has ended")
 
     def cancel(self, sequence: Sequence) -> None:
         sequence.cancelled = True
@@ -142,7 +142,7 @@ class ContinuousBatching:
                 pause.__exit__(None, None, None)
 
     def forget(self) -> None:
-        # Who was cancelled a moment ago holds pages until the next step, which then would keep them.
+        # A sequence cancelled just now holds its pages until the next step, which would cache them.
         batch = self._manager.batch_processor
         batch.fail_all_requests(EvictedError("the model's weights were replaced"))
         batch.scheduler.block_new_requests = False
@@ -152,15 +152,15 @@ class ContinuousBatching:
         self._manager.stop(block=True, timeout=STOP_SECONDS, hard_stop=True)
 
     def _end_early(self, sequence: Sequence) -> None:
-        """It has ended for a reason that transformers does not know of."""
+        """The sequence has ended for a reason unknown to transformers."""
         self._manager.cancel_request(sequence.name)
 
     def _wanted(self, name: str) -> Sequence | None:
-        """A sequence that can go on; None where its client has left, or its adapter has gone."""
+        """A sequence that can continue; None if its client has disconnected or its adapter was removed."""
         sequence = self._sequences.get(name)
         if sequence is None or sequence.adapter is None or sequence.adapter in self._adapters:
             return sequence
-        self._fail(name, f"its adapter '{sequence.adapter}' has been removed")
+        self._fail(name, f"its adapter '{sequence.adapter}' was removed")
         return None
 
     def _fail(self, name: str, reason: str) -> None:
@@ -174,13 +174,13 @@ class ContinuousBatching:
 
 
 class EvictedError(Exception):
-    """A sequence has lost its pages."""
+    """The pages of a sequence were evicted."""
 
 
 class AdapterRoundRobin(FIFOScheduler):  # type: ignore[misc]
-    """One adapter a step, in turn: its weights are in the model's layers, for every row of a batch alike.
+    """One adapter per step, in turn: an active adapter applies to every row of the batch.
 
-    Pages are shared between sequences of the bare model only: an adapter's hold other keys and values.
+    Only sequences of the base model share pages: an adapter's pages hold other keys and values.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class AdapterRoundRobin(FIFOScheduler):  # type: ignore[misc]
         enter: Callable[[str | None], None],
         **named: Any,
     ) -> None:
-        """`find`: the sequence of a name, None where nobody waits for it any more."""
+        """`find`: the sequence of a name, None if it is no longer wanted."""
         super().__init__(*sizes, **named)
         self._find = find
         self._enter = enter
@@ -199,8 +199,8 @@ class AdapterRoundRobin(FIFOScheduler):  # type: ignore[misc]
         self._adapters: dict[str, str | None] = {}
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
-        """A turn for which the cache has no room is left out; where it has room for none, one that holds some
-        of it is reported, so that transformers can put its sequences off."""
+        """Skip a turn for which the cache has no space. If it has space for none, return a turn that holds
+        pages, so that transformers can offload its sequences."""
         self._look_who_is_there()
         turns = self._turns()
         holding = [turn for turn in turns if turn in self._adapters_of(self.active_requests)]
@@ -218,14 +218,14 @@ class AdapterRoundRobin(FIFOScheduler):  # type: ignore[misc]
         return super()._process_candidates(mine, *budgets)
 
     def clear_cancelled_requests(self) -> Any:
-        """Their pages let in again who was put off; transformers does that at orderly ends only."""
+        """Their pages admit new sequences again; transformers unblocks only when a sequence finishes."""
         cleared = super().clear_cancelled_requests()
         if cleared:
             self.block_new_requests = False
         return cleared
 
     def _look_who_is_there(self) -> None:
-        """Who has left since the step's orders were read is in no turn, and gives its pages back now."""
+        """Sequences cancelled since the step began get no turn, and free their pages now."""
         found = {name: self._find(name) for name in (*self.active_requests, *self.waiting_requests)}
         for name, sequence in found.items():
             if sequence is None:
@@ -237,7 +237,7 @@ class AdapterRoundRobin(FIFOScheduler):  # type: ignore[misc]
         return list(dict.fromkeys(self._adapters[name] for name in names))
 
     def _turns(self) -> list[str | None]:
-        """Adapters that are wanted, the next in turn first; never empty."""
+        """Adapters of the present sequences, the next in turn first; never empty."""
         waiting = () if self.block_new_requests else self.waiting_requests
         adapters = self._adapters_of((*self.active_requests, *waiting))
         if self._turn in adapters:
@@ -247,7 +247,7 @@ class AdapterRoundRobin(FIFOScheduler):  # type: ignore[misc]
 
 
 class _Chooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
-    """Chooses the tokens, and leaves to the argmax that follows one finite logit a row."""
+    """Chooses the tokens, and leaves one finite logit a row for the argmax that follows."""
 
     supported_kwargs: dict[str, type] = {}  # noqa: RUF012  (transformers reads it from the class)
     ignored_kwargs = ()
@@ -267,7 +267,7 @@ class _Chooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
         return torch.zeros(len(self._rows), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        # A step may bring logits for nobody (the first piece of a prompt), and for one who has just left.
+        # A step may return no logits (the first chunk of a prompt), or those of a sequence just cancelled.
         rows = {row: self._sequences.get(name) for row, name in enumerate(self._rows)}
         present = {row: sequence for row, sequence in rows.items() if sequence is not None}
         if not present:
@@ -291,7 +291,7 @@ class _Chooser(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
 
 
 class _Router(OutputRouter):  # type: ignore[misc]
-    """Takes failures only: tokens have been sent by then."""
+    """Handles failures only: tokens have already been sent."""
 
     def __init__(self, fail: Callable[[str, str], None]) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ def _config(size: CacheSize, *, shares_prefixes: bool) -> ContinuousBatchingConf
         num_blocks=size.blocks,
         max_batch_tokens=size.batch_tokens,
         max_requests_per_batch=size.sequences,
-        # The size leaves what others need: transformers is to keep none of it free once more.
+        # The size already leaves a reserve: transformers must not subtract one again.
         max_memory_percent=1.0,
         allow_block_sharing=shares_prefixes,
         auto_switch_to_flash=False,
@@ -323,7 +323,7 @@ def _config(size: CacheSize, *, shares_prefixes: bool) -> ContinuousBatchingConf
 
 
 def _put_in(manager: Any, chooser: _Chooser) -> None:
-    """As transformers adds a processor of its own, which it does from a generation config only."""
+    """Install the processor as transformers would; it creates its own from a generation config only."""
     processors = manager.logit_processor
     processors.clear()
     processors.logits_processor.append(chooser)

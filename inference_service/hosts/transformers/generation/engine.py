@@ -1,4 +1,4 @@
-"""A model, its tokenizer and what runs it: the one object that the host's HTTP talks to."""
+"""A model, its tokenizer and its runner: the one object that the host's HTTP layer uses."""
 
 import asyncio
 import itertools
@@ -49,20 +49,20 @@ from inference_service.machine.memory import free_bytes
 
 logger = logging.getLogger(__name__)
 
-# Of a context, for most requests; scoring as many is reserved for (pool/budget.py: the same number).
+# A context that suits most requests; memory to score this many is reserved (same number in pool/budget.py).
 ENOUGH_TOKENS = 4096
 SPARE_BYTES = 512 << 20
 WEIGHT_CHECK_TOKENS = 12
 WEIGHT_CHECK_TOP = 20
 WEIGHT_CHECK_STEPS = 3
-# How far a batch's log probabilities may be from those of a plain forward, which computes in another order;
-# where numbers are rounded to 16 bits on the way.
+# Tolerance between a batch's log probabilities and those of a plain forward, which computes in another order;
+# ROUNDED if intermediate values are rounded to 16 bits.
 EXACT, ROUNDED = 0.02, 0.5
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How a checkpoint is to be run. `cache_bytes` of keys and values; `max_model_len` None: the longest."""
+    """How to run a checkpoint. `cache_bytes`: for the KV cache; `max_model_len` None: as long as possible."""
 
     place: Placement
     cache_bytes: int
@@ -73,15 +73,15 @@ class EngineOptions:
 
 
 class NoRoom(Exception):
-    """There is no memory for a request; says how much it takes."""
+    """Not enough memory for a request. The message says how much it needs."""
 
 
 class EngineFailed(Exception):
-    """The engine cannot go on with a request, or at all."""
+    """The engine cannot continue a request, or has failed altogether."""
 
 
 class Engine:
-    """Building one blocks for seconds."""
+    """The constructor blocks for seconds."""
 
     def __init__(self, directory: Path, options: EngineOptions) -> None:
         self.options = options
@@ -107,7 +107,7 @@ class Engine:
         self._longest_token = longest_token(self.tokenizer)
 
     def _take_in(self, directory: Path) -> None:
-        """What belongs to the checkpoint besides its weights and its tokenizer."""
+        """Read the rest of the checkpoint, besides its weights and tokenizer."""
         generation = generation_config(directory)
         self.defaults = sampling_defaults(generation) | self.options.sampling
         self.vocabulary = self._count_logits()
@@ -125,12 +125,12 @@ class Engine:
 
     @property
     def bounds(self) -> Bounds:
-        """What prompts keep to."""
+        """Limits of a prompt."""
         return Bounds(self.vocabulary, self.max_model_len, self.max_model_len * self._longest_token)
 
     @property
     def grammars(self) -> Grammars:
-        """Made at the first use: reading the vocabulary takes a moment. Blocks."""
+        """Created on first use, because reading the vocabulary takes a moment. Blocks."""
         if self._grammars is None:
             self._grammars = Grammars(self.tokenizer, self.vocabulary, self.stop_tokens)
         return self._grammars
@@ -144,11 +144,11 @@ class Engine:
         adapter: str | None = None,
         grammar: Any = None,
     ) -> Sequence:
-        """Begin a sequence. `sink` is called on the running event loop; raises RunnerDead."""
+        """Start a sequence. `sink` is called on the running event loop. Raises RunnerDead."""
         loop = asyncio.get_running_loop()
 
         def tell(news: Token | Failure) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and nobody listens
+            with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(sink, news)
 
         sequence = Sequence(
@@ -160,12 +160,12 @@ class Engine:
     async def score(
         self, prompt: list[int], adapter: str | None, top: int, params: list[SamplingParams]
     ) -> tuple[list[Token], list[Token]]:
-        """The prompt's own log probabilities, and for each of `params` the one token that follows.
+        """Returns the prompt's log probabilities, and for each of `params` the next token.
 
         Raises NoRoom and RunnerDead.
         """
         unwanted = threading.Event()
-        # One after the other: each keeps keys and values of its own, for which there is room once.
+        # One at a time: each holds its own keys and values, and memory is reserved for one.
         async with self._scoring:
             self._check_room(len(prompt))
             try:
@@ -174,15 +174,15 @@ class Engine:
                 unwanted.set()
 
     def _check_room(self, tokens: int) -> None:
-        """For the keys and values of a prompt that is longer than what is reserved for."""
+        """Check the memory for the keys and values of a prompt that exceeds the reserve."""
         needed = tokens * self._cache_size.token_bytes + SPARE_BYTES
         free = (
             free_bytes(Device(DeviceKind(self.options.place.device), "")) if tokens > ENOUGH_TOKENS else None
         )
         if free is not None and needed > free:
             raise NoRoom(
-                f"The log probabilities of {tokens} tokens take {needed >> 20} MiB of memory, and "
-                f"{free >> 20} MiB are free."
+                f"The log probabilities of {tokens} prompt tokens need {needed >> 20} MiB of memory, but "
+                f"only {free >> 20} MiB are free."
             )
 
     def _score(
@@ -207,9 +207,9 @@ class Engine:
         return scored, choose(logits.expand(len(following), -1), following) if following else []
 
     async def weight_check(self) -> list[tuple[int, float]]:
-        """The likeliest tokens after a fixed prompt with their log probabilities, highest first.
+        """The most likely tokens after a fixed prompt with their log probabilities, highest first.
 
-        Raises ValueError where one is no number.
+        Raises ValueError if one is not finite.
         """
         (token,) = await self._collect(
             self._weight_check_prompt(), SamplingParams(1, temperature=0, logprobs=self._top())
@@ -219,9 +219,9 @@ class Engine:
         return sorted(token.top, key=lambda pair: (-pair[1], pair[0]))
 
     async def swap(self, directory: Path, options: EngineOptions) -> dict[str, float]:
-        """Serve another checkpoint of the same shapes; the seconds of its phases.
+        """Serve another checkpoint with the same tensor shapes. Returns the seconds of each phase.
 
-        Where it raises the engine is of no use any more.
+        If it raises, the engine is unusable.
         """
         started = time.monotonic()
         sampling_defaults(generation_config(directory))
@@ -280,7 +280,7 @@ class Engine:
         )
 
     def _choose_runner(self) -> tuple[Runner, str | None]:
-        """Many at once where transformers can; else one at a time, and why."""
+        """Continuous batching if transformers supports it; else sequential, and the reason."""
         reason: str | None = "the model is spread over several devices"
         if not self.options.place.spread:
             reason = self._try_continuous()
@@ -290,7 +290,7 @@ class Engine:
         return Sequential(self.model, self.adapters.enter), f"requests are served one at a time: {reason}"
 
     def _try_continuous(self) -> str | None:
-        """Why this architecture cannot share a batch; None where it does, and brings what it would alone."""
+        """Why this architecture cannot be batched; None if it can, with the same results as alone."""
         kind = type(self.model).__name__
         attention = self.model.config._attn_implementation
         try:
@@ -309,10 +309,10 @@ class Engine:
             self._continuous.close()
             del self._continuous
         self.model.set_attn_implementation(attention)
-        return f"continuous batching does not take {kind} ({reason})"
+        return f"continuous batching does not support {kind} ({reason})"
 
     def _differs_from_plain(self, runner: Runner) -> str | None:
-        """An architecture with states of its own may run in a batch and bring nonsense."""
+        """An architecture with recurrent state may run in a batch and return nonsense."""
         prompt = self._weight_check_prompt()
         tokens = _run(runner, prompt, SamplingParams(WEIGHT_CHECK_STEPS, temperature=0, logprobs=1))
         with plain_attention(self.model):
@@ -335,7 +335,7 @@ class Engine:
         return [token async for token in self.generate(prompt, params)]
 
     async def generate(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[Token]:
-        """A sequence's tokens as they come; raises EngineFailed and RunnerDead."""
+        """Yield a sequence's tokens as they are chosen. Raises EngineFailed and RunnerDead."""
         news: asyncio.Queue[Token | Failure] = asyncio.Queue()
         sequence = self.submit(prompt, params, news.put_nowait)
         try:
@@ -351,7 +351,7 @@ class Engine:
 
 
 def _run(runner: Runner, prompt: list[int], params: SamplingParams) -> list[Token]:
-    """A whole sequence, waited for; raises EngineFailed."""
+    """Run a whole sequence and wait for it. Raises EngineFailed."""
     news: queue.SimpleQueue[Token | Failure] = queue.SimpleQueue()
     runner.submit(Sequence("trial", prompt, params, news.put))
     tokens: list[Token] = []

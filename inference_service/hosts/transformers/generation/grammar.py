@@ -1,4 +1,4 @@
-"""Grammars that an answer must follow: JSON and JSON schemas, regular expressions, choices, EBNF; xgrammar's.
+"""Grammars for structured output, through xgrammar: JSON, JSON schemas, regular expressions, choices, EBNF.
 
 A grammar is compiled once and shared; each sequence has a matcher of its own.
 """
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 import xgrammar
 
-# Of compiled grammars; the least recently used ones give way.
+# Of compiled grammars; the least recently used are evicted.
 CACHE_BYTES = 64 << 20
 COMPILER_THREADS = 2
-# In a row: a small model may write nothing else until its tokens are used up.
+# In a row: a small model may write only whitespace until it reaches max_tokens.
 MAX_WHITESPACE = 24
-# Characters of a grammar's source: one of a megabyte compiles for minutes.
+# Characters of a grammar's source: a megabyte takes minutes to compile.
 MAX_SOURCE = 64 << 10
 
 
-# The time and the line of its source, with which xgrammar's messages begin.
+# xgrammar's messages begin with the time and the source line.
 _PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 
 
 class BadGrammar(Exception):
-    """A grammar that cannot be followed; says why."""
+    """A grammar is invalid or not supported. The message says why."""
 
 
 class Grammar:
@@ -56,7 +56,7 @@ class Matcher:
 
     @property
     def ended(self) -> bool:
-        """Whether the text is whole: nothing may follow."""
+        """Whether the text is complete: no token may follow."""
         return bool(self._matcher.is_terminated())
 
     def accept(self, token: int) -> bool:
@@ -65,19 +65,19 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles for one tokenizer. Compiling takes up to seconds: not on an event loop."""
+    """Compiles for one tokenizer. Compiling may take seconds: do not call it on an event loop."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, stop_tokens: frozenset[int]) -> None:
-        """`vocabulary`: the number of logits, which may be more than the tokenizer has tokens.
+        """`vocabulary`: the number of logits, which may exceed the number of the tokenizer's tokens.
 
-        Raises BadGrammar where xgrammar cannot read the tokenizer.
+        Raises BadGrammar if xgrammar does not support the tokenizer.
         """
         try:
             info = xgrammar.TokenizerInfo.from_huggingface(
                 tokenizer, vocab_size=vocabulary, stop_token_ids=sorted(stop_tokens) or None
             )
-        except Exception as error:  # whatever it meets in a kind of tokenizer that it does not know
-            raise BadGrammar(f"this model's tokenizer is unknown to xgrammar: {error}") from error
+        except Exception as error:  # xgrammar raises many types for an unknown kind of tokenizer
+            raise BadGrammar(f"xgrammar does not support this model's tokenizer: {error}") from error
         self._vocabulary = vocabulary
         self._compiler = xgrammar.GrammarCompiler(
             info, max_threads=COMPILER_THREADS, cache_limit_bytes=CACHE_BYTES
@@ -88,7 +88,7 @@ class Grammars:
         return self.schema({"type": "object"})
 
     def schema(self, schema: Any, *, compact: bool = False) -> Grammar:
-        """JSON that a schema describes; raises BadGrammar. `compact`: without whitespace."""
+        """JSON that matches a schema. Raises BadGrammar. `compact`: without whitespace."""
         written = schema if isinstance(schema, str) else json.dumps(schema)
         return self._compiled(
             written,
@@ -98,22 +98,22 @@ class Grammars:
         )
 
     def regex(self, pattern: str) -> Grammar:
-        """Text that a regular expression describes; raises BadGrammar."""
+        """Text that matches a regular expression. Raises BadGrammar."""
         return self._compiled(pattern, lambda: self._compiler.compile_regex(pattern))
 
     def choice(self, texts: list[str]) -> Grammar:
-        """One of some texts; raises BadGrammar."""
+        """Exactly one of `texts`. Raises BadGrammar."""
         return self.ebnf("root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
 
     def ebnf(self, text: str) -> Grammar:
-        """Text that a grammar in EBNF describes; raises BadGrammar."""
+        """Text that matches an EBNF grammar. Raises BadGrammar."""
         return self._compiled(text, lambda: self._compiler.compile_grammar(text))
 
     def _compiled(self, source: str, compile_it: Callable[[], Any]) -> Grammar:
         if len(source) > MAX_SOURCE:
-            raise BadGrammar(f"it has {len(source)} characters, {MAX_SOURCE} are the most")
+            raise BadGrammar(f"it has {len(source)} characters, the maximum is {MAX_SOURCE}")
         try:
             return Grammar(compile_it(), self._vocabulary)
-        except Exception as error:  # xgrammar raises RuntimeError, ValueError and its own
+        except Exception as error:  # xgrammar raises RuntimeError, ValueError and its own types
             reason = str(error).strip().splitlines()[-1] if str(error) else repr(error)
             raise BadGrammar(_PLACE.sub("", reason)) from error

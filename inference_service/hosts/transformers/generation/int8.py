@@ -1,7 +1,7 @@
-"""Weights of 8 bits on the CPU, one scale for each output; activations stay as they are.
+"""8-bit weights on the CPU, with one scale per output; activations are not quantized.
 
-Written here, because the libraries' are slower than no quantisation at all on a CPU without a compiler
-(torchao), or cost a model of this size half of what it knows (PyTorch's dynamic one): docs/engines.md.
+Written here because the libraries' versions are slower than no quantization on a CPU without a compiler
+(torchao), or cost a small model half of its quality (PyTorch's dynamic quantization): docs/engines.md.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 from inference_service.hosts.transformers.generation.malloc import layers_one_by_one
 
-# Up to so many rows PyTorch's kernel is faster than to widen the weights and multiply those.
+# Up to this number of rows, PyTorch's kernel is faster than widening the weights and multiplying.
 KERNEL_ROWS = 16
 _LARGEST = 127
 
@@ -19,7 +19,7 @@ _LARGEST = 127
 class Int8Linear(nn.Linear):  # type: ignore[misc]
     """A linear layer for inference. `weight` int8 [out, in], `scale` [out] in the activations' type.
 
-    A kind of nn.Linear, so that PEFT can put an adapter beside it.
+    A subclass of nn.Linear, so that PEFT can add an adapter to it.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -34,7 +34,7 @@ class Int8Linear(nn.Linear):  # type: ignore[misc]
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         flat = rows.reshape(-1, self.in_features)
         if flat.shape[0] <= KERNEL_ROWS:
-            # Its kernel for float32 is a plain loop.
+            # The kernel for float32 is a plain loop.
             scale = self.scale.to(torch.bfloat16)
             found = torch._weight_int8pack_mm(flat.to(torch.bfloat16), self.weight, scale).to(rows.dtype)
         else:
@@ -45,6 +45,6 @@ class Int8Linear(nn.Linear):  # type: ignore[misc]
 
 
 def quantize(model: Any) -> None:
-    """Every linear layer of `model` and its output layer; embeddings stay as they are."""
+    """Quantize every linear layer of `model` and its output layer, but not embeddings."""
     for path, layer in layers_one_by_one(model, nn.Linear):
         model.set_submodule(path, Int8Linear(layer))

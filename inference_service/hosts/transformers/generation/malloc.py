@@ -1,7 +1,7 @@
-"""Memory that was freed, given back to the system at once.
+"""Return freed memory to the system at once.
 
-glibc keeps it: once large blocks were freed it takes new ones from its heaps, where weights and their packed
-copies of nearly the same size do not fit into one another's places.
+glibc keeps it: after large blocks were freed, it allocates new ones from its heaps. There weights and their
+packed copies, of nearly the same size, do not fit into each other's gaps.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ TRIM_BYTES = 128 << 20
 
 
 def give_back() -> None:
-    """What the allocator keeps of freed weights, with glibc as much as a model."""
+    """Return what the allocator keeps of freed weights; glibc may keep as much as a whole model."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -21,7 +21,7 @@ def give_back() -> None:
 
 
 def layers_one_by_one(model: Any, kind: type) -> Iterator[tuple[str, Any]]:
-    """The paths of the model's layers of exactly this kind, and each layer to be replaced before the next."""
+    """Yield path and layer of exactly this kind; the caller replaces each layer before the next."""
     paths = [path for path, layer in model.named_modules() if type(layer) is kind]
     replaced = 0
     for path in paths:

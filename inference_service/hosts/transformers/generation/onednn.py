@@ -1,7 +1,7 @@
-"""Linear layers of a CPU with their weights laid out as oneDNN multiplies them fastest: two to three times.
+"""Linear layers on the CPU with weights packed in oneDNN's layout, which is two to three times as fast.
 
-PyTorch packs them for each product, unless a compiler does it; these are the operators that its compiler
-uses (torch/_inductor/fx_passes/mkldnn_fusion.py). Where a build lacks them, layers stay as they are.
+Without its compiler, PyTorch packs the weights for every product. These are the operators that the compiler
+uses (torch/_inductor/fx_passes/mkldnn_fusion.py). If a build lacks them, the layers are not changed.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from inference_service.hosts.transformers.generation.malloc import layers_one_by
 
 
 class PackedLinear(nn.Linear):  # type: ignore[misc]
-    """For inference. A kind of nn.Linear, so that PEFT can put an adapter beside it."""
+    """For inference. A subclass of nn.Linear, so that PEFT can add an adapter to it."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
-        # Nothing to multiply with: what looks at it wants to know the type and the device.
+        # A placeholder: other code reads its type and device.
         self.weight = nn.Parameter(torch.empty(0, dtype=layer.weight.dtype), requires_grad=False)
         self.bias = layer.bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
@@ -29,7 +29,7 @@ class PackedLinear(nn.Linear):  # type: ignore[misc]
 
 
 def pack(model: Any) -> None:
-    """Every linear layer of `model` and its output layer; embeddings stay as they are."""
+    """Pack every linear layer of `model` and its output layer, but not embeddings."""
     if not can_pack(model.dtype):
         return
     for path, layer in layers_one_by_one(model, nn.Linear):
@@ -37,21 +37,21 @@ def pack(model: Any) -> None:
 
 
 def drop_packed(model: Any) -> None:
-    """Until `take_packed` the model cannot be used."""
+    """Free the packed weights. The model is unusable until `take_packed`."""
     for layer in model.modules():
         if isinstance(layer, PackedLinear):
             layer.packed = None
 
 
 def take_packed(model: Any, fresh: Any) -> None:
-    """Put the packed weights of `fresh` into `model`, whose architecture is the same."""
+    """Move the packed weights of `fresh` into `model`, which has the same architecture."""
     for path, layer in fresh.named_modules():
         if isinstance(layer, PackedLinear):
             model.get_submodule(path).packed = layer.packed
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch, on this processor, has packed products of `dtype`; tried with a small one."""
+    """Whether this PyTorch supports packed products of `dtype` on this CPU. Tries a small one."""
     layer = nn.Linear(32, 32, bias=False, dtype=dtype)
     rows = torch.ones(2, 32, dtype=dtype)
     try:

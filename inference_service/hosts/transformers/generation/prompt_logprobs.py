@@ -1,4 +1,4 @@
-"""The log probabilities of a prompt's own tokens, read in pieces between the steps of what is generated."""
+"""The log probabilities of a prompt's own tokens, computed in chunks between the steps of generation."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from inference_service.hosts.transformers.generation.runner import Runner
 from inference_service.hosts.transformers.generation.sampling import likeliest
 from inference_service.hosts.transformers.generation.sequence import Token
 
-# Of one piece's logits, of which a second copy holds the log probabilities.
+# Of one chunk's logits; the log probabilities take as much again.
 LOGITS_BYTES = 96 << 20
 MAX_PIECE_TOKENS = 512
 MIN_PIECE_TOKENS = 16
 
 
 class NotWanted(Exception):
-    """Whoever asked has left."""
+    """The client has disconnected."""
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -34,10 +34,10 @@ def score(  # noqa: PLR0913  (each is one fact of the request)
     vocabulary: int,
     unwanted: threading.Event,
 ) -> tuple[list[Token], torch.Tensor]:
-    """For each token of the prompt but the first its log probability; the logits [1, vocabulary] after it.
+    """The log probability of each prompt token but the first, and the logits [1, vocabulary] after the last.
 
-    Blocks. `in_pieces`: whether the model goes on from a cache of keys and values. Raises NotWanted before
-    the next piece once `unwanted` is set.
+    Blocks. `in_pieces`: whether the model can continue from a KV cache. Raises NotWanted before the next
+    chunk once `unwanted` is set.
     """
     size = LOGITS_BYTES // (4 * vocabulary)
     size = max(MIN_PIECE_TOKENS, min(MAX_PIECE_TOKENS, size)) if in_pieces else len(prompt)
@@ -59,7 +59,7 @@ def score(  # noqa: PLR0913  (each is one fact of the request)
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def forward(model: Any, tokens: list[int], past: Any = None) -> torch.Tensor:
-    """Logits, float32 [tokens, vocabulary], without the pages of a batch."""
+    """Logits, float32 [tokens, vocabulary], without the paged cache."""
     ids = torch.tensor([tokens], device=model.device)
     logits: torch.Tensor = model(input_ids=ids, past_key_values=past, use_cache=past is not None).logits
     return logits[0].float()
@@ -67,7 +67,7 @@ def forward(model: Any, tokens: list[int], past: Any = None) -> torch.Tensor:
 
 @contextmanager
 def plain_attention(model: Any) -> Iterator[None]:
-    """Paged eager attention refuses a forward without pages."""
+    """Paged eager attention rejects a forward without pages."""
     paged = model.config._attn_implementation
     if not str(paged).startswith("paged|"):
         yield

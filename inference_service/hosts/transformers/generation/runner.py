@@ -1,4 +1,4 @@
-"""What runs sequences on a model: many together (continuous.py) or one at a time (single.py)."""
+"""Runs sequences on a model: many together (continuous_batching.py) or one at a time (sequential.py)."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -7,15 +7,15 @@ from inference_service.hosts.transformers.generation.sequence import Sequence
 
 
 class RunnerDead(Exception):
-    """The runner's thread has ended; the host is of no use any more."""
+    """The runner's thread has ended; the host is unusable."""
 
 
 class Runner(Protocol):
-    """Owns the thread in which the model runs, and with it every use of the model."""
+    """Owns the thread in which the model runs, and all access to the model."""
 
     @property
     def running(self) -> int:
-        """Sequences that are neither finished nor cancelled."""
+        """The number of sequences that are neither finished nor cancelled."""
         ...
 
     @property
@@ -26,7 +26,7 @@ class Runner(Protocol):
     def is_alive(self) -> bool: ...
 
     def submit(self, sequence: Sequence) -> None:
-        """Run a sequence; raises RunnerDead."""
+        """Run a sequence. Raises RunnerDead."""
         ...
 
     def cancel(self, sequence: Sequence) -> None:
@@ -34,13 +34,13 @@ class Runner(Protocol):
         ...
 
     def exclusive(self) -> AbstractContextManager[Any]:
-        """The model to the caller's thread alone, between two steps. Blocks; raises RunnerDead."""
+        """Exclusive access to the model for this thread, between two steps. Blocks. Raises RunnerDead."""
         ...
 
     def forget(self) -> None:
-        """Drop what the cache holds; sequences that run fail. Only inside `exclusive`."""
+        """Drop the cache; running sequences fail. Only inside `exclusive`."""
         ...
 
     def close(self) -> None:
-        """End the thread; sequences that run fail."""
+        """End the thread; running sequences fail."""
         ...

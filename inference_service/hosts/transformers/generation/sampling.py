@@ -1,21 +1,21 @@
 """From logits to tokens, for sequences with different parameters in one batch.
 
-Their order is vLLM's: grammar and bias, penalties, temperature, min_p, top_k, top_p. Log probabilities are
-those of the logits as they came.
+Parameters apply in vLLM's order: grammar and bias, penalties, temperature, min_p, top_k, top_p. Log
+probabilities are those of the raw logits.
 """
 
 import torch
 
 from inference_service.hosts.transformers.generation.sequence import Failure, Sequence, Token
 
-# Below it a temperature means the likeliest token.
+# A lower temperature means greedy sampling.
 GREEDY_BELOW = 1e-5
 _NEVER = float("-inf")
 Likeliest = tuple[tuple[int, float], ...]
 
 
 def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Token]:
-    """The next token of each sequence; `logits` float32 [sequences, vocabulary], left as they are."""
+    """The next token of each sequence; `logits` float32 [sequences, vocabulary], not modified."""
     scores = _adjusted(logits, sequences)
     chosen = _draw(scores, sequences)
     logprobs = _logprobs(logits, chosen, sequences)
@@ -26,7 +26,7 @@ def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Token]:
 
 
 def likeliest(logits: torch.Tensor, tokens: list[int], count: int) -> list[tuple[float, Likeliest]]:
-    """For each row of logits the log probability of one token, and the `count` likeliest with theirs."""
+    """For each row of logits: the log probability of one token, and the `count` most likely with theirs."""
     logprobs = torch.log_softmax(logits, dim=-1)
     index = torch.tensor(tokens, device=logits.device).unsqueeze(-1)
     own = logprobs.gather(-1, index).squeeze(-1).tolist()
@@ -53,7 +53,7 @@ def _change_or_fail(row: torch.Tensor, sequence: Sequence) -> None:
     try:
         _change(row, sequence)
         if not bool(torch.isfinite(row.max())):
-            raise ValueError("its parameters leave no token to choose")
+            raise ValueError("the request's sampling parameters leave no token to choose")
     except Exception as error:
         sequence.failure = Failure(str(error) or repr(error), refused=True)
         row.zero_()
@@ -76,7 +76,7 @@ def _change(row: torch.Tensor, sequence: Sequence) -> None:
     if len(sequence.output) < params.min_tokens and params.stop_tokens:
         stops = torch.tensor(sorted(params.stop_tokens), device=row.device)
         longer = row.index_fill(0, stops, _NEVER)
-        # A grammar that has come to its end wins: more tokens would be none of it.
+        # A grammar that is complete takes precedence over min_tokens: it allows no more tokens.
         if bool(torch.isfinite(longer.max())):
             row.copy_(longer)
     if params.logit_bias:
@@ -87,7 +87,7 @@ def _change(row: torch.Tensor, sequence: Sequence) -> None:
 
 
 def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
-    """Repetition counts for the prompt too, presence and frequency for what was generated."""
+    """The repetition penalty includes the prompt; presence and frequency count generated tokens only."""
     params = sequence.params
     if params.repetition_penalty != 1.0:
         index = torch.tensor(sorted({*sequence.prompt, *sequence.counts}), device=row.device)
@@ -102,7 +102,7 @@ def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
 def _draw(scores: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     chosen: list[int] = scores.argmax(dim=-1).tolist()
     drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature >= GREEDY_BELOW]
-    # Apart: a draw means another token where the vocabulary is in another order, whoever runs beside it.
+    # Separately: a draw maps to another token if the vocabulary is sorted, and must not depend on the batch.
     ranked = [row for row in drawn if sequences[row].params.ranks]
     for rows in (ranked, [row for row in drawn if row not in ranked]):
         if not rows:
@@ -114,9 +114,9 @@ def _draw(scores: torch.Tensor, sequences: list[Sequence]) -> list[int]:
 
 
 def _drawn(scores: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    """By the inverse of the distribution's sum: one number a sequence, whatever the device.
+    """Inverse transform sampling: one random number per sequence, whatever the device.
 
-    All of the sequences look at ranks, or none.
+    Either all sequences filter by rank, or none.
     """
     params = [sequence.params for sequence in sequences]
     scores = scores / _column([each.temperature for each in params], scores)
@@ -132,7 +132,7 @@ def _drawn(scores: torch.Tensor, sequences: list[Sequence]) -> list[int]:
         kept = _column([each.top_k or scores.shape[-1] for each in params], scores)
         probabilities = _only(ranks < kept, probabilities)
         before = probabilities.cumsum(dim=-1) - probabilities
-        # The likeliest stays, also where top_p is zero.
+        # The most likely token is kept even if top_p is zero.
         within = (before < _column([each.top_p for each in params], scores)) | (ranks == 0)
         probabilities = _only(within, probabilities)
     found = _inverse(probabilities, _column([sequence.draw() for sequence in sequences], scores))
@@ -143,7 +143,7 @@ def _drawn(scores: torch.Tensor, sequences: list[Sequence]) -> list[int]:
 def _inverse(probabilities: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     sums = probabilities.cumsum(dim=-1)
     found = torch.searchsorted(sums, draws * sums[:, -1:], right=True)
-    # By rounding the last number may lie beyond the sum.
+    # Rounding may push a draw beyond the sum.
     last = probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(dim=-1, keepdim=True)
     return torch.minimum(found, last)
 

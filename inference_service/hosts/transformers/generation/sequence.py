@@ -1,6 +1,6 @@
 """One sequence: its parameters, its output so far, and the sink that receives it.
 
-Knows no model; its numbers are changed by whoever runs it, in one thread.
+Knows no model; modified only by its runner, in one thread.
 """
 
 import random
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Finish(StrEnum):
-    """Why a sequence has ended, in OpenAI's words."""
+    """OpenAI's finish reasons."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -25,8 +25,8 @@ class Finish(StrEnum):
 class SamplingParams:
     """How the tokens of one sequence are chosen.
 
-    `temperature` 0: the likeliest token. `top_k` 0: all tokens. `logprobs`: None for none, else the number of
-    likeliest tokens to tell besides the chosen one. `stop_tokens` end the sequence.
+    `temperature` 0: the most likely token. `top_k` 0: all tokens. `logprobs`: None for none, else the number
+    of most likely tokens to report besides the chosen one. `stop_tokens` end the sequence.
     """
 
     max_tokens: int
@@ -45,18 +45,18 @@ class SamplingParams:
 
     @property
     def ranks(self) -> bool:
-        """Whether tokens are left out by their rank."""
+        """Whether tokens are filtered by rank."""
         return bool(self.top_k or self.top_p < 1)
 
     @property
     def penalises(self) -> bool:
-        """Whether a token's chance depends on the tokens before it."""
+        """Whether a token's probability depends on the tokens before it."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
 
 @dataclass(frozen=True)
 class Token:
-    """One chosen token. Log probabilities are natural, before any sampling parameter has changed them."""
+    """One chosen token. Log probabilities are natural logarithms, before any sampling parameter applies."""
 
     id: int
     logprob: float | None = None
@@ -66,7 +66,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Failure:
-    """The engine cannot go on with a sequence. `refused`: because of its parameters."""
+    """The engine cannot continue a sequence. `refused`: because of its parameters."""
 
     reason: str
     refused: bool = False
@@ -98,15 +98,15 @@ class Sequence:
         self.counts: Counter[int] = Counter()
         self.matcher = None if grammar is None else grammar.matcher(params.stop_tokens)
         self._sink = sink
-        # A string: Python takes no sign of a number into account.
+        # A string: Python ignores the sign of an integer seed.
         self._random = random.Random(None if params.seed is None else str(params.seed))  # noqa: S311
 
     def draw(self) -> float:
-        """The next number in [0, 1) of this sequence alone, whoever runs beside it."""
+        """The sequence's next random number in [0, 1), independent of the batch."""
         return self._random.random()
 
     def take(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> Token:
-        """Take in the token that was chosen, and say whether it was the last."""
+        """Append the chosen token; `finish` is set if it is the last."""
         self.output.append(token)
         self.counts[token] += 1
         if self.matcher is not None and self.failure is None and not self.matcher.accept(token):

@@ -1,6 +1,6 @@
-"""One sequence at a time, with transformers' own `generate`: for architectures that cannot share a batch.
+"""One sequence at a time, with transformers' own `generate`: for architectures that cannot be batched.
 
-Whatever `generate` runs (recurrent states, caches of their own, a model on several devices) runs here.
+Runs whatever `generate` supports: recurrent state, custom caches, a model on several devices.
 """
 
 import queue
@@ -21,7 +21,7 @@ CLOSE_SECONDS = 5.0
 
 
 class Sequential:
-    """A Runner (see runner.py). `enter` makes an adapter (None: none) the one that is used."""
+    """A Runner (see runner.py). `enter` activates an adapter (None: none)."""
 
     def __init__(self, model: Any, enter: Callable[[str | None], None]) -> None:
         self.steps = 0
@@ -58,7 +58,7 @@ class Sequential:
             yield self._model
 
     def forget(self) -> None:
-        """Nothing is kept beyond a sequence's end."""
+        """No cache outlives its sequence."""
 
     def close(self) -> None:
         for sequence in list(self._running.values()):
@@ -72,7 +72,7 @@ class Sequential:
                 if not sequence.cancelled:
                     with self._model_lock:
                         self._generate(sequence)
-            except Exception as error:  # of this sequence: the next may do
+            except Exception as error:  # of this sequence; the next may succeed
                 sequence.tell(Failure(f"{type(error).__name__}: {error}"))
             finally:
                 self._running.pop(sequence.name, None)
@@ -93,18 +93,18 @@ class Sequential:
         )
 
     def _count(self, *_: Any) -> None:
-        # A layer, not a token: a long prompt is one forward, in which a slow machine is for minutes.
+        # Per layer, not per token: a long prompt is one forward, which takes minutes on a slow machine.
         self.steps += 1
 
 
 def layers_of(model: Any) -> list[Any]:
-    """The modules that a forward goes through one after the other; the model itself where it has none."""
+    """The modules that a forward runs in sequence; the model itself if it has none."""
     lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     return [layer for each in lists for layer in each] or [model]
 
 
 class _Follower(LogitsProcessor):  # type: ignore[misc]
-    """Chooses the token, and leaves to the argmax that follows one finite logit."""
+    """Chooses the token, and leaves one finite logit for the argmax that follows."""
 
     def __init__(self, sequence: Sequence, end: Callable[[], Any]) -> None:
         self.ended = False
@@ -113,7 +113,7 @@ class _Follower(LogitsProcessor):  # type: ignore[misc]
 
     @property
     def is_over(self) -> bool:
-        """Nothing more is to be generated."""
+        """Whether generation must stop."""
         return self.ended or self._sequence.cancelled
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

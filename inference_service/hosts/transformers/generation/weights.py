@@ -1,4 +1,4 @@
-"""A checkpoint's weights: into a fresh model, and into the live one of another checkpoint of its shapes."""
+"""Loads a checkpoint's weights into a new model, or into a live one with the same tensor shapes."""
 
 import gc
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from inference_service.hosts.transformers.generation.onednn import drop_packed, 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model's weights go, and as what. `spread`: over all CUDA devices, layer by layer.
+    """Device and type of a model's weights. `spread`: over all CUDA devices, layer by layer.
 
-    `device`: cpu, cuda, mps, or host: in the machine's memory, on their way to a device.
+    `device`: cpu, cuda, mps, or host (in main memory, to be copied to a device).
     """
 
     device: str
@@ -29,16 +29,16 @@ class Placement:
 
     @property
     def is_exact(self) -> bool:
-        """All numbers have 32 bits; weights of 8 are multiplied as 16."""
+        """Whether all values have 32 bits; 8-bit weights are multiplied as 16 bits."""
         return self.dtype == "float32" and not self.int8
 
 
 class MissingWeightsError(Exception):
-    """A checkpoint does not hold every weight of its architecture."""
+    """A checkpoint lacks weights of its architecture."""
 
 
 def load(directory: Path, place: Placement) -> Any:
-    """A model of the checkpoint in `directory`, ready to run; raises what transformers raises."""
+    """A model of the checkpoint in `directory`, ready to run. Raises what transformers raises."""
     try:
         model = _read(directory, place, "sdpa")
     except ValueError as error:
@@ -46,7 +46,7 @@ def load(directory: Path, place: Placement) -> Any:
             raise
         model = _read(directory, place, "eager")
     model.requires_grad_(requires_grad=False).eval()
-    # `generate` would take defaults from it; engine.py applies the checkpoint's.
+    # `generate` would apply its defaults; engine.py applies the checkpoint's.
     model.generation_config = GenerationConfig()
     if place.int8:
         quantize(model)
@@ -56,14 +56,14 @@ def load(directory: Path, place: Placement) -> Any:
 
 
 def replace(model: Any, directory: Path, place: Placement) -> None:
-    """Put the weights of the checkpoint in `directory` into `model`, whose architecture is the same.
+    """Load the weights of the checkpoint in `directory` into `model`, which has the same architecture.
 
-    Where it raises the model may be a mixture: it is of no use any more.
+    If it raises, the model may hold a mixture of weights and is unusable.
     """
     if place.device == "cpu":
         _let_go(model)
     fresh = load(directory, place if place.device == "cpu" else Placement("host", place.dtype))
-    # On the CPU the new tensors themselves take the old ones' place: nothing is copied.
+    # On the CPU the new tensors replace the old ones without a copy.
     model.load_state_dict(fresh.state_dict(), strict=True, assign=place.device == "cpu")
     take_packed(model, fresh)
     model.requires_grad_(requires_grad=False)
@@ -73,7 +73,7 @@ def replace(model: Any, directory: Path, place: Placement) -> None:
 
 
 def _let_go(model: Any) -> None:
-    """Leave the shapes of the weights only: the old and the new together would be more than was reserved."""
+    """Keep only the shapes of the weights: old and new together would exceed the reserved memory."""
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(weight.to("meta"), requires_grad=False))
@@ -98,8 +98,8 @@ def _read(directory: Path, place: Placement, attention: str) -> Any:
     )
     missing = sorted(loading["missing_keys"])
     if missing:
-        # transformers would go on with random numbers in their place.
+        # transformers would use random numbers instead.
         raise MissingWeightsError(
-            f"the checkpoint lacks {len(missing)} of its weights, among them {missing[0]}"
+            f"the checkpoint lacks {len(missing)} of its weights, for example {missing[0]}"
         )
     return model
