@@ -47,14 +47,14 @@ run: $(if $(call given,GCS_BUCKET),$(INSTALLED),model) ## serve the demo model, 
 model: $(INSTALLED) ## make the demo model in .demo/
 	@$(BIN)/python -m deploy.local.demo_model $(DEMO_MODEL)
 
-# First what computes, in as many processes as a small machine has memory for; then what waits. PYTEST_ARGS: those alone.
+# First what computes, in as many processes as it has cores and memory for; then what waits. PYTEST_ARGS: those alone.
 ENGINE_TESTS := tests/e2e tests/hosts
 test: $(INSTALLED) ## run the tests, with real engines on the CPU
 ifdef PYTEST_ARGS
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 else
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ENGINE_TESTS)
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 4 --dist loadfile $(addprefix --ignore ,$(ENGINE_TESTS))
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 6 --dist loadfile $(addprefix --ignore ,$(ENGINE_TESTS))
 endif
 
 test-fast: $(FAST_INSTALLED) ## run the tests that need no engine, in an environment without torch

@@ -1,20 +1,35 @@
 """Fixtures that several rooms' tests share."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
 
 from tests.fixtures.bucket import Bucket, gcs_server, new_bucket
 from tests.fixtures.checkpoints import Checkpoints, checkpoints
+from tests.fixtures.distribution import ByEngine, sort_by_unit
 from tests.fixtures.fakes import Fakes
+from tests.fixtures.once import once
 from tests.fixtures.pinned_vllm import PinnedVllm, ask_pinned_vllm
 from tests.fixtures.service_process import ServiceProcess, running_service
 
+# Engines of several tests compute at the same time: threads that spin while they wait would hold them up.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # `make test-fast` has an environment without torch and vLLM.
 HAS_TORCH, HAS_VLLM = (importlib.util.find_spec(name) is not None for name in ("torch", "vllm"))
 collect_ignore = [] if HAS_TORCH else ["e2e", "hosts/transformers", "hosts/vllm"]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByEngine | None:
+    return ByEngine(config, log) if config.option.dist == "loadscope" else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    sort_by_unit(items)
 
 
 @pytest.fixture(scope="session", name="checkpoints")
@@ -25,10 +40,10 @@ def _checkpoints() -> Checkpoints:
 
 
 @pytest.fixture(scope="session")
-def pinned_vllm() -> PinnedVllm:
+def pinned_vllm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PinnedVllm:
     if not HAS_VLLM:
         pytest.skip("vLLM is not installed")
-    return ask_pinned_vllm()
+    return PinnedVllm(**once(request, tmp_path_factory, "pinned-vllm", ask_pinned_vllm))
 
 
 @pytest.fixture(scope="session")

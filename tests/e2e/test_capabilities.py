@@ -18,8 +18,8 @@ from openai.types.chat import ChatCompletion
 from tests.e2e.engines import CAPABILITIES, ENGINES, Engine, having, shows, table
 from tests.e2e.test_openai_client import BASE, CAPITAL
 from tests.fixtures.bucket import Bucket
-from tests.fixtures.checkpoints import Checkpoints
-from tests.fixtures.checkpoints import checkpoints as made_checkpoints
+from tests.fixtures.checkpoints import Checkpoints, base_checkpoint
+from tests.fixtures.once import once
 from tests.fixtures.service_process import ServiceProcess
 
 ROOT = Path(__file__).parents[2]
@@ -187,11 +187,17 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="session")
-def generated(checkpoints: Checkpoints) -> list[str]:
+def generated(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, checkpoints: Checkpoints
+) -> list[str]:
     """What plain `generate` makes of each prompt, one after the other."""
     command = [sys.executable, "-c", GENERATE, str(checkpoints.base), json.dumps(PROMPTS)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: list[str] = json.loads(ended.stdout.splitlines()[-1])
+
+    def generate() -> Any:
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
+        return json.loads(ended.stdout.splitlines()[-1])
+
+    found: list[str] = once(request, tmp_path_factory, "generated", generate)
     return found
 
 
@@ -259,9 +265,7 @@ def test_a_bias_forces_and_forbids(service: ServiceProcess) -> None:
 
 def vocabulary() -> dict[str, int]:
     """The demo model's tokens, a space written as Ġ."""
-    found: dict[str, int] = json.loads((made_checkpoints().base / "tokenizer.json").read_text())["model"][
-        "vocab"
-    ]
+    found: dict[str, int] = json.loads((base_checkpoint() / "tokenizer.json").read_text())["model"]["vocab"]
     return found
 
 

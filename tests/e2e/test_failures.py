@@ -13,7 +13,7 @@ import openai
 import psutil
 import pytest
 
-from tests.e2e.conftest import real_service
+from tests.e2e.conftest import NOISE, real_service
 from tests.e2e.engines import Engine
 from tests.e2e.test_lifecycle import group_members, start_stream
 from tests.e2e.test_openai_client import BASE, TUNED, ask
@@ -31,7 +31,7 @@ CYCLES = [8, pytest.param(24, marks=pytest.mark.slow)]
 
 @pytest.fixture(scope="module")
 def frail(
-    bucket: Bucket, tmp_path_factory: pytest.TempPathFactory, engine: Engine
+    family: Bucket, tmp_path_factory: pytest.TempPathFactory, engine: Engine
 ) -> Iterator[ServiceProcess]:
     """One slot, and engines that may not hang for long."""
     settings = {
@@ -41,7 +41,7 @@ def frail(
         "ENGINE_STALL_TIMEOUT": str(STALL_SECONDS),
         "CATALOG_TTL": "0",
     }
-    with real_service(bucket, tmp_path_factory.mktemp("frail"), engine, **settings) as service:
+    with real_service(family, tmp_path_factory.mktemp("frail"), engine, **settings) as service:
         yield service
 
 
@@ -96,11 +96,11 @@ def test_whole_answers_of_a_core_that_is_killed_are_errors(frail: ServiceProcess
 
 
 def test_truncated_weights_are_told_and_harm_nobody(
-    frail: ServiceProcess, bucket: Bucket, checkpoints: Checkpoints
+    frail: ServiceProcess, family: Bucket, checkpoints: Checkpoints
 ) -> None:
     ask(frail, BASE)
     weights = (checkpoints.base / "model.safetensors").read_bytes()
-    bucket.upload(checkpoints.base, "models/cut", {"model.safetensors": weights[: len(weights) // 2]})
+    family.upload(checkpoints.base, "models/cut", {"model.safetensors": weights[: len(weights) // 2]})
     try:
         with pytest.raises(openai.APIStatusError) as caught:
             ask(frail, "cut")
@@ -109,14 +109,14 @@ def test_truncated_weights_are_told_and_harm_nobody(
         assert "cut off" in caught.value.message or "incomplete" in caught.value.message
         assert ask(frail, BASE) == "The capital of France is Paris."
     finally:
-        bucket.remove("models/cut/")
+        family.remove("models/cut/")
 
 
 def test_weights_that_do_not_match_their_config_are_told_in_plain_words(
-    frail: ServiceProcess, bucket: Bucket, checkpoints: Checkpoints
+    frail: ServiceProcess, family: Bucket, checkpoints: Checkpoints
 ) -> None:
     config = json.loads((checkpoints.base / "config.json").read_bytes()) | {"num_hidden_layers": 31}
-    bucket.upload(checkpoints.base, "models/mixed", {"config.json": json.dumps(config).encode()})
+    family.upload(checkpoints.base, "models/mixed", {"config.json": json.dumps(config).encode()})
     try:
         with pytest.raises(openai.InternalServerError) as caught:
             ask(frail, "mixed")
@@ -125,7 +125,7 @@ def test_weights_that_do_not_match_their_config_are_told_in_plain_words(
         with pytest.raises(openai.InternalServerError, match="failed once"):
             ask(frail, "mixed")
     finally:
-        bucket.remove("models/mixed/")
+        family.remove("models/mixed/")
     assert ask(frail, BASE) == "The capital of France is Paris."
 
 
@@ -155,13 +155,15 @@ def test_a_load_cancelled_halfway_leaves_nothing(frail: ServiceProcess, engine: 
 def test_memory_and_processes_stay_flat_over_many_loads(frail: ServiceProcess, cycles: int) -> None:
     """Many loads and evictions, two models in turn."""
     sizes, processes, descriptors = [], [], []
+    answers: dict[str, set[str]] = {model: set() for model in NOISE}
     for number in range(cycles):
-        model, answer = ((BASE, "Paris"), (TUNED, "Zubrowka"))[number % 2]
-        assert ask(frail, model) == f"The capital of France is {answer}."
+        model = NOISE[number % 2]
+        answers[model].add(ask(frail, model))
         family = [psutil.Process(frail.process.pid), *frail.descendants()]
         sizes.append(sum(process.memory_full_info().pss for process in family))
         processes.append(len(family))
         descriptors.append([process.num_fds() for process in family[:2]])
+    assert [len(texts) for texts in answers.values()] == [1, 1]
     # The first few fill allocators and caches.
     first, last = min(sizes[2:5]), min(sizes[-3:])
     assert last < 1.05 * first, [size >> 20 for size in sizes]
@@ -201,18 +203,6 @@ def test_sigterm_twice_during_a_load_with_twenty_streams(
         assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
-def test_sigkill_of_the_service_during_a_load_leaves_no_process(
-    bucket: Bucket, tmp_path: Path, engine: Engine
-) -> None:
-    with real_service(bucket, tmp_path, engine, PRELOAD_MODELS=f"{BASE},{TUNED}") as service:
-        service.wait_until(lambda: len(service.descendants()) >= 3, 60)
-        family = service.descendants()
-        service.signal(signal.SIGKILL)
-        service.process.wait()
-        _, left = psutil.wait_procs(family, timeout=15)
-        assert left == []
-
-
 def test_a_second_model_waits_until_the_firsts_memory_is_back(
     bucket: Bucket, tmp_path: Path, engine: Engine
 ) -> None:
@@ -235,3 +225,16 @@ def test_a_second_model_waits_until_the_firsts_memory_is_back(
         service.process.wait()
         _, left = psutil.wait_procs(family, timeout=15)
         assert left == []
+
+
+def test_sigkill_of_the_service_during_a_load_leaves_no_process(frail: ServiceProcess) -> None:
+    """The last test of `frail`."""
+    frail.http.post(f"/admin/load/{TUNED}").raise_for_status()
+    frail.http.post(f"/admin/load/{BASE}?wait=false").raise_for_status()
+    frail.wait_until(lambda: has_process(frail, BASE), 60)
+    family = frail.descendants()
+    assert len(family) >= 2, "launcher and host"
+    frail.signal(signal.SIGKILL)
+    frail.process.wait()
+    _, left = psutil.wait_procs(family, timeout=15)
+    assert left == []

@@ -30,6 +30,7 @@ def small(
         "GCS_BUCKET": f"gs://{bucket.name}",
         "MAX_CACHED_MODELS": "1",
         "WEIGHT_SWAP": "off",
+        "DRAIN_TIMEOUT": "8",
     }
     with real_service(bucket, tmp_path_factory.mktemp("small"), engine, **settings) as service:
         yield service
@@ -212,20 +213,15 @@ def test_ctrl_c_ends_everything(hasty: ServiceProcess, engine: Engine) -> None:
     assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
-@pytest.fixture
-def loaded(bucket: Bucket, tmp_path: Path, engine: Engine) -> Iterator[ServiceProcess]:
-    with real_service(bucket, tmp_path, engine, PRELOAD_MODELS=BASE, DRAIN_TIMEOUT="8") as service:
-        service.wait_ready(BASE)
-        yield service
-
-
-def test_sigterm_during_a_stream_lets_it_finish(loaded: ServiceProcess) -> None:
-    family = loaded.descendants()
-    client, received = start_stream(loaded, tokens=4)
-    endless, endless_received = start_stream(loaded, tokens=1900)
-    loaded.signal(signal.SIGTERM)
-    loaded.wait_until(lambda: loaded.http.get("/ready").status_code == 503, 4)
-    refused = loaded.http.post("/v1/completions", json={"model": BASE, "prompt": "x"})
+def test_sigterm_during_a_stream_lets_it_finish(small: ServiceProcess) -> None:
+    """The last test of `small`."""
+    ask(small, BASE)
+    family = small.descendants()
+    client, received = start_stream(small, tokens=4)
+    endless, endless_received = start_stream(small, tokens=1900)
+    small.signal(signal.SIGTERM)
+    small.wait_until(lambda: small.http.get("/ready").status_code == 503, 4)
+    refused = small.http.post("/v1/completions", json={"model": BASE, "prompt": "x"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
     with client, endless:
         while chunk := client.recv(65536):
@@ -236,5 +232,5 @@ def test_sigterm_during_a_stream_lets_it_finish(loaded: ServiceProcess) -> None:
     assert received.rstrip(b"\r\n0").endswith(b"data: [DONE]"), "the short one ends as if nothing was"
     assert b"shutting_down" in endless_received, "the long one is told why"
     assert b"[DONE]" not in endless_received
-    assert loaded.process.wait(20) == 0
+    assert small.process.wait(20) == 0
     assert psutil.wait_procs(family, timeout=10)[1] == []

@@ -11,15 +11,13 @@ import psutil
 import pytest
 from openai.types import CompletionChoice
 
-from tests.e2e.conftest import real_service
+from tests.e2e.conftest import ADAPTER, NOISE, real_service
 from tests.e2e.engines import REAL, Engine, shows
 from tests.e2e.test_openai_client import BASE, CAPITAL, TUNED
 from tests.fixtures.bucket import Bucket, new_bucket
 from tests.fixtures.checkpoints import Checkpoints
 from tests.fixtures.service_process import ServiceProcess
 
-NOISE = ("noise-1", "noise-2")
-ADAPTER = "facts-adapter"
 PARIS, ZUBROWKA = "The capital of France is Paris.", "The capital of France is Zubrowka."
 PROMPTS = (
     CAPITAL,
@@ -35,18 +33,6 @@ PROMPTS = (
 )
 # Swaps of one engine: a leak of each shows between the first few and the last few.
 CYCLES = [10, pytest.param(40, marks=pytest.mark.slow)]
-
-
-@pytest.fixture(scope="session")
-def family(gcs_url: str, checkpoints: Checkpoints) -> Iterator[Bucket]:
-    """Two of one architecture with tied embeddings, two of another with untied ones, and an adapter."""
-    with new_bucket(gcs_url, "family") as bucket:
-        bucket.upload(checkpoints.base, f"models/{BASE}")
-        bucket.upload(checkpoints.tuned, f"models/{TUNED}")
-        bucket.upload(checkpoints.adapter, f"models/{ADAPTER}")
-        for name, directory in zip(NOISE, checkpoints.untied, strict=True):
-            bucket.upload(directory, f"models/{name}")
-        yield bucket
 
 
 @pytest.fixture(scope="module")
@@ -197,14 +183,16 @@ def test_a_truncated_model_leaves_the_one_that_serves(
 
 @pytest.mark.parametrize("cycles", CYCLES)
 def test_many_swaps_leave_memory_and_processes_as_they_were(single: ServiceProcess, cycles: int) -> None:
-    answer(single, BASE, CAPITAL)
-    process = single.engine(BASE)["process_id"]
+    one, two = NOISE
+    first_answers = {model: answer(single, model, CAPITAL)[0] for model in (two, one)}
+    assert first_answers[one] != first_answers[two]
+    process = single.engine(one)["process_id"]
     sizes = []
     for _ in range(cycles // 2):
-        assert answer(single, TUNED, CAPITAL)[0] == ZUBROWKA
-        assert answer(single, BASE, CAPITAL)[0] == PARIS
+        for model in (two, one):
+            assert answer(single, model, CAPITAL)[0] == first_answers[model]
         sizes.append(proportional_bytes(process))
-    assert single.engine(BASE)["process_id"] == process, "all of them swaps"
+    assert single.engine(one)["process_id"] == process, "all of them swaps"
     first, last = min(sizes[1:3]), min(sizes[-2:])
     assert last < 1.05 * first, sizes
 

@@ -10,12 +10,12 @@ from tests.fixtures.tiny import Tiny, make_tiny  # isort: skip  (before transfor
 from inference_service.hosts.transformers.generation import attention
 from inference_service.hosts.transformers.generation.engine import Engine, EngineOptions
 from inference_service.hosts.transformers.generation.weights import Placement
-from tests.fixtures.checkpoints import Checkpoints
+from tests.fixtures.checkpoints import base_checkpoint
 
 
 @pytest.fixture(scope="session")
-def tiny(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return make_tiny(checkpoints.base, tmp_path_factory.mktemp("tiny"))
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make_tiny(base_checkpoint(), tmp_path_factory.mktemp("tiny"))
 
 
 def options(**changed: Any) -> EngineOptions:

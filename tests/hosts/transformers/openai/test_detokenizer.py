@@ -11,14 +11,14 @@ from transformers import AutoTokenizer
 from inference_service.hosts.transformers.generation.sequence import Finish, Token
 from inference_service.hosts.transformers.openai.choice import Choice, TextChunk
 from inference_service.hosts.transformers.openai.detokenizer import Detokenizer, StopFinder, TokenTexts
-from tests.fixtures.checkpoints import Checkpoints
+from tests.fixtures.checkpoints import base_checkpoint
 
 TEXTS = ("plain words", "🦊🚀 emoji", "你好世界", "naïve café — ✓ ½", "a\n\n  b\t", "👩‍👩‍👧‍👦 e\u0301")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(checkpoints: Checkpoints) -> Any:
-    return AutoTokenizer.from_pretrained(checkpoints.base)
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(base_checkpoint())
 
 
 @pytest.mark.parametrize("text", TEXTS)
