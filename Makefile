@@ -19,7 +19,7 @@ DEMO_MODEL := $(DEMO)/models/smollm2-135m-instruct
 QUICK ?=
 DURATION ?= 600
 # Whether a setting is given, in the environment or in .env.
-given = $(or $($(1)),$(shell grep -s '^$(1)=.' .env))
+given = $(or $($(1)),$(shell grep -sE '^[[:space:]]*(export[[:space:]]+)?$(1)[[:space:]]*=[[:space:]]*[^[:space:]]' .env))
 DEMO_SETTINGS := $(if $(call given,LISTEN_ADDRESS),,LISTEN_ADDRESS=127.0.0.1) \
   $(if $(call given,GCS_BUCKET),,GCS_BUCKET=file://$(CURDIR)/$(DEMO) PRELOAD_MODELS=smollm2-135m-instruct)
 
@@ -122,7 +122,7 @@ lock: $(BIN)/uv ## resolve the pinned requirements again
 	  --extra dev --output-file requirements/dev-macos.txt
 
 clean: ## remove environments, the demo model and caches
-	rm -rf $(VENV) $(FAST_VENV) $(DEMO) .cache .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(FAST_VENV) .venv-cuda .venv-lm-eval $(DEMO) .cache .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/uv:
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11, 3.12 or 3.13 is needed, as '$(PYTHON)' (or: make PYTHON=/path/to/python3.12)"; exit 1; }

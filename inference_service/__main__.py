@@ -44,7 +44,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("serve", help="serve them over HTTP (the default)")
     models = commands.add_parser("models", help="list the models in the bucket")
-    models.add_argument("--json", action="store_true", help="one JSON object a line")
+    models.add_argument("--json", action="store_true", help="one JSON object per line")
     pull = commands.add_parser("pull", help="fetch a model into LOCAL_MODEL_CACHE")
     pull.add_argument("model", help="its name, as `models` shows it; name@revision for one revision")
     given = parser.parse_args()

@@ -271,7 +271,9 @@ class Settings(BaseSettings):
             if not Path(value.removeprefix("file://")).is_dir():
                 raise ValueError("the directory does not exist")
         elif "/" in value:
-            raise ValueError("a bucket's name without a path; GCS_MODEL_PREFIX holds the path")
+            raise ValueError(
+                "a bucket's name without a path (GCS_MODEL_PREFIX holds the path), or file:///absolute/directory"
+            )
         elif not _BUCKET.fullmatch(value):
             raise ValueError("3 to 222 lower-case letters, digits, '-', '_' and '.'")
         return value

@@ -213,8 +213,9 @@ class DiskFull(CacheError):
     missing: int | None = None
 
     def headers(self) -> dict[str, str]:
-        # The client library retries every 5xx; the disk is as full a second later.
-        return {**super().headers(), "x-should-retry": "false"}
+        # The client library retries every 5xx; unless a fetch ends, the disk is as full a second later.
+        retry = {} if self.retry_after is not None else {"x-should-retry": "false"}
+        return super().headers() | retry
 
 
 class EngineError(ServiceError):

@@ -1,4 +1,4 @@
-"""Logging set-up: one JSON object a line for Cloud Logging, readable lines elsewhere.
+"""Logging set-up: one JSON object per line for Cloud Logging, readable lines elsewhere.
 
 Fields given as `extra={...}` to a log call are kept: as keys in JSON, as `key=value` in text.
 """

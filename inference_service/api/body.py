@@ -26,6 +26,7 @@ PARSE_ON_LOOP_BYTES = 64 << 10
 # a number are checked again.
 _HUGE_NUMBER = re.compile(rb"[eE]\+?\d{2}|\d{19}")
 _INT64 = 2**63 - 1
+_EXPECTED = "Input should be "
 _PARSERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="parse")
 
 Body = TypeVar("Body", bound=GenerationBody)
@@ -102,6 +103,14 @@ def _holds_huge_number(value: Any) -> bool:
     return any(_holds_huge_number(part) for part in parts)
 
 
+def _message(messages: list[str]) -> str:
+    """What a field should be; a union has a message for each of its types."""
+    expected = [each.removeprefix(_EXPECTED) for each in messages if each.startswith(_EXPECTED)]
+    if len(expected) < len(messages):
+        return messages[0]
+    return _EXPECTED + " or ".join(dict.fromkeys(expected))
+
+
 def _invalid(error: ValidationError, kind: type[GenerationBody]) -> InvalidRequest:
     problems = error.errors(include_url=False, include_input=False, include_context=False)
     problem = problems[0]
@@ -111,5 +120,5 @@ def _invalid(error: ValidationError, kind: type[GenerationBody]) -> InvalidReque
     if field == "chat_template":
         message = "a template in a request is not accepted; the model's own is used"
     else:
-        message = problem["msg"]
+        message = _message([each["msg"] for each in problems if each["loc"][:1] == problem["loc"][:1]])
     return InvalidRequest(f"Invalid value for '{path}': {message}.", param=field)

@@ -10,8 +10,7 @@ _MIB = 1 << 20
 
 class Cost(NamedTuple):
     """Bytes besides weights and KV cache: per engine, per byte of weights (packed copies, activations), per
-    byte
-    of cache (what a step copies of it), and for prompts whose keys and values are not in the cache."""
+    byte of cache (what a step copies of it), and for prompts whose keys and values are not in the cache."""
 
     fixed: int
     per_weight: float = 0.0

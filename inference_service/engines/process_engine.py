@@ -17,6 +17,7 @@ from typing import Any
 
 import aiohttp
 
+from inference_service.backends.preload import PROGRAMS
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.engines.base import GRACE_SECONDS, About, Fingerprint, Heartbeat, HostSpec, Swapped
 from inference_service.engines.error_hints import in_plain_words
@@ -41,6 +42,7 @@ KILLED_SECONDS = 5.0
 # into a connection that is being closed.
 KEEP_ALIVE_SECONDS = 2.0
 HEARTBEAT_PATH = "/control/heartbeat"
+_BACKENDS = {program: str(backend) for backend, program in PROGRAMS.items()}
 
 
 class ProcessEngine:
@@ -103,28 +105,28 @@ class ProcessEngine:
                 return Heartbeat(**await response.json())
 
     async def weight_check(self) -> Fingerprint:
-        return _fingerprint(await self._order("GET", "/control/weight-check", None, SwapFailed))
+        return _fingerprint(await self._command("GET", "/control/weight-check", None, SwapFailed))
 
     async def swap(self, snapshot: Snapshot) -> Swapped:
         spec = await asyncio.to_thread(self._respecify, snapshot)
         self._log.model = spec.model
-        answer = await self._order("POST", "/control/swap", spec.to_json(), SwapFailed)
+        answer = await self._command("POST", "/control/swap", spec.to_json(), SwapFailed)
         self._spec = spec
         return Swapped(_fingerprint(answer), answer["seconds"])
 
     async def add_adapter(self, name: str, number: int, adapter: Snapshot) -> None:
-        order = {"name": name, "id": number, "directory": str(adapter.path)}
-        await self._order("POST", "/control/adapters", order, AdapterRefused)
+        command = {"name": name, "id": number, "directory": str(adapter.path)}
+        await self._command("POST", "/control/adapters", command, AdapterRefused)
 
     async def remove_adapter(self, name: str) -> None:
-        await self._order("DELETE", f"/control/adapters/{name}", None, AdapterRefused)
+        await self._command("DELETE", f"/control/adapters/{name}", None, AdapterRefused)
 
-    async def _order(
-        self, method: str, path: str, order: dict[str, Any] | None, failed: type[EngineError]
+    async def _command(
+        self, method: str, path: str, command: dict[str, Any] | None, failed: type[EngineError]
     ) -> dict[str, Any]:
         """The host's reply to a control request; raises `failed` with the host's reason."""
         with self._translated():
-            async with self._open_client.request(method, f"http://host{path}", json=order) as response:
+            async with self._open_client.request(method, f"http://host{path}", json=command) as response:
                 answer: dict[str, Any] = await response.json()
                 if response.status != 200:
                     raise failed(f"{answer.get('error', answer)}")
@@ -252,7 +254,7 @@ class ProcessEngine:
     def died(self) -> EngineDied:
         return EngineDied(
             f"The engine of '{self._spec.model}' went away while it worked on this request. "
-            "Send the request again: a new engine will be started.",
+            "Send the request again: a fresh engine is started.",
             retry_after=1,
         )
 
@@ -305,7 +307,7 @@ class HostReply:
 def _about(body: bytes, spec: HostSpec) -> About:
     """vLLM's server returns an empty body: the reply is the request."""
     answer = json.loads(body) if body else {}
-    return About(answer.get("backend", spec.program.rpartition(".")[2]), tuple(answer.get("notes", ())))
+    return About(answer.get("backend", _BACKENDS.get(spec.program)), tuple(answer.get("notes", ())))
 
 
 def _fingerprint(answer: dict[str, Any]) -> Fingerprint:

@@ -48,6 +48,7 @@ from inference_service.scheduler.events import (
 )
 from inference_service.scheduler.scheduler import Scheduler
 from inference_service.scheduler.state import EngineState, Policy
+from inference_service.storage.bucket.model import ModelKind
 from inference_service.storage.model import Adapter, AnyModel, Checkpoint, Model
 
 logger = logging.getLogger(__name__)
@@ -267,7 +268,7 @@ class Pool:
 
     def standing(self, model: AnyModel) -> EngineState:
         """The state of the engine of a model, whatever its revision; READY or STOPPED for an adapter."""
-        if isinstance(model, Adapter):
+        if model.kind is ModelKind.ADAPTER:
             return EngineState.READY if self.is_live(model) else EngineState.STOPPED
         exact = self.state(model.reference)
         slots = self._lifecycle.slots.items()
@@ -338,7 +339,9 @@ class Pool:
 
     def _supersede(self, reference: str) -> None:
         for waiter in list(self._waiters.values()):
-            if waiter.model.reference == reference and not waiter.exact:
+            # An adapter's revision that was requested goes to its base's new engine.
+            this_and_no_other = waiter.exact and waiter.wanted is waiter.model
+            if waiter.model.reference == reference and not this_and_no_other:
                 self._fail(waiter, Superseded("another revision serves"))
                 self._dispatch(Left(waiter.number, 0.0))
 

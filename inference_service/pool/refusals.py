@@ -32,6 +32,7 @@ def overloaded(policy: Policy, running: int, waiting: int, retry_after: int) -> 
 def no_room(name: str, footprint: Footprint, policy: Policy, engines: list[EngineView]) -> NoRoom:
     """The model cannot fit beside the pinned ones of `engines`, or not even alone."""
     pinned = [engine for engine in engines if engine.pinned]
+    more = ""
     if policy.memory is not None and not pinned:
         return NoRoom(
             f"The model '{name}' needs {footprint}, and all engines together may use "
@@ -39,7 +40,8 @@ def no_room(name: str, footprint: Footprint, policy: Policy, engines: list[Engin
             param="model",
         )
     if policy.memory is None or len(pinned) >= policy.slots:
-        lack = f"all {policy.slots} engines (MAX_CACHED_MODELS) are pinned"
+        lack = f"every engine is pinned (MAX_CACHED_MODELS={policy.slots})"
+        more = ", or raise MAX_CACHED_MODELS"
     else:
         free = policy.memory - sum(engine.bytes for engine in pinned)
         lack = (
@@ -51,7 +53,7 @@ def no_room(name: str, footprint: Footprint, policy: Policy, engines: list[Engin
     held = ", ".join(f"{name} ({size})" for name, size in zip(names, sizes, strict=True))
     return NoRoom(
         f"There is no room for the model '{name}': {lack}. Pinned: {held}. Unpin one (POST "
-        "/admin/unpin/MODEL, or its serving.json).",
+        f"/admin/unpin/MODEL, or its serving.json){more}.",
         param="model",
     )
 

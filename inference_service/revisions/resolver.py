@@ -110,8 +110,9 @@ class Resolver:
         requested = await self._registry.find(name)
         model = self._rollout.meant(requested)
         # A loaded model is served even while the bucket cannot be reached.
-        if not isinstance(model, Unservable) and self._pool.is_live(model):
-            return Requested(model, requested.exact)
+        live = self._live(model)
+        if live is not None:
+            return Requested(live, requested.exact)
         if isinstance(model, Unservable) or (
             isinstance(model, Adapter) and isinstance(model.base, Unservable)
         ):
@@ -128,6 +129,13 @@ class Resolver:
             if older is None:
                 raise
             return Requested(older)
+
+    def _live(self, model: AnyModel) -> Model | None:
+        """The model if an engine serves it, also if it could not be loaded again as it is listed now."""
+        if not isinstance(model, Unservable):
+            return model if self._pool.is_live(model) else None
+        same = (live for live in self._pool.live(model.name) if live.revision == model.revision)
+        return next(same, None)
 
     async def _has_older(self, base: AnyModel) -> bool:
         """Whether an older revision of an adapter's base serves, because the newest cannot be served."""

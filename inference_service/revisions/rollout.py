@@ -327,8 +327,8 @@ class Rollout:
         others = [revision for revision in kept if revision in line.rejected]
         there = f" On the disk, but rejected or rolled back: {', '.join(others)}." if others else ""
         raise NoPreviousRevision(
-            f"No previous revision of '{newest.name}' is on the disk; {line.serving.revision} still "
-            f"serves.{there} Upload the revision that you want; it takes over by itself.",
+            f"No previous revision of '{newest.name}' is on the disk; the current one is "
+            f"{line.serving.revision}.{there} Upload the revision that you want; it takes over by itself.",
             param="model",
         )
 

@@ -97,6 +97,7 @@ def test_stats_show_everything(fakes: Fakes, tmp_path: Path) -> None:
         assert (waiter["model"], waiter["age_seconds"] >= 0) == ("gated", True)
         assert {"phase", "percent", "eta_seconds"} <= set(waiter)
         assert stats["leases"] == 0
+        assert {engine["backend"] for engine in stats["engines"] if engine["model"] == "m"} == {"fake"}
         json.dumps(stats, allow_nan=False)
         (tmp_path / "gate").touch()
         assert asking.result().status_code == 200

@@ -59,6 +59,17 @@ def test_chat_fields(fields: dict[str, Any], param: str) -> None:
     assert param in caught.value.message
 
 
+def test_a_field_of_several_types_says_all_of_them() -> None:
+    for fields, expected in (
+        ({"temperature": "hot"}, "should be a valid integer or a valid number."),
+        ({"temperature": 3}, "should be less than or equal to 2."),
+        ({"stop": 5}, "should be a valid string or a valid list."),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            parse(chat(**fields), ChatBody)
+        assert caught.value.message.endswith(f"Input {expected}")
+
+
 @pytest.mark.parametrize(
     "fields",
     [

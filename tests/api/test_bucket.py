@@ -183,7 +183,7 @@ def test_preload_and_pin_in_serving_json(bucket: Bucket, tmp_path: Path) -> None
         assert service.engine("m")["pinned"]
         answer = service.http.post("/v1/chat/completions", json=CHAT | {"model": "other"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_room")
-        assert "are pinned. Pinned: m (" in answer.json()["error"]["message"]
+        assert "every engine is pinned (MAX_CACHED_MODELS=1). Pinned: m" in answer.json()["error"]["message"]
         assert [engine["model"] for engine in service.stats()["engines"]] == ["m"]
 
 

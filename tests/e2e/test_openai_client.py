@@ -203,15 +203,15 @@ def test_a_client_that_leaves_without_a_stream_frees_the_engine(service: Service
     assert service.engine(BASE)["leases"] == 0
 
 
-def test_stats_and_unload(service: ServiceProcess) -> None:
+def test_stats_and_unload(service: ServiceProcess, engine: Engine) -> None:
     wait_for_the_listing(service)
     ask(service, BASE)
-    engine = service.engine(BASE)
-    assert engine["state"] == "ready"
-    assert engine["load_seconds"] > 0
+    loaded = service.engine(BASE)
+    assert (loaded["state"], loaded["backend"]) == ("ready", engine.name)
+    assert loaded["load_seconds"] > 0
     assert service.stats()["unservable"].keys() == UNSERVABLE
     assert service.http.post(f"/admin/unload/{BASE}").json() == {"model": BASE, "unloaded": True}
-    assert BASE not in [engine["model"] for engine in service.stats()["engines"]]
+    assert BASE not in [each["model"] for each in service.stats()["engines"]]
     assert service.http.post(f"/admin/unload/{BASE}").json()["unloaded"] is False
     assert service.http.post("/admin/unload/nobody").status_code == 404
     assert ask(service, BASE) == "The capital of France is Paris.", "loaded again on demand"

@@ -414,7 +414,7 @@ async def test_a_full_disk_that_no_idle_engine_can_mend_is_told(two: Bench) -> N
 async def test_all_slots_pinned_is_told_at_once(one: Bench) -> None:
     one.pinned = {"a"}
     (await one.started("a")).release()
-    with pytest.raises(NoRoom, match=r"are pinned. Pinned: a \(1.0 MiB\)"):
+    with pytest.raises(NoRoom, match=r"every engine is pinned .*\. Pinned: a \(1.0 MiB\)"):
         await one.ask("b")
 
 

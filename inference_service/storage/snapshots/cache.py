@@ -34,6 +34,8 @@ from inference_service.storage.snapshots.layout import (
 logger = logging.getLogger(__name__)
 
 _GIB = 1 << 30
+# After which a request is to try again if a fetch in progress has taken the space.
+RETRY_SECONDS = 5
 SHARE_OF_DISK = 0.9
 SHARE_OF_MEMORY = 0.5
 _MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
@@ -237,13 +239,17 @@ class Disk:
             )
         )
         using = f"models that are loaded ({held}) and " if held else ""
+        fetching = self._outstanding(mine) > 0
         advice = " Unload a model (POST /admin/unload)." if held else ""
+        if fetching:
+            advice += f" Try again in {RETRY_SECONDS} s, when a fetch may have ended."
         error = DiskFull(
             f"The model '{model}' needs {readable_bytes(count)} in LOCAL_MODEL_CACHE ({self._layout.root}), "
             f"but only {free} can be made available: {used} of the quota of {readable_bytes(self.quota)} "
             f"(DISK_CACHE_GIB) is in use by {using}fetches in progress, and the file system has {left} left."
             f"{advice} {self._advice(count)}",
             param="model",
+            retry_after=RETRY_SECONDS if fetching else None,
         )
         error.missing = count - self._free(mine) - freed
         return error

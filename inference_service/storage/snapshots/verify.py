@@ -26,7 +26,7 @@ _Identity = tuple[int, int, int, int]
 
 
 class Verifier:
-    """Verifies snapshots against their manifests and keeps the recently used in `host_cache`."""
+    """Verifies snapshots against their manifests and keeps the recently used in `page_lock`."""
 
     def __init__(self, page_lock: PageLock) -> None:
         self.page_lock = page_lock

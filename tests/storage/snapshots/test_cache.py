@@ -88,6 +88,7 @@ async def test_a_snapshot_that_an_engine_uses_never_gives_way(source: Path, cach
     with pytest.raises(DiskFull, match=r"'b' needs 1\.0 MiB .* models that are loaded \(a\)") as caught:
         await snapshots.snapshot(listed(source, "b"))
     assert caught.value.status == 507
+    assert caught.value.headers() == {"x-should-retry": "false"}, "nothing is to end that would make space"
     assert (
         "To serve it, point LOCAL_MODEL_CACHE at a larger disk, or set DISK_CACHE_GIB" in caught.value.message
     )
@@ -118,8 +119,10 @@ async def test_two_fetches_do_not_promise_the_same_room(source: Path, cache: Pat
     target, staging = cache / "other" / "x", cache / "other" / ".incomplete-x-1"
     staging.mkdir(parents=True)
     promised = snapshots._disk.reserved("other", target, staging, MIB)
-    with revision_lock(target, lambda: False), promised, pytest.raises(DiskFull):
+    with revision_lock(target, lambda: False), promised, pytest.raises(DiskFull) as caught:
         await snapshots.snapshot(listed(source, "a"))
+    assert "Try again in 5 s" in caught.value.message
+    assert caught.value.headers() == {"retry-after": "5"}
     await snapshots.snapshot(listed(source, "a"))
 
 

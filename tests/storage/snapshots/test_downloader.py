@@ -1,4 +1,4 @@
-"""The mover: who gets a connection, and who waits for whom."""
+"""The downloader: which fetch gets a connection, and which waits for another."""
 
 import itertools
 import random
