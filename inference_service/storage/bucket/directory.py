@@ -24,6 +24,8 @@ MAX_DEPTH = 16
 class DirectoryStore:
     """The directory `root`; a generation is a file's time, inode and size."""
 
+    has_checksums = False
+
     def __init__(self, root: Path) -> None:
         self.root = root
 

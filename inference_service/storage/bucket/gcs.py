@@ -47,6 +47,8 @@ _LISTED = "items(name,size,generation,crc32c,timeCreated),nextPageToken"
 class GcsStore:
     """The bucket `bucket`. Nothing is contacted before the first call."""
 
+    has_checksums = True
+
     def __init__(
         self, bucket: str, *, page_size: int | None = None, read_seconds: float = READ_SECONDS
     ) -> None:

@@ -37,7 +37,9 @@ class StoredObject:
 
 
 class Store(Protocol):
-    """Read access to objects."""
+    """Read access to objects. `has_checksums`: its listings have the crc32c of every object."""
+
+    has_checksums: bool
 
     def list(self, prefix: str) -> list[StoredObject]:
         """All objects under `prefix`; raises StoreError."""

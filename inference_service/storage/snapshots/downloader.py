@@ -264,10 +264,12 @@ class Downloader:
 
     def _complete(self, job: Job, file: IncomingFile) -> None:
         """Verify a complete file as a whole and make it durable."""
-        expected, found = self._store.checksum(file.stored), file.checksum()
+        expected, checksums = self._expected(file), file.read_back()
+        found = checksums.crc32c
         if found == expected:
             file.flush()
             file.close()
+            file.checksums = checksums
             with self._changed:
                 job.files_left -= 1
                 done = job.files_left == 0
@@ -285,9 +287,14 @@ class Downloader:
         job.progress.advance(-file.stored.size)
         job.progress.retried()
         with self._changed:
-            file.missing, file.complete = file.stored.size, False
+            file.start_over()
             job.spans.append(Span(file, 0, file.stored.size))
             self._changed.notify_all()
+
+    def _expected(self, file: IncomingFile) -> int:
+        """What the store says, or that of the bytes as they arrived from a store without checksums."""
+        received = None if self._store.has_checksums else file.crc32c_received()
+        return self._store.checksum(file.stored) if received is None else received
 
     def _end(self, job: Job, error: BaseException | None) -> None:
         with self._changed:
@@ -332,7 +339,9 @@ class _Writer:
     def end(self) -> None:
         """Journal what has arrived since the last stretch."""
         if self._written > self._noted:
-            self._job.note(Stretch(self._part.file.name, self._noted, self._written, self._sum))
+            stretch = Stretch(self._part.file.name, self._noted, self._written, self._sum)
+            self._part.file.received(stretch)
+            self._job.note(stretch)
             self._noted, self._sum = self._written, 0
 
 

@@ -5,6 +5,7 @@
         3f2a9c0d1e5b/                        a snapshot: one revision, complete and verified
           config.json  model.safetensors  ...
           .weight_check.json                 its output for a fixed prompt (pool/weight_check.py)
+          .tensors.json                      a checksum of each tensor (checkpoints/tensor_checksums.py)
           .manifest.json                     written last; its mtime is the snapshot's last use
         .incomplete-3f2a9c0d1e5b-k3x0a1/     a fetch in progress, or left by a killed one
           .journal                           the stretches that have arrived, with their crc32c
@@ -68,10 +69,7 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Write it durably; raises OSError."""
         content = {"files": {name: asdict(record) for name, record in self.files.items()}}
-        with (directory / MANIFEST).open("wb") as file:
-            file.write(json.dumps(content, indent=1).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(directory / MANIFEST, json.dumps(content, indent=1).encode())
 
     def covers(self, objects: Iterable[StoredObject]) -> bool:
         """Whether it lists exactly these objects at these generations."""
@@ -171,6 +169,14 @@ def is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:
         return False
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Raises OSError."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:

@@ -26,9 +26,7 @@ from inference_service.storage.snapshots.cache import Disk
 from inference_service.storage.snapshots.cancellation import Cancelled, CancelToken
 from inference_service.storage.snapshots.downloader import Downloader
 from inference_service.storage.snapshots.layout import (
-    FileRecord,
     Layout,
-    Manifest,
     is_whole,
     revision_of,
     stagings,
@@ -193,15 +191,13 @@ class SnapshotStore:
         progress = Progress(model.name, model.revision, model.bytes)
         self._progress[target] = progress
         try:
-            reused = staging.reuse(self._siblings(target), model.objects, token)
-            progress.skip(sum(stored.size for stored in reused))
-            wanted = [stored for stored in model.objects if stored not in reused]
+            wanted = staging.reuse(self._siblings(target), model.objects, token)
             count = sum(stored.size for stored in wanted)
+            progress.skip(model.bytes - count)
             with self._disk.reserved(model.name, target, staging.path, count):
                 leftovers = stagings(target) if resume else []
                 self._fill(wanted, leftovers, staging, progress, token)
-                records = {stored.filename: self._record(stored, staging.path) for stored in model.objects}
-                staging.seal(Manifest(records))
+                staging.seal()
                 self._put_in_place(staging.path, target, model)
         except Cancelled:
             staging.leave()
@@ -244,6 +240,9 @@ class SnapshotStore:
             file.missing = sum(end - start for start, end in gaps)
             spans += [Span(file, start, end) for start, end in gaps]
         self._await(self._downloader.move(spans, progress, staging.note), progress, token)
+        for file in files.values():
+            if file.checksums is not None:
+                staging.verified(file.stored, file.checksums)
 
     def _await(self, job: Job, progress: Progress, token: CancelToken) -> None:
         """Watch the job until it ends; raises its error, and Cancelled once `token` is."""
@@ -284,12 +283,6 @@ class SnapshotStore:
     def _siblings(self, target: Path) -> list[Path]:
         """Other revisions of the model: unchanged files are not fetched again."""
         return [path for path in self._layout.snapshots() if path.parent == target.parent and path != target]
-
-    def _record(self, stored: StoredObject, staging: Path) -> FileRecord:
-        modified_ns = (staging / stored.filename).stat().st_mtime_ns
-        return FileRecord(
-            stored.name, stored.generation, stored.size, self._store.checksum(stored), modified_ns
-        )
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

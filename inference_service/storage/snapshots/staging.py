@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -19,9 +19,19 @@ from typing import Any
 
 import google_crc32c
 
+from inference_service.checkpoints.tensor_checksums import TENSOR_CHECKSUMS, dump
 from inference_service.storage.bucket.store import StoredObject
+from inference_service.storage.snapshots import checksums
 from inference_service.storage.snapshots.cancellation import CancelToken
-from inference_service.storage.snapshots.layout import INCOMPLETE, JOURNAL, PROMISE, Manifest
+from inference_service.storage.snapshots.checksums import FileChecksums
+from inference_service.storage.snapshots.layout import (
+    INCOMPLETE,
+    JOURNAL,
+    PROMISE,
+    FileRecord,
+    Manifest,
+    write_durably,
+)
 
 COPY_BYTES = 1 << 20
 
@@ -69,6 +79,7 @@ class IncomingFile:
     """One file that is being fetched, and the number of its missing bytes.
 
     It is open only from its first byte until it is verified: a model may have thousands of files.
+    `checksums` are those of its bytes on the disk, once it is verified.
     """
 
     def __init__(self, stored: StoredObject, path: Path) -> None:
@@ -76,6 +87,8 @@ class IncomingFile:
         self.missing = stored.size
         self.complete = False
         self.damaged = 0
+        self.checksums: FileChecksums | None = None
+        self._received: list[Stretch] = []
         self._path = path
         self._opening = threading.Lock()
         self._file: FileIO | None = None
@@ -96,9 +109,28 @@ class IncomingFile:
         """Make the content durable."""
         os.fsync(self._open())
 
-    def checksum(self) -> int:
-        """crc32c of the file on disk."""
-        return checksum(self._open(), 0, self.stored.size)
+    def read_back(self) -> FileChecksums:
+        """The checksums of the file on disk; raises OSError."""
+        return checksums.of_file(self._open(), self.name, self.stored.size)
+
+    def received(self, stretch: Stretch) -> None:
+        """Note a stretch that has arrived, in any order."""
+        self._received.append(stretch)
+
+    def start_over(self) -> None:
+        """All of it is to be fetched again."""
+        self.missing, self.complete = self.stored.size, False
+        self._received.clear()
+
+    def crc32c_received(self) -> int | None:
+        """crc32c of the bytes as they arrived; None if an abandoned connection has not noted all of it."""
+        position = crc32c = 0
+        for stretch in sorted(self._received, key=lambda stretch: stretch.start):
+            if stretch.start != position:
+                return None
+            crc32c = checksums.combined(crc32c, stretch.crc32c, stretch.bytes)
+            position = stretch.end
+        return crc32c if position == self.stored.size else None
 
     def close(self) -> None:
         """Close the file, which no thread writes to any more. Idempotent."""
@@ -126,6 +158,7 @@ class Staging:
         self._writing = threading.Lock()
         # Whether its bytes exist nowhere else: not so while the leftover exists that they were copied from.
         self._only_copy = False
+        self._verified: dict[str, tuple[StoredObject, FileChecksums]] = {}
 
     def note(self, stretch: Stretch) -> None:
         """Journal a stretch, so that the next fetch need not fetch it again if this process is killed."""
@@ -149,6 +182,7 @@ class Staging:
                 continue
             if _copy(leftover / stretch.file, stretch, file):
                 covered[stretch.file].add(stretch.start, stretch.end)
+                file.received(stretch)
                 self._enter(stretch)
                 took = True
                 yield stretch
@@ -170,17 +204,30 @@ class Staging:
                 if stored is None or stored.filename != name:
                     continue
                 with suppress(OSError):
-                    if _holds(snapshot / name, stored, record.crc32c, token):
+                    found = _read(snapshot / name, stored, token)
+                    if found is not None and found.crc32c == record.crc32c:
                         os.link(snapshot / name, self.path / name)
+                        self.verified(stored, found)
                         del wanted[stored.name, stored.generation]
-        return [stored for stored in objects if (stored.name, stored.generation) not in wanted]
+        return [stored for stored in objects if (stored.name, stored.generation) in wanted]
 
-    def seal(self, manifest: Manifest) -> None:
-        """Write the manifest; the files must be verified and durable. Raises OSError."""
+    def verified(self, stored: StoredObject, found: FileChecksums) -> None:
+        """Note a file that is complete, verified and durable."""
+        self._verified[stored.filename] = (stored, found)
+
+    def seal(self) -> None:
+        """Write the checksums of its tensors, and then the manifest of the verified files. Raises OSError."""
         self.close()
         for name in (JOURNAL, PROMISE):
             (self.path / name).unlink(missing_ok=name == PROMISE)
-        manifest.write(self.path)
+        files = self._verified.items()
+        tensors = {name: found.tensors for name, (_, found) in files if found.tensors}
+        write_durably(self.path / TENSOR_CHECKSUMS, dump(tensors))
+        Manifest({name: self._record(stored, found) for name, (stored, found) in files}).write(self.path)
+
+    def _record(self, stored: StoredObject, found: FileChecksums) -> FileRecord:
+        modified_ns = (self.path / stored.filename).stat().st_mtime_ns
+        return FileRecord(stored.name, stored.generation, stored.size, found.crc32c, modified_ns)
 
     def leave(self) -> None:
         """End a fetch that failed or was cancelled; what has arrived stays for the next one.
@@ -219,17 +266,6 @@ def journalled(leftover: Path) -> list[Stretch]:
     return stretches
 
 
-def checksum(descriptor: int, start: int, end: int, look: Callable[[], None] | None = None) -> int:
-    """crc32c of the bytes `start` to `end` of a file; raises OSError, and what `look` raises."""
-    total = 0
-    while start < end and (chunk := os.pread(descriptor, min(COPY_BYTES, end - start), start)):
-        if look is not None:
-            look()
-        total = google_crc32c.extend(total, chunk)
-        start += len(chunk)
-    return total
-
-
 def _stretch(line: Any) -> Stretch:
     file, start, end, crc32c = line
     if type(file) is not str or not all(type(number) is int for number in (start, end, crc32c)):
@@ -261,9 +297,9 @@ def _copy(source: Path, stretch: Stretch, file: IncomingFile) -> bool:
     return total == stretch.crc32c
 
 
-def _holds(path: Path, stored: StoredObject, crc32c: int, token: CancelToken) -> bool:
+def _read(path: Path, stored: StoredObject, token: CancelToken) -> FileChecksums | None:
+    """The checksums of a file; None if it does not have the object's size. Raises OSError and Cancelled."""
     with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != stored.size:
-            return False
-        return checksum(file.fileno(), 0, size, token.check) == crc32c
+        if os.fstat(file.fileno()).st_size != stored.size:
+            return None
+        return checksums.of_file(file.fileno(), stored.filename, stored.size, token.check)

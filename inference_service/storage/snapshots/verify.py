@@ -1,23 +1,26 @@
 """Verifies snapshots on the disk before an engine loads them, and reads them into the page cache.
 
 Files that were verified on arrival, or earlier by this process, and have not changed since are only read into
-the page cache. Owns the threads for it.
+the page cache. The checksums of the tensors are written again if those on the disk differ. Owns the threads
+for it.
 """
 
 import asyncio
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import google_crc32c
-
 from inference_service.checkpoints.snapshot import Snapshot
+from inference_service.checkpoints.tensor_checksums import TENSOR_CHECKSUMS, dump, parse
 from inference_service.errors import CacheError, SnapshotCorrupt
 from inference_service.storage.bucket.documents import WEIGHTS
-from inference_service.storage.snapshots.layout import FileRecord, Manifest
+from inference_service.storage.snapshots import checksums
+from inference_service.storage.snapshots.layout import FileRecord, Manifest, write_durably
 from inference_service.storage.snapshots.page_lock import PageLock
 
-CHUNK_BYTES = 1 << 20
+logger = logging.getLogger(__name__)
+
 READS_AT_ONCE = 2
 MAX_KNOWN = 10_000
 
@@ -46,32 +49,47 @@ class Verifier:
         if manifest is None:
             raise SnapshotCorrupt(f"The snapshot of '{snapshot.model}' was removed while it was read.")
         try:
-            for name, record in sorted(manifest.files.items()):
-                self._verify_file(snapshot.path / name, record, arrived_now=arrived_now)
+            found = {
+                name: self._verify_file(snapshot.path / name, record, arrived_now=arrived_now)
+                for name, record in sorted(manifest.files.items())
+            }
             self.page_lock.keep(snapshot.path, [name for name in manifest.files if name.endswith(WEIGHTS)])
         except OSError as error:
             raise CacheError(f"{error.filename} cannot be read: {error.strerror}") from error
+        _keep(snapshot.path, {name: tensors for name, tensors in found.items() if tensors})
 
-    def _verify_file(self, path: Path, record: FileRecord, *, arrived_now: bool) -> None:
+    def _verify_file(self, path: Path, record: FileRecord, *, arrived_now: bool) -> dict[str, str]:
+        """The checksums of the file's tensors, as far as its bytes had to be read."""
+        tensors: dict[str, str] = {}
         with path.open("rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             if not arrived_now and identity not in self._known:
-                found = _checksum(file.fileno())
-                if found != record.crc32c:
+                found = checksums.of_file(file.fileno(), path.name, status.st_size)
+                if found.crc32c != record.crc32c:
                     raise SnapshotCorrupt(
-                        f"{path} is damaged: crc32c {found:08x}, fetched were {record.crc32c:08x}.",
+                        f"{path} is damaged: crc32c {found.crc32c:08x}, fetched were {record.crc32c:08x}.",
                         retry_after=1,
                     )
+                tensors = found.tensors
             elif hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         self._known[identity] = None
         while len(self._known) > MAX_KNOWN:
             del self._known[next(iter(self._known))]
+        return tensors
 
 
-def _checksum(descriptor: int) -> int:
-    total = 0
-    while chunk := os.read(descriptor, CHUNK_BYTES):
-        total = google_crc32c.extend(total, chunk)
-    return total
+def _keep(snapshot: Path, found: dict[str, dict[str, str]]) -> None:
+    """Write the tensors' checksums if they differ from those on the disk (an earlier version wrote none)."""
+    path = snapshot / TENSOR_CHECKSUMS
+    try:
+        kept = dict(parse(path.read_bytes())) if path.exists() else {}
+        if found.items() <= kept.items():
+            return
+        new = path.with_name(f"{TENSOR_CHECKSUMS}.{os.getpid()}")
+        write_durably(new, dump(kept | found))
+        new.replace(path)
+    except OSError as error:
+        # Without them a swap copies every tensor.
+        logger.warning("%s cannot be written: %s", path, error)

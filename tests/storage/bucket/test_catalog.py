@@ -29,6 +29,8 @@ def checkpoint(directory: str, **changes: str) -> list[StoredObject]:
 
 
 class ListedStore:
+    has_checksums = True
+
     def __init__(self, *objects: StoredObject) -> None:
         self.objects = list(objects)
         self.contents: dict[str, bytes] = defaultdict(lambda: b"{}".ljust(10))

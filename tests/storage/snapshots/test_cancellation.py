@@ -21,7 +21,7 @@ from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.errors import DiskFull, StoreUnavailable
 from inference_service.storage.bucket.model import ListedModel, models_in
 from inference_service.storage.snapshots import cache as disk_cache
-from inference_service.storage.snapshots import downloader, locks, staging
+from inference_service.storage.snapshots import checksums, downloader, locks, staging
 from inference_service.storage.snapshots import snapshots as snapshot_store
 from inference_service.storage.snapshots.cancellation import Cancelled, CancelToken
 from inference_service.storage.snapshots.layout import INCOMPLETE, JOURNAL, PROMISE, allocated_bytes
@@ -468,8 +468,8 @@ STEPS: list[tuple[Any, str, int]] = [
     (locks, "_try_lock", 1),
     (snapshot_store, "is_whole", 2),
     (snapshot_store, "stagings_of", 1),
-    (staging, "checksum", 1),
-    (staging, "_holds", 2),
+    (checksums, "of_file", 1),
+    (staging, "_read", 2),
     (disk_cache.Disk, "_make_room", 1),
     (snapshot_store, "stagings", 1),
     (staging, "_copy", 1),
@@ -478,7 +478,7 @@ STEPS: list[tuple[Any, str, int]] = [
     (SlowStore, "_wait", 1),
     (SlowStore, "_wait", 20),
     (staging.IncomingFile, "write", 30),
-    (staging.IncomingFile, "checksum", 1),
+    (staging.IncomingFile, "read_back", 1),
     (staging.IncomingFile, "flush", 1),
     (staging.Staging, "seal", 1),
     (snapshot_store, "sync_directory", 1),
@@ -561,7 +561,7 @@ async def test_what_is_linked_is_not_read_to_its_end(
         return original(descriptor, count, offset)
 
     monkeypatch.setattr(os, "pread", pread)
-    token = cancelled_at(monkeypatch, staging, "_holds", 2)
+    token = cancelled_at(monkeypatch, staging, "_read", 2)
     with pytest.raises(Cancelled):
         snapshots.ensure(listed(store), token)
     assert len(read) < 10

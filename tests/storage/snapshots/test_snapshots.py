@@ -195,6 +195,8 @@ async def test_what_a_killed_fetch_left_goes_and_what_another_writes_stays(sourc
 
 
 class OtherSums(DirectoryStore):
+    has_checksums = True
+
     def checksum(self, stored: StoredObject) -> int:
         return 1
 

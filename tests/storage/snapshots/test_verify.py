@@ -8,10 +8,12 @@ import google_crc32c
 import pytest
 
 from inference_service.checkpoints.snapshot import Snapshot
+from inference_service.checkpoints.tensor_checksums import TENSOR_CHECKSUMS, parse
 from inference_service.errors import SnapshotCorrupt
 from inference_service.storage.snapshots.layout import FileRecord, Manifest
 from inference_service.storage.snapshots.page_lock import PageLock
 from inference_service.storage.snapshots.verify import Verifier
+from tests.storage.snapshots.test_checksums import safetensors
 
 MIB = 1 << 20
 
@@ -95,3 +97,23 @@ def test_a_snapshot_that_has_left_the_disk_is_let_go(tmp_path: Path, lockable: N
 def locked_mib() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmLck")) // 1024
+
+
+async def test_the_checksums_of_tensors_are_written_again_where_they_are_missing(tmp_path: Path) -> None:
+    kept = snapshot(tmp_path)
+    weights = safetensors({"a": os.urandom(10), "b": os.urandom(9000)})
+    (kept.path / "model.safetensors").write_bytes(weights)
+    record = FileRecord("models/m/model.safetensors", "1", len(weights), google_crc32c.value(weights), 0)
+    Manifest({"model.safetensors": record}).write(kept.path)
+    found = kept.path / TENSOR_CHECKSUMS
+    written = []
+    for content in (None, b"no json", b'{"model.safetensors": {"a": "0"}}'):
+        if content is not None:
+            found.write_bytes(content)
+        await Verifier(PageLock(0)).verify(kept)
+        written.append(parse(found.read_bytes()))
+    assert written[0]["model.safetensors"].keys() == {"a", "b"}
+    assert written[1] == written[2] == written[0]
+    found.unlink()
+    found.mkdir()
+    await Verifier(PageLock(0)).verify(kept)  # it serves without them
