@@ -1,10 +1,10 @@
-"""Download a model from a bucket: this service against common tools, through the emulator.
+"""Download a model from a bucket: this service against common tools, through the emulator, and against cp.
 
     python -m benchmarks.sync [--quick]
 
 First with every connection capped (one stream of a store is slow, many add up), then uncapped. Every time
 includes verifying the crc32c of every file against the listing. Files go to memory (/dev/shm), to measure the
-network and the CPU, not this machine's disk.
+network and the CPU, not this machine's disk. Last, the same model from a directory (file://), against cp.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from urllib.parse import quote
 
 import google_crc32c
 
+from benchmarks import directory_copy
 from benchmarks.gcs import BUCKET, Capped, capped, emulator, upload
 from benchmarks.report import median, print_result, print_table, say, spread
 
@@ -38,6 +39,7 @@ SMALL = {
 }
 CAP = 25_000_000
 ROUNDS = 3
+COPIES = 5
 WORKERS = 8
 CHUNK_BYTES = 32 << 20
 
@@ -64,7 +66,8 @@ def run(quick: bool) -> None:
         with capped(url, CAP) as slow:
             one, ours, connections = _capped(slow, rounds, min(shard, 128 << 20), total)
         tools = _uncapped(url, rounds)
-    _report(total, one, ours, connections, tools)
+    copies = directory_copy.run(SHARDS, shard, max(rounds, COPIES))
+    _report(total, one, ours, connections, tools, copies)
 
 
 def _touch_memory(count: int) -> None:
@@ -100,7 +103,12 @@ def _uncapped(url: str, rounds: int) -> dict[str, list[Run]]:
 
 
 def _report(
-    total: int, one: list[float], ours: list[float], connections: int, tools: dict[str, list[Run]]
+    total: int,
+    one: list[float],
+    ours: list[float],
+    connections: int,
+    tools: dict[str, list[Run]],
+    copies: tuple[list[float], list[float]],
 ) -> None:
     over_one = [mine / single for mine, single in zip(ours, one, strict=True)]
     over_cap = [mine / (connections * CAP) for mine in ours]
@@ -115,6 +123,9 @@ def _report(
         ratios = [other / own for own, other in zip(mine, theirs, strict=True)]
         rows.append(["uncapped", name, f"{total / median(theirs) / 1e6:.0f}", spread(ratios)])
     rows.append(["uncapped", "this service", f"{total / median(mine) / 1e6:.0f}", ""])
+    over_cp = [own / cp for own, cp in zip(*copies, strict=True)]
+    rows.append(["directory", "cp", f"{median(copies[1]) / 1e6:.0f}", spread(over_cp)])
+    rows.append(["directory", "this service", f"{median(copies[0]) / 1e6:.0f}", ""])
     print_table(["connections", "against", "MB/s", "ours/theirs (min-max)"], rows)
     print(f"this service grew by at most {grown / 1e6:.0f} MB while downloading {total / 1e6:.0f} MB")
     figures = {
@@ -128,6 +139,7 @@ def _report(
         "over_one_stream": median(over_one),
         "over_cap_sum": median(over_cap),
         "over_best_tool": median(over_best),
+        "over_cp": median(over_cp),
     }
     print_result("sync", medians, figures)
 

@@ -25,6 +25,8 @@ class DirectoryStore:
     """The directory `root`; a generation is a file's time, inode and size."""
 
     has_checksums = False
+    # Two for each processor; more only take turns, but a network may be behind the directory.
+    connections = min(12, 2 * (os.cpu_count() or 1))
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -48,6 +48,7 @@ class GcsStore:
     """The bucket `bucket`. Nothing is contacted before the first call."""
 
     has_checksums = True
+    connections = 12
 
     def __init__(
         self, bucket: str, *, page_size: int | None = None, read_seconds: float = READ_SECONDS

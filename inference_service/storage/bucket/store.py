@@ -37,9 +37,13 @@ class StoredObject:
 
 
 class Store(Protocol):
-    """Read access to objects. `has_checksums`: its listings have the crc32c of every object."""
+    """Read access to objects.
+
+    `has_checksums`: its listings have the crc32c of every object. `connections`: how many reads at once pay.
+    """
 
     has_checksums: bool
+    connections: int
 
     def list(self, prefix: str) -> list[StoredObject]:
         """All objects under `prefix`; raises StoreError."""

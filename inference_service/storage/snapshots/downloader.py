@@ -29,7 +29,7 @@ class Downloader:
     """The connections to one store."""
 
     def __init__(self, store: Store, config: TransferConfig | None = None) -> None:
-        self.config = config or TransferConfig()
+        self.config = config or TransferConfig(connections=store.connections)
         self._store = store
         self._jobs: list[Job] = []
         self._threads = 0

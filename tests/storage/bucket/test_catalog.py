@@ -30,6 +30,7 @@ def checkpoint(directory: str, **changes: str) -> list[StoredObject]:
 
 class ListedStore:
     has_checksums = True
+    connections = 4
 
     def __init__(self, *objects: StoredObject) -> None:
         self.objects = list(objects)

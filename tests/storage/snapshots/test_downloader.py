@@ -31,6 +31,7 @@ class StepStore:
     """Zeros; a read of an object goes on only when its gate lets it."""
 
     has_checksums = True
+    connections = 4
 
     def __init__(self) -> None:
         self.ranges: list[tuple[str, int, int]] = []
@@ -305,6 +306,8 @@ class TroubledStore:
 
     Not damaged if it has no checksums: nothing would tell.
     """
+
+    connections = 4
 
     def __init__(self, seed: int, *, has_checksums: bool = True) -> None:
         self.has_checksums = has_checksums
