@@ -34,10 +34,15 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Swapped:
-    """A completed swap: its weight check, and the seconds of its phases."""
+    """A completed swap: its weight check, and the seconds of its phases.
+
+    `copied_bytes` of the checkpoint's `total_bytes` differed and were copied; None if the host does not say.
+    """
 
     fingerprint: Fingerprint
     seconds: dict[str, float]
+    copied_bytes: int | None = None
+    total_bytes: int | None = None
 
 
 @dataclass(frozen=True)

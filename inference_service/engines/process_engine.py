@@ -112,7 +112,8 @@ class ProcessEngine:
         self._log.model = spec.model
         answer = await self._command("POST", "/control/swap", spec.to_json(), SwapFailed)
         self._spec = spec
-        return Swapped(_fingerprint(answer), answer["seconds"])
+        copied, total = answer.get("copied_bytes"), answer.get("total_bytes")
+        return Swapped(_fingerprint(answer), answer["seconds"], copied, total)
 
     async def add_adapter(self, name: str, number: int, adapter: Snapshot) -> None:
         command = {"name": name, "id": number, "directory": str(adapter.path)}

@@ -25,8 +25,10 @@ GET /control/weight-check
 
 POST /control/swap
     Takes a HostSpec as JSON: serve its snapshot, whose weights have the same shapes, under its name, and
-    remove all adapters. 200 {"fingerprint": as above, "seconds": {"weights": s, "warm-up": s}}. The service
-    sends no other request meanwhile, and ends the host if the swap fails.
+    remove all adapters. 200 {"fingerprint": as above, "seconds": {"weights": s, "warm-up": s},
+    "copied_bytes": n, "total_bytes": n}: of the checkpoint's bytes, those that had to be copied; a host that
+    copies them all may leave these out. The service sends no other request meanwhile, and ends the host if
+    the swap fails.
 
 POST /control/adapters
     Takes {"name": name, "id": n, "directory": path}: load a LoRA adapter and serve it under `name`, which

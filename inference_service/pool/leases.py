@@ -20,9 +20,9 @@ class Slot:
     """The slot of one engine with one model, from the decision to load it until its process is gone.
 
     The scheduler owns its state. `began` is on the pool's clock; `tasks` run for it: its load, the watch over
-    its process, its teardown. `unloaded`: by the operator. `swapped`: its engine held another model before.
-    `fingerprint`: the weight check's. `adapter_rank`: a fresh engine must take adapters of at least this
-    rank.
+    its process, its teardown. `unloaded`: by the operator. `swapped`: its engine held another model before;
+    `copied_bytes`: of its weights in that swap, None if unknown. `fingerprint`: the weight check's.
+    `adapter_rank`: a fresh engine must take adapters of at least this rank.
     """
 
     model: Checkpoint
@@ -36,6 +36,7 @@ class Slot:
     load_seconds: float | None = None
     unloaded: bool = False
     swapped: bool = False
+    copied_bytes: int | None = None
     adapter_rank: int = 0
     leases: set["Lease"] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)

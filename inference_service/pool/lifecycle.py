@@ -219,7 +219,7 @@ class EngineLifecycle:
         except Exception as error:
             self._metrics.swaps.labels(name, "failed").inc()
             logger.warning("swap failed, loading into a fresh engine: %s", error, extra={"model": name})
-            slot.swapped = False
+            slot.swapped, slot.copied_bytes = False, None
             await self.loading.discard(slot)
             await self.loading.load(slot)
         else:
@@ -263,6 +263,8 @@ class EngineLifecycle:
         self.backoff.succeeded(name, slot.model.revision)
         self._metrics.loaded(name, seconds, slot.phases.seconds)
         fields = {"revision": slot.model.revision, "seconds": seconds, "swapped": slot.swapped}
+        if slot.copied_bytes is not None:
+            fields["copied_bytes"] = slot.copied_bytes
         logger.info("loaded", extra={"model": name, **fields, **slot.phases.describe()})
         self._dispatch(Loaded(slot.key, start_seconds))
 

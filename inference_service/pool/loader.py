@@ -152,6 +152,7 @@ class EngineLoader:
         if reason is not None:
             raise SwapFailed(reason)
         slot.fingerprint = swapped.fingerprint
+        slot.copied_bytes = swapped.copied_bytes
 
     def progress(self, slot: Slot, start_seconds: float) -> LoadProgress:
         """The progress of a load whose start takes `start_seconds`."""

@@ -117,6 +117,7 @@ class Report:
             "load_seconds": slot.load_seconds,
             "phases": slot.phases.describe(),
             "swapped": slot.swapped,
+            "copied_bytes": slot.copied_bytes,
             "swap_key": view.swap,
             "adapter_rank": view.adapters,
             "adapters": [] if slot.adapters is None else slot.adapters.describe(),

@@ -1,15 +1,18 @@
 """From one fine-tune to the next in a live engine: what it answers is what a fresh engine answers."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import openai
 import psutil
 import pytest
 from openai.types import CompletionChoice
+from safetensors import safe_open
 
 from tests.e2e.conftest import ADAPTER, NOISE, real_service
 from tests.e2e.engines import REAL, Engine, shows
@@ -112,6 +115,46 @@ def test_tied_embeddings_and_an_adapter(single: ServiceProcess) -> None:
     assert (engine["process_id"], engine["swapped"]) == (process, True)
     assert [adapter["model"] for adapter in engine["adapters"]] == [ADAPTER]
     assert {"weights", "warm-up", "weight-check"} <= engine["phases"].keys()
+
+
+@pytest.mark.engine("vllm")
+def test_only_what_differs_is_copied(
+    single: ServiceProcess, family: Bucket, checkpoints: Checkpoints
+) -> None:
+    """Of models that differ in q_proj and v_proj only the qkv modules; then the engine is as a fresh one."""
+    family.upload(checkpoints.projections, "models/projections")
+    try:
+        wait_listed(single, "projections")
+        unload(single)
+        fresh_projections = answers(single, "projections"), digests(single, "projections")
+        unload(single)
+        fresh_base, adapted = answers(single, BASE), answers(single, ADAPTER)
+        base_digests = digests(single, BASE)
+        assert are_alike(answers(single, "projections"), fresh_projections[0])
+        assert single.engine("projections")["copied_bytes"] == qkv_bytes(checkpoints.base)
+        assert digests(single, "projections") == fresh_projections[1] != base_digests
+        assert are_alike(answers(single, ADAPTER), adapted)
+        assert are_alike(answers(single, BASE), fresh_base)
+        assert single.engine(BASE)["copied_bytes"] == qkv_bytes(checkpoints.base)
+        assert digests(single, BASE) == base_digests
+    finally:
+        family.remove("models/projections/")
+
+
+def qkv_bytes(checkpoint: Path) -> int:
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        tensors = [file.get_tensor(name) for name in file.keys() if re.search(r"\.[qkv]_proj\.", name)]  # noqa: SIM118
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def digests(service: ServiceProcess, model: str) -> dict[str, str]:
+    """vLLM's own digests of its parameters, from the control socket of the model's host."""
+    host = psutil.Process(service.engine(model)["process_id"])
+    (path,) = {each.laddr for each in host.net_connections("unix") if str(each.laddr).endswith("host.sock")}
+    with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(path)), timeout=60) as client:
+        (found,) = client.get("http://host/control/weight-digests").raise_for_status().json()["digests"]
+    assert len(found) > 30
+    return dict(found)
 
 
 def test_untied_embeddings(single: ServiceProcess) -> None:

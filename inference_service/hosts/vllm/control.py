@@ -120,6 +120,17 @@ async def swap(request: Request) -> JSONResponse:
     return await reply(lambda: _swap(request.app.state, spec))
 
 
+@control.get("/weight-digests")
+async def weight_digests(request: Request) -> JSONResponse:
+    """By worker, a digest of each parameter; for tests and benchmarks, since it reads all weights."""
+
+    async def read() -> dict[str, Any]:
+        found = await request.app.state.engine_client.collective_rpc("weight_digests")
+        return {"digests": found}
+
+    return await reply(read)
+
+
 @control.post("/adapters")
 async def add_adapter(request: Request) -> JSONResponse:
     """Load an adapter: `name` (including its revision), `id` (never used before) and `directory`."""
@@ -155,7 +166,7 @@ async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
     await engine.pause_generation(mode="wait")  # clears the prefix cache of the old weights
     for adapter in list(state.openai_serving_models.lora_requests.values()):
         await engine.remove_lora(adapter.lora_int_id)
-    await engine.collective_rpc("swap_weights", kwargs={"model": spec.model, "directory": spec.directory})
+    swapped = await engine.collective_rpc("swap_weights", args=(spec.model, str(before), spec.directory))
     await engine.resume_generation()
     weights = time.monotonic()
     retitle(spec.model)
@@ -163,7 +174,7 @@ async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
     # The engine core computes the weight check while the server is rebuilt.
     weight_check, _ = await asyncio.gather(_weight_check(engine), serve_model(state, engine, args, spec))
     seconds = {"weights": weights - started, "warm-up": time.monotonic() - weights}
-    return {**weight_check, "seconds": seconds}
+    return {**weight_check, "seconds": seconds, **swapped[0]}
 
 
 def _take_over(engine: Any, args: Namespace, *, rendered_alike: bool) -> None:

@@ -2,7 +2,7 @@
 
 vLLM's engine core outlives a parent that was killed (SIGKILL of the host), and keeps its memory. This module
 is imported in every process that holds a worker and ends it with its parent. It reports when weights are
-loaded and when the engine warms up, and swaps another checkpoint's weights into the live model.
+loaded and when the engine warms up, and has the worker's side of the control routes.
 """
 
 import logging
@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -19,6 +20,8 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from inference_service.engines.process_title import retitle, title_child
 from inference_service.hosts.phases import enter_phase
+from inference_service.hosts.vllm.weight_digests import digests
+from inference_service.hosts.vllm.weight_swap import swap
 
 _PHASES = {"load_model": "weights", "compile_or_warm_up_model": "warm-up"}
 
@@ -28,47 +31,19 @@ class WorkerExtension:
 
     model_runner: Any
 
-    def swap_weights(self, model: str, directory: str) -> None:
-        """Load the weights of `model` in `directory`, of the same shapes, into the live model.
+    def swap_weights(self, model: str, before: str, directory: str) -> dict[str, int]:
+        """Load the weights of `model` in `directory` into the live model, which holds those in `before`.
 
-        Any error leaves the model unusable: the engine must be ended.
+        Returns `copied_bytes` and `total_bytes` of them. Any error leaves the model unusable: the engine must
+        be ended.
         """
-        if current_platform.is_cpu():
-            _embed_only(self.model_runner.get_model())
-        self.model_runner.reload_weights(weights_path=directory)
+        done = swap(self.model_runner, Path(before), Path(directory))
         retitle(model)  # this process, if it is not the host's own
-        if current_platform.is_cpu():
-            _tie_again(self.model_runner.get_model())
+        return done._asdict()
 
-
-def _embed_only(model: Any) -> None:
-    """Do not pack the embeddings on the CPU: only the output layer, a separate one, needs them packed."""
-    head, embeddings = _unwrapped(getattr(model, "lm_head", None)), _embeddings(model)
-    if head is None or embeddings is None or head is embeddings:
-        return
-    embeddings.quant_method.process_weights_after_loading = lambda layer: None
-    vars(embeddings).pop("cpu_linear", None)
-
-
-def _tie_again(model: Any) -> None:
-    """Repack a tied output layer: on the CPU it would keep using a packed copy of the old embeddings."""
-    config = getattr(model, "config", None)
-    head = _unwrapped(getattr(model, "lm_head", None))
-    embeddings = _embeddings(model)
-    if not getattr(config, "tie_word_embeddings", False) or head is None or embeddings is None:
-        return
-    if head is not embeddings:
-        head.weight = embeddings.weight
-    head.quant_method.process_weights_after_loading(head)
-
-
-def _embeddings(model: Any) -> Any:
-    return _unwrapped(getattr(getattr(model, "model", None), "embed_tokens", None))
-
-
-def _unwrapped(layer: Any) -> Any:
-    """The layer itself, if LoRA has wrapped it."""
-    return getattr(layer, "base_layer", layer)
+    def weight_digests(self) -> dict[str, str]:
+        """A digest of every parameter by name: equal for two engines only if their weights are."""
+        return digests(self.model_runner.get_model())
 
 
 def _end_with_parent() -> None:
@@ -102,8 +77,9 @@ def _telling(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
 _end_with_parent()
 title_child()
 _tell_phases(Worker)
-# It warns of tied output layers and rotary embeddings, which have no tensor in a checkpoint.
-logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+# They warn of modules that a swap gives no weights, most of them on purpose.
+for _name in ("layerwise", "inplace"):
+    logging.getLogger(f"vllm.model_executor.model_loader.reload.{_name}").setLevel(logging.ERROR)
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
 
