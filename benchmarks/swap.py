@@ -5,6 +5,7 @@
 a  vLLM's own server, stopped and restarted with the other model, as a process-swapping proxy does. It gets
    the same command line as this service's engines.
 b  this service, another model of the same architecture      (weights are loaded into the live engine)
+b2 the same, to and from a fine-tune of q_proj and v_proj    (only what differs is copied)
 c  this service, a model of another architecture             (a new engine, forked from the launcher)
 d  as b with WEIGHT_SWAP=off
 e  this service, a new adapter while its base is loaded
@@ -65,7 +66,7 @@ class Swaps:
     def fresh_answers(self) -> None:
         """Record the answers of fresh engines, each alone; not timed."""
         with this_service_over(self.bucket, SETTINGS, **AT_ONCE, WEIGHT_SWAP="off") as server:
-            for model in ("first", "second", "other"):
+            for model in ("first", "second", "projections", "other"):
                 self.ask(server, model)
         self.fresh["adapter"] = self.fresh["second"]
 
@@ -125,8 +126,9 @@ class Swaps:
 
 
 def make_bucket(root: Path, models: Checkpoints, adapters: int) -> None:
-    """`first` and `second` of one architecture, `other` of another, and copies of an adapter of `first`."""
+    """Three fine-tunes of one architecture, `other` of another, and copies of an adapter of `first`."""
     named = {"first": models.base, "second": models.tuned, "other": models.untied[0]}
+    named["projections"] = models.projections
     for number in range(adapters):
         named[f"adapter-{number}"] = models.adapter
     for name, source in named.items():
@@ -147,6 +149,7 @@ def run(quick: bool) -> None:
         measured: dict[str, list[float]] = {}
         parts: dict[str, Callable[[], list[float]]] = {
             "b": lambda: swaps.alternate("b", ("first", "second"), SWAPS),
+            "b2": lambda: swaps.alternate("b2", ("first", "projections"), SWAPS),
             "c": lambda: swaps.alternate("c", ("first", "other"), rounds + 1),
             "d": lambda: swaps.alternate("d", ("first", "second"), rounds + 1, WEIGHT_SWAP="off"),
             "e": lambda: swaps.adapters(rounds),
@@ -162,6 +165,7 @@ def report(measured: dict[str, list[float]], theirs: list[float], swaps: Swaps) 
     what = {
         "a": "vLLM's server restarted with the other model",
         "b": "this service, same architecture",
+        "b2": "this service, a fine-tune of two projections",
         "c": "this service, another architecture",
         "d": "this service, same architecture, WEIGHT_SWAP=off",
         "e": "this service, a new adapter",
@@ -177,11 +181,13 @@ def report(measured: dict[str, list[float]], theirs: list[float], swaps: Swaps) 
         "swap",
         {
             "same_architecture": round(middle["a"] / middle["b"], 1),
+            "two_projections": round(middle["a"] / middle["b2"], 1),
             "other_architecture": round(middle["a"] / middle["c"], 2),
             "boot": round(middle["f"] / median(theirs), 3),
         },
         {
             "swap_s": middle["b"],
+            "two_projections_s": middle["b2"],
             "adapter_s": middle["e"],
             "launcher_s": middle["d"],
             "loop_lag_s": max(swaps.lags),
