@@ -20,8 +20,9 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from inference_service.engines.process_title import retitle, title_child
 from inference_service.hosts.phases import enter_phase
-from inference_service.hosts.vllm.weight_digests import digests
-from inference_service.hosts.vllm.weight_swap import swap
+from inference_service.hosts.vllm.weights.digests import digests
+from inference_service.hosts.vllm.weights.source import WeightSource
+from inference_service.hosts.vllm.weights.swap import mapped, swap
 
 _PHASES = {"load_model": "weights", "compile_or_warm_up_model": "warm-up"}
 
@@ -30,16 +31,35 @@ class WorkerExtension:
     """Mixed into vLLM's worker class."""
 
     model_runner: Any
+    _weights_to_come: WeightSource
 
-    def swap_weights(self, model: str, before: str, directory: str) -> dict[str, int]:
+    def swap_weights(self, model: str, before: str, directory: str) -> dict[str, Any]:
         """Load the weights of `model` in `directory` into the live model, which holds those in `before`.
 
-        Returns `copied_bytes` and `total_bytes` of them. Any error leaves the model unusable: the engine must
-        be ended.
+        Returns the fields of weights.swap.Done. Any error leaves the model unusable: the engine must end.
         """
-        done = swap(self.model_runner, Path(before), Path(directory))
+        done = swap(self.model_runner, self._weight_source(), Path(before), Path(directory))
         retitle(model)  # this process, if it is not the host's own
         return done._asdict()
+
+    def prepare_weights(self, directory: str) -> None:
+        """Begin to make the weights in `directory` ready for a swap; returns at once."""
+        self._weight_source().prepare(Path(directory), mapped(self.model_runner, Path(directory)))
+
+    def weights_prepared(self, directory: str) -> dict[str, Any]:
+        """How far the weights in `directory` are ready: the fields of weights.prepared.Status."""
+        status = self._weight_source().status(Path(directory))
+        return {} if status is None else status._asdict()
+
+    def forget_weights(self, directory: str) -> None:
+        """Hold the weights in `directory` no longer."""
+        self._weight_source().forget(Path(directory))
+
+    def _weight_source(self) -> WeightSource:
+        found: WeightSource | None = vars(self).get("_weights_to_come")
+        if found is None:
+            found = self._weights_to_come = WeightSource(self.model_runner.device)
+        return found
 
     def weight_digests(self) -> dict[str, str]:
         """A digest of every parameter by name: equal for two engines only if their weights are."""

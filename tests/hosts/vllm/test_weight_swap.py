@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from inference_service.checkpoints.safetensors import BadHeader  # noqa: E402
 from inference_service.checkpoints.tensor_checksums import TENSOR_CHECKSUMS, dump  # noqa: E402
-from inference_service.hosts.vllm.changed_weights import changed  # noqa: E402
-from inference_service.hosts.vllm.mapped_weights import Content, MappedWeights  # noqa: E402
+from inference_service.hosts.vllm.weights.changed import changed  # noqa: E402
+from inference_service.hosts.vllm.weights.mapped import Content, MappedWeights  # noqa: E402
+from inference_service.hosts.vllm.weights.read_ahead import Ring  # noqa: E402
+from inference_service.hosts.vllm.weights.source import WeightSource  # noqa: E402
 from inference_service.storage.snapshots import checksums  # noqa: E402
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -172,6 +174,7 @@ def snapshot(directory: Path, **tensors: float) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")  # vLLM's imports
+@pytest.mark.parametrize("ring", [None, Ring(torch.empty(1000, dtype=torch.uint8))], ids=["mapped", "ring"])
 @pytest.mark.parametrize(
     ("fused", "collects", "copied"),
     [
@@ -181,11 +184,12 @@ def snapshot(directory: Path, **tensors: float) -> Path:
     ],
 )
 def test_no_module_gets_half_of_its_weights(
-    tmp_path: Path, fused: dict[str, list[str]], collects: bool, copied: int
+    tmp_path: Path, ring: Ring | None, fused: dict[str, list[str]], collects: bool, copied: int
 ) -> None:
     pytest.importorskip("vllm")
-    from inference_service.hosts.vllm.weight_swap import swap
+    from inference_service.hosts.vllm.weights.swap import swap
 
+    source = WeightSource(torch.device("cpu"), ring=ring)
     before = snapshot(tmp_path / "before", a=1.0, b=2.0, m=3.0)
     after = snapshot(tmp_path / "after", a=1.0, b=5.0, m=3.0)
     model = Model(fused, collects=collects)
@@ -193,10 +197,11 @@ def test_no_module_gets_half_of_its_weights(
     runner = Runner(model)
     runner.reload_weights([(name, each) for name, each in load_file(before / "model.safetensors").items()])
     storage = model.mlp.weight.data_ptr()
-    done = swap(runner, before, after)
+    done = swap(runner, source, before, after)
     assert (done.copied_bytes, done.total_bytes) == (copied, 40)
+    assert done.came == {"mapped" if ring is None else "read_ahead": copied}
     assert model.mlp.weight.tolist() == [[1.0, 1.0], [1.0, 1.0], [5.0, 5.0], [5.0, 5.0]]
     assert model.norm.weight.tolist() == [[3.0, 3.0]]
     assert model.mlp.weight.data_ptr() == storage, "CUDA graphs refer to it"
     assert runner.vllm_config.model_config.model == str(after)
-    assert swap(runner, after, after).copied_bytes == 0
+    assert swap(runner, source, after, after).copied_bytes == 0

@@ -25,50 +25,70 @@ class Content(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Mapped:
-    """A tensor in a mapped file."""
+class Located:
+    """A tensor in a file, from the byte `start` on."""
 
-    file: mmap.mmap
+    path: Path
     start: int
     tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.tensor.dtype]
 
 
 class MappedWeights:
     """The tensors in `files` of the snapshot `directory`, by name, in the order of the files.
 
-    Raises OSError, BadHeader, and ValueError for a tensor that is in two files.
+    Raises OSError, BadHeader, and ValueError for a tensor that is in two files or of a type that no swap has.
     """
 
     def __init__(self, directory: Path, files: Iterable[Path]) -> None:
         checksums = _checksums(directory)
         self.contents: dict[str, Content] = {}
-        self._tensors: dict[str, _Mapped] = {}
+        self._located: dict[str, Located] = {}
+        self._files: dict[Path, mmap.mmap] = {}
         for path in files:
-            mapped, data, tensors = _map(path)
+            self._files[path], data, tensors = _map(path)
             known = checksums.get(path.name, {})
             for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
-                if name in self._tensors:
+                if name in self._located:
                     raise ValueError(f"the tensor {name} is in two files, one of them {path.name}")
+                if tensor.dtype not in _DTYPES:
+                    raise ValueError(f"the tensor {name} has the type {tensor.dtype}, which is not swapped")
                 self.contents[name] = Content(tensor.dtype, tensor.shape, known.get(name))
-                self._tensors[name] = _Mapped(mapped, data + tensor.start, tensor)
+                self._located[name] = Located(path, data + tensor.start, tensor)
 
     def bytes(self, names: Iterable[str]) -> int:
-        return sum(self._tensors[name].tensor.bytes for name in names)
+        return sum(self._located[name].tensor.bytes for name in names)
+
+    def located(self, name: str) -> Located:
+        return self._located[name]
 
     def view(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU: a view of the file, which stays mapped as long as the view exists."""
-        mapped = self._tensors[name]
-        tensor, dtype = mapped.tensor, _DTYPES[mapped.tensor.dtype]
-        if tensor.bytes == 0:
-            return torch.empty(tensor.shape, dtype=dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it must not be written to
-            if mapped.start % dtype.itemsize:
-                # The file's header has an odd length: such a view cannot be read as this type.
-                content = mapped.file[mapped.start : mapped.start + tensor.bytes]
-                return torch.frombuffer(bytearray(content), dtype=dtype).view(tensor.shape)
-            flat = torch.frombuffer(mapped.file, dtype=dtype, count=tensor.elements, offset=mapped.start)
-        return flat.view(tensor.shape)
+        located = self._located[name]
+        return tensor_at(located, self._files[located.path], located.start)
+
+
+def tensor_at(located: Located, memory: mmap.mmap | memoryview, offset: int) -> torch.Tensor:
+    """The tensor as a view of `memory`, where it begins at `offset`."""
+    count, dtype = located.tensor.bytes, located.dtype
+    if offset % dtype.itemsize:
+        # The file's header has an odd length: a view cannot be read as this type.
+        flat = bytes_of(memory, offset, count).clone().view(dtype)
+    else:
+        flat = bytes_of(memory, offset, count).view(dtype)
+    return flat.view(located.tensor.shape)
+
+
+def bytes_of(memory: mmap.mmap | memoryview, offset: int = 0, count: int = -1) -> torch.Tensor:
+    """A view of bytes, which keeps the memory."""
+    if count == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it must not be written to
+        return torch.frombuffer(memory, dtype=torch.uint8, offset=offset, count=count)
 
 
 def _map(path: Path) -> tuple[mmap.mmap, int, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from inference_service.hosts.vllm.mapped_weights import Content
+from inference_service.hosts.vllm.weights.mapped import Content
 
 
 def changed(

@@ -6,6 +6,7 @@ the storage that CUDA graphs refer to.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,23 +17,25 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
-from inference_service.hosts.vllm.changed_weights import changed
-from inference_service.hosts.vllm.mapped_weights import MappedWeights
+from inference_service.hosts.vllm.weights.changed import changed
+from inference_service.hosts.vllm.weights.mapped import MappedWeights
+from inference_service.hosts.vllm.weights.source import Way, WeightSource
 
 logger = logging.getLogger(__name__)
 
 
 class Done(NamedTuple):
-    """Bytes of the checkpoint that a swap has copied, of how many."""
+    """Bytes of the checkpoint that a swap has copied, of how many; those copied by the way they came."""
 
     copied_bytes: int
     total_bytes: int
+    came: dict[str, int]
 
 
-def swap(runner: Any, before: Path, directory: Path) -> Done:
+def swap(runner: Any, source: WeightSource, before: Path, directory: Path) -> Done:
     """Load the weights in `directory` into the runner's model, which holds those in `before`."""
     model = runner.get_model()
-    weights = _Weights(model, _mapped(runner, before), _mapped(runner, directory))
+    weights = _Weights(model, source, directory, mapped(runner, before), mapped(runner, directory))
     config = runner.vllm_config.model_config
     config.model, config.model_weights, config.revision = str(directory), "", None
     if current_platform.is_cpu():
@@ -43,21 +46,31 @@ def swap(runner: Any, before: Path, directory: Path) -> Done:
         runner.reset_lora_state()
     if current_platform.is_cpu():
         _tie_again(model)
-    return Done(weights.copied_bytes, weights.total_bytes)
+    came = {str(way): count for way, count in weights.came.items()}
+    return Done(weights.came.total(), weights.total_bytes, came)
 
 
 class _Weights:
     """Iterates over the tensors to copy, by name; counts what it has yielded."""
 
-    def __init__(self, model: Any, before: MappedWeights, after: MappedWeights) -> None:
+    def __init__(
+        self,
+        model: Any,
+        source: WeightSource,
+        directory: Path,
+        before: MappedWeights,
+        after: MappedWeights,
+    ) -> None:
         self._model = model
+        self._source = source
+        self._directory = directory
         self._after = after
         self.names = changed(before.contents, after.contents, getattr(model, "packed_modules_mapping", {}))
-        self.copied_bytes = 0
+        self.came: Counter[Way] = Counter()
         self.total_bytes = after.bytes(after.contents)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self._views(self.names)
+        yield from self._tensors(self.names)
         rest = [name for name in self._after.contents if name not in set(self.names)]
         # A model that collects its tensors before it loads them cannot be checked: it gets them all.
         broken = ["none of them yet"] if not _touched(self._model) else list(_partly_loaded(self._model))
@@ -65,15 +78,13 @@ class _Weights:
             logger.warning(
                 "the swap copies every tensor: vLLM combines them in a way that is not known here: %s", broken
             )
-            yield from self._views(rest)
+            yield from self._tensors(rest)
 
-    def _views(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in names:
-            self.copied_bytes += self._after.bytes([name])
-            yield name, self._after.view(name)
+    def _tensors(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._source.tensors(self._directory, self._after, names, self.came)
 
 
-def _mapped(runner: Any, directory: Path) -> MappedWeights:
+def mapped(runner: Any, directory: Path) -> MappedWeights:
     """The files that vLLM's own loader would read."""
     loader: Any = get_model_loader(runner.vllm_config.load_config)
     _, files, _, _ = loader._prepare_weights(str(directory), None, None, False, None)
