@@ -21,12 +21,13 @@ from inference_service.engines.factory import EngineFactory
 from inference_service.engines.launcher import Launcher
 from inference_service.errors import InvalidRequest, ServiceError, error_envelope
 from inference_service.machine.device import Device
-from inference_service.machine.memory import free_bytes
+from inference_service.machine.memory import free_bytes, free_host_bytes
 from inference_service.metrics import Metrics
 from inference_service.pool.budget import Budget
 from inference_service.pool.lifecycle import Limits
 from inference_service.pool.loader import Parts
 from inference_service.pool.pool import Pool
+from inference_service.pool.preparation import HostMemory
 from inference_service.pool.weight_check import WeightChecks
 from inference_service.revisions.resolver import Resolver
 from inference_service.revisions.rollout import Rollout
@@ -64,6 +65,7 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
         fetching=registry.fetching,
         swap_key=registry.swap_key if settings.weight_swap is WeightSwap.AUTO else _no_swap,
         weight_checks=WeightChecks(factory.conditions()),
+        host_memory=_host_memory(settings, registry.snapshots),
     )
     pool = Pool(parts, metrics, policy=_policy(settings, budget), limits=_limits(settings))
     metrics.watch_engines(pool.count_by_state)
@@ -103,6 +105,15 @@ def _registry(settings: Settings, device: Device, backend: Backend) -> Registry:
     page_lock = PageLock(int(settings.host_cache_gib * _GIB))
     disk.evicted = page_lock.forget
     return Registry(catalog, preflight, snapshots, layout, Verifier(page_lock))
+
+
+def _host_memory(settings: Settings, snapshots: SnapshotStore) -> HostMemory:
+    free = partial(asyncio.to_thread, _no_limit if snapshots.in_memory else free_host_bytes)
+    return HostMemory(int(settings.host_cache_gib * _GIB), snapshots.hold, snapshots.release, free)
+
+
+def _no_limit() -> None:
+    """The snapshots are memory: nothing more is taken if they stay there."""
 
 
 def _no_swap(model: Checkpoint) -> None:

@@ -146,8 +146,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=100_000,
-        description="GiB of recently used weights to lock in the machine's memory; 0: leave them to the "
-        "page cache",
+        description="GiB of recently used weights to keep locked in the machine's memory, on CUDA ready for "
+        "the GPU; 0: only those that a request waits for",
     )
     max_adapters: int = Field(
         8,

@@ -59,6 +59,16 @@ class Metrics:
             "Weights put into a live engine, status ok or failed (then loaded into a fresh engine)",
             "status",
         )
+        self.swap_bytes = self._counter(
+            "swap_bytes_total",
+            "Bytes of swapped weights by the way they came: prepared, read_ahead, mapped; or unchanged",
+            "way",
+        )
+        self.preparations = self._counter(
+            "preparations_total",
+            "Weights made ready ahead of a swap: ready, refused (by the driver), no_memory or failed",
+            "status",
+        )
         self.rollouts = self._counter(
             "rollouts_total",
             "Revisions of models that served: ok (a new one took over), rejected (the old one still serves), "

@@ -5,7 +5,7 @@ which is sent to the launcher as JSON.
 """
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
 from inference_service.checkpoints.snapshot import Snapshot
@@ -36,13 +36,24 @@ class Fingerprint:
 class Swapped:
     """A completed swap: its weight check, and the seconds of its phases.
 
-    `copied_bytes` of the checkpoint's `total_bytes` differed and were copied; None if the host does not say.
+    `copied_bytes` of the checkpoint's `total_bytes` differed and were copied, `came` says in which way; None
+    if the host does not say.
     """
 
     fingerprint: Fingerprint
     seconds: dict[str, float]
     copied_bytes: int | None = None
     total_bytes: int | None = None
+    came: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Weights that a host has made ready for a swap: so many bytes of all. `refused`: why not the others."""
+
+    ready_bytes: int = 0
+    total_bytes: int = 0
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,17 @@ class Engine(Protocol):
 
         No request may be running. If it raises EngineDied or SwapFailed, the engine is unusable.
         """
+        ...
+
+    async def prepare(self, snapshot: Snapshot) -> Prepared | None:
+        """Make a snapshot's weights ready for a swap, beside requests; None if the host cannot.
+
+        They are held until `forget`. Raises EngineDied and EngineError.
+        """
+        ...
+
+    async def forget(self, snapshot: Snapshot) -> None:
+        """Give up what `prepare` holds; raises EngineDied and EngineError."""
         ...
 
     async def add_adapter(self, name: str, number: int, adapter: Snapshot) -> None:

@@ -19,7 +19,15 @@ import aiohttp
 
 from inference_service.backends.preload import PROGRAMS
 from inference_service.checkpoints.snapshot import Snapshot
-from inference_service.engines.base import GRACE_SECONDS, About, Fingerprint, Heartbeat, HostSpec, Swapped
+from inference_service.engines.base import (
+    GRACE_SECONDS,
+    About,
+    Fingerprint,
+    Heartbeat,
+    HostSpec,
+    Prepared,
+    Swapped,
+)
 from inference_service.engines.error_hints import in_plain_words
 from inference_service.engines.host_log import HostLog
 from inference_service.engines.launcher import Host, Launcher, kill_group
@@ -71,6 +79,7 @@ class ProcessEngine:
         self._replies: set[HostReply] = set()
         self._cut_with: ServiceError | None = None
         self._disconnecting: asyncio.Future[None] | None = None
+        self._cannot_prepare = False
         self.about = About()
 
     @property
@@ -113,7 +122,22 @@ class ProcessEngine:
         answer = await self._command("POST", "/control/swap", spec.to_json(), SwapFailed)
         self._spec = spec
         copied, total = answer.get("copied_bytes"), answer.get("total_bytes")
-        return Swapped(_fingerprint(answer), answer["seconds"], copied, total)
+        return Swapped(_fingerprint(answer), answer["seconds"], copied, total, answer.get("came", {}))
+
+    async def prepare(self, snapshot: Snapshot) -> Prepared | None:
+        if self._cannot_prepare:
+            return None
+        try:
+            answer = await self._command(
+                "POST", "/control/prepare", _directory(snapshot), EngineError, absent=_NoRoute
+            )
+        except _NoRoute:
+            self._cannot_prepare = True
+            return None
+        return Prepared(**answer)
+
+    async def forget(self, snapshot: Snapshot) -> None:
+        await self._command("POST", "/control/forget", _directory(snapshot), EngineError)
 
     async def add_adapter(self, name: str, number: int, adapter: Snapshot) -> None:
         command = {"name": name, "id": number, "directory": str(adapter.path)}
@@ -123,12 +147,23 @@ class ProcessEngine:
         await self._command("DELETE", f"/control/adapters/{name}", None, AdapterRefused)
 
     async def _command(
-        self, method: str, path: str, command: dict[str, Any] | None, failed: type[EngineError]
+        self,
+        method: str,
+        path: str,
+        command: dict[str, Any] | None,
+        failed: type[EngineError],
+        *,
+        absent: type[EngineError] | None = None,
     ) -> dict[str, Any]:
-        """The host's reply to a control request; raises `failed` with the host's reason."""
+        """The host's reply to a control request; raises `failed` with the host's reason.
+
+        `absent`: raised instead if the host does not have the route.
+        """
         with self._translated():
             async with self._open_client.request(method, f"http://host{path}", json=command) as response:
                 answer: dict[str, Any] = await response.json()
+                if response.status == 404 and absent is not None:
+                    raise absent(path)
                 if response.status != 200:
                     raise failed(f"{answer.get('error', answer)}")
                 return answer
@@ -303,6 +338,14 @@ class HostReply:
         """Wake the reader with `error`: closing the client alone would not wake it."""
         self._cut = self._cut or error
         self._response.content.set_exception(aiohttp.ClientConnectionError("the engine is closed"))
+
+
+class _NoRoute(EngineError):
+    """The host has no such control route."""
+
+
+def _directory(snapshot: Snapshot) -> dict[str, Any]:
+    return {"directory": str(snapshot.path)}
 
 
 def _about(body: bytes, spec: HostSpec) -> About:

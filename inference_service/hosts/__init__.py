@@ -26,9 +26,18 @@ GET /control/weight-check
 POST /control/swap
     Takes a HostSpec as JSON: serve its snapshot, whose weights have the same shapes, under its name, and
     remove all adapters. 200 {"fingerprint": as above, "seconds": {"weights": s, "warm-up": s},
-    "copied_bytes": n, "total_bytes": n}: of the checkpoint's bytes, those that had to be copied; a host that
-    copies them all may leave these out. The service sends no other request meanwhile, and ends the host if
-    the swap fails.
+    "copied_bytes": n, "total_bytes": n, "came": {way: n}}: of the checkpoint's bytes, those that had to be
+    copied, and how they came: `prepared`, `read_ahead` or `mapped`. A host that copies them all may leave
+    these out. The service sends no other request meanwhile, and ends the host if the swap fails.
+
+POST /control/prepare
+    Takes {"directory": path}: a swap to this snapshot is likely. Make its weights ready in host memory while
+    requests run, and hold them until POST /control/forget. 200 {"ready_bytes": n, "total_bytes": n,
+    "refused": reason or null} when done, or when a swap has ended it early. A host without this route
+    answers 404.
+
+POST /control/forget
+    Takes {"directory": path}: hold its weights no longer. 200 {}, also if none are held.
 
 POST /control/adapters
     Takes {"name": name, "id": n, "directory": path}: load a LoRA adapter and serve it under `name`, which

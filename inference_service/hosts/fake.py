@@ -42,7 +42,8 @@ class Script:
 
     Models with the same `swap_key` can be swapped for one another. Swapping in a model with `fail_swap`
     fails, with `die_in_swap` it kills the host, with `wrong_weights` the old weights appear to stay. An
-    adapter with `fail_adapter` is rejected.
+    adapter with `fail_adapter` is rejected. Preparing a model takes `prepare_seconds`, or is refused with the
+    reason `refuse_prepare`.
     """
 
     start_seconds: float = 0.0
@@ -58,6 +59,8 @@ class Script:
     die_in_swap: bool = False
     wrong_weights: bool = False
     fail_adapter: str | None = None
+    prepare_seconds: float = 0.0
+    refuse_prepare: str | None = None
 
     @classmethod
     def of(cls, directory: Path) -> "Script":
@@ -108,6 +111,8 @@ def build_app(spec: HostSpec, script: Script) -> FastAPI:
     app.add_api_route("/control/heartbeat", fake.heartbeat)
     app.add_api_route("/control/weight-check", fake.weight_check)
     app.add_api_route("/control/swap", fake.swap, methods=["POST"])
+    app.add_api_route("/control/prepare", fake.prepare, methods=["POST"])
+    app.add_api_route("/control/forget", fake.forget, methods=["POST"])
     app.add_api_route("/control/adapters", fake.add_adapter, methods=["POST"])
     app.add_api_route("/control/adapters/{name}", fake.remove_adapter, methods=["DELETE"])
     app.add_api_route("/v1/chat/completions", fake.chat, methods=["POST"])
@@ -124,6 +129,7 @@ class _Fake:
         # Fixed at the start: a swap does not change it.
         self._takes_adapters = rank != ["0"]
         self._adapters: set[str] = set()
+        self._prepared: set[str] = set()
         self._fingerprint = _fingerprint(spec)
         self._running = 0
         self._steps = 0
@@ -154,7 +160,22 @@ class _Fake:
         if not script.wrong_weights:
             self._fingerprint = _fingerprint(spec)
         seconds = {"weights": 0.0, "warm-up": 0.0}
-        return JSONResponse({"fingerprint": self._fingerprint, "seconds": seconds})
+        way = "prepared" if spec.directory in self._prepared else "mapped"
+        moved = {"copied_bytes": 1, "total_bytes": 1, "came": {way: 1}}
+        return JSONResponse({"fingerprint": self._fingerprint, "seconds": seconds, **moved})
+
+    async def prepare(self, request: Request) -> dict[str, Any]:
+        directory = (await request.json())["directory"]
+        script = Script.of(Path(directory))
+        await asyncio.sleep(script.prepare_seconds)
+        if script.refuse_prepare is None:
+            self._prepared.add(directory)
+        ready = int(script.refuse_prepare is None)
+        return {"ready_bytes": ready, "total_bytes": 1, "refused": script.refuse_prepare}
+
+    async def forget(self, request: Request) -> dict[str, Any]:
+        self._prepared.discard((await request.json())["directory"])
+        return {}
 
     async def add_adapter(self, request: Request) -> Response:
         command = await request.json()

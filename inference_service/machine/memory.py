@@ -13,8 +13,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 def free_bytes(device: Device) -> int | None:
     """Free bytes on the fullest device; None if unknown. Blocks for milliseconds."""
-    if device.kind is DeviceKind.CUDA:
-        return _free_on_gpus()
+    return _free_on_gpus() if device.kind is DeviceKind.CUDA else free_host_bytes()
+
+
+def free_host_bytes() -> int | None:
+    """Free bytes of the machine's memory, up to the container's limit; None if unknown."""
     found = [free for free in (_available(), _left_in_cgroup(_CGROUP)) if free is not None]
     return min(found, default=None)
 

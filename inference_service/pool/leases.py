@@ -8,7 +8,7 @@ from typing import Any
 
 from inference_service.checkpoints.memory_profile import Footprint
 from inference_service.checkpoints.snapshot import Snapshot
-from inference_service.engines.base import Engine, Fingerprint
+from inference_service.engines.base import Engine, Fingerprint, Swapped
 from inference_service.errors import EngineDied
 from inference_service.pool.adapters import Adapters, LoadedAdapter
 from inference_service.pool.phases import Phases
@@ -21,8 +21,8 @@ class Slot:
 
     The scheduler owns its state. `began` is on the pool's clock; `tasks` run for it: its load, the watch over
     its process, its teardown. `unloaded`: by the operator. `swapped`: its engine held another model before;
-    `copied_bytes`: of its weights in that swap, None if unknown. `fingerprint`: the weight check's.
-    `adapter_rank`: a fresh engine must take adapters of at least this rank.
+    `swap`: how that went. `fingerprint`: the weight check's. `adapter_rank`: a fresh engine must take
+    adapters of at least this rank.
     """
 
     model: Checkpoint
@@ -36,7 +36,7 @@ class Slot:
     load_seconds: float | None = None
     unloaded: bool = False
     swapped: bool = False
-    copied_bytes: int | None = None
+    swap: Swapped | None = None
     adapter_rank: int = 0
     leases: set["Lease"] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)

@@ -32,6 +32,7 @@ from inference_service.pool.leases import Lease, Slot
 from inference_service.pool.loader import EngineLoader, Parts, Timeouts
 from inference_service.pool.phases import Phases
 from inference_service.pool.prefetch import Prefetcher
+from inference_service.pool.preparation import Preparation
 from inference_service.scheduler.events import Died, Event, Failed, Gone, Loaded, RoomWanted, Starting
 from inference_service.scheduler.scheduler import Scheduler
 from inference_service.scheduler.state import EngineState
@@ -90,12 +91,14 @@ class EngineLifecycle:
     ) -> None:
         self.footprint = parts.footprint
         self.slots: dict[str, Slot] = {}
+        self._preparation = Preparation(parts.host_memory, metrics)
         self.prefetcher = Prefetcher(
             parts.fetch,
             parts.release,
             clock=clock,
             ended=hooks.fetched,
             wanted=hooks.wanted,
+            dropped=self._preparation.unwanted,
             seconds=limits.load_timeout,
         )
         self.backoff = LoadBackoff()
@@ -147,6 +150,16 @@ class EngineLifecycle:
             old.adapters.close()
         self._run(slot, self._serve(slot, self._swapped_or_loaded(slot, old)))
         old.gone.set()
+
+    def prepare(self, reference: str, key: str) -> None:
+        """Have the engine of the slot `key` make ready the weights of a requested model."""
+        engine, snapshot = self.slots[key].engine, self.prefetcher.snapshot(reference)
+        if engine is not None and snapshot is not None:
+            self._preparation.prepare(engine, snapshot, reference)
+
+    def prepared(self) -> list[dict[str, Any]]:
+        """The weights that engines hold ready, for the operator."""
+        return self._preparation.describe()
 
     def evict(self, key: str) -> None:
         """Stop an engine without leases."""
@@ -208,6 +221,7 @@ class EngineLifecycle:
                 self._tear_down(slot)
             self.prefetcher.close()
         await asyncio.gather(*(slot.gone.wait() for slot in slots))
+        await self._preparation.close()
 
     async def _swapped_or_loaded(self, slot: Slot, old: Slot) -> None:
         """The slot's model in the engine of `old`, or in a fresh one if the swap fails."""
@@ -219,14 +233,31 @@ class EngineLifecycle:
         except Exception as error:
             self._metrics.swaps.labels(name, "failed").inc()
             logger.warning("swap failed, loading into a fresh engine: %s", error, extra={"model": name})
-            slot.swapped, slot.copied_bytes = False, None
-            await self.loading.discard(slot)
+            slot.swapped, slot.swap = False, None
+            await self._discard(slot)
             await self.loading.load(slot)
         else:
-            self._metrics.swaps.labels(name, "ok").inc()
+            self._swapped(slot, old)
         finally:
             if old.snapshot is not None:
                 self._parts.release(old.snapshot)
+
+    def _swapped(self, slot: Slot, old: Slot) -> None:
+        name, done = slot.model.name, slot.swap
+        self._metrics.swaps.labels(name, "ok").inc()
+        if done is not None and done.copied_bytes is not None and done.total_bytes is not None:
+            ways = {**done.came, "unchanged": done.total_bytes - done.copied_bytes}
+            for way, count in ways.items():
+                self._metrics.swap_bytes.labels(name, way).inc(count)
+        if slot.engine is not None and slot.snapshot is not None:
+            before = None if old.snapshot is None else (old.snapshot, old.key)
+            self._preparation.swapped(slot.engine, before, (slot.snapshot, slot.key))
+
+    async def _discard(self, slot: Slot) -> None:
+        engine = slot.engine
+        await self.loading.discard(slot)
+        if engine is not None:
+            self._preparation.ended(engine)
 
     async def _serve(self, slot: Slot, loading: Coroutine[Any, Any, None]) -> None:
         """An engine's life: its load, then the watch over it until it is stopped or dies."""
@@ -263,8 +294,8 @@ class EngineLifecycle:
         self.backoff.succeeded(name, slot.model.revision)
         self._metrics.loaded(name, seconds, slot.phases.seconds)
         fields = {"revision": slot.model.revision, "seconds": seconds, "swapped": slot.swapped}
-        if slot.copied_bytes is not None:
-            fields["copied_bytes"] = slot.copied_bytes
+        if slot.swap is not None and slot.swap.copied_bytes is not None:
+            fields |= {"copied_bytes": slot.swap.copied_bytes, "came": dict(slot.swap.came)}
         logger.info("loaded", extra={"model": name, **fields, **slot.phases.describe()})
         self._dispatch(Loaded(slot.key, start_seconds))
 
@@ -336,6 +367,8 @@ class EngineLifecycle:
         if slot.adapters is not None:
             slot.adapters.close()
         await self.loading.end(slot, hurry=hurry, last=self.ending)
+        if slot.engine is not None:
+            self._preparation.ended(slot.engine)
         del self.slots[slot.key]
         slot.engine = None
         slot.gone.set()

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from inference_service.checkpoints.memory_profile import Footprint
@@ -27,6 +27,7 @@ from inference_service.errors import (
 from inference_service.pool.leases import LoadProgress, Slot
 from inference_service.pool.phases import FETCH_PHASES, Phase
 from inference_service.pool.prefetch import FetchModel, Prefetcher
+from inference_service.pool.preparation import HostMemory
 from inference_service.pool.weight_check import WeightChecks, implausible
 from inference_service.storage.model import Checkpoint, Model
 from inference_service.storage.snapshots.progress import Progress
@@ -48,7 +49,8 @@ class Parts:
 
     `footprint`: the memory that a model's engine would take.
     `swap_key`: models with the same key can replace each other in an engine; None: it cannot be swapped.
-    `weight_checks`: None if no fingerprints are kept.
+    `weight_checks`: None if no fingerprints are kept. `host_memory`: for weights that are made ready
+    ahead of a swap.
     """
 
     fetch: FetchModel
@@ -59,6 +61,7 @@ class Parts:
     fetching: Callable[[Model], Progress | None] = lambda model: None
     swap_key: Callable[[Checkpoint], str | None] = lambda model: None
     weight_checks: WeightChecks | None = None
+    host_memory: HostMemory = field(default_factory=HostMemory)
 
 
 class Timeouts(NamedTuple):
@@ -152,7 +155,7 @@ class EngineLoader:
         if reason is not None:
             raise SwapFailed(reason)
         slot.fingerprint = swapped.fingerprint
-        slot.copied_bytes = swapped.copied_bytes
+        slot.swap = swapped
 
     def progress(self, slot: Slot, start_seconds: float) -> LoadProgress:
         """The progress of a load whose start takes `start_seconds`."""

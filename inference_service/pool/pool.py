@@ -37,6 +37,7 @@ from inference_service.scheduler.events import (
     Load,
     Loaded,
     Pinned,
+    Prepare,
     Reason,
     Reject,
     RejectFailed,
@@ -440,15 +441,20 @@ class Pool:
                 self._lifecycle.load(self._newest(key))
             case Swap(key, old):
                 self._lifecycle.swap(self._newest(key), old)
+            case Prepare(key, engine):
+                self._lifecycle.prepare(key, engine)
             case Drain(key):
-                name = self._lifecycle.slots[key].model.name
-                logger.info("draining for a waiting model", extra={"model": name})
-                if self._scheduler.engines[key].successor is not None:
-                    self._supersede(key)
+                self._draining(key)
             case Evict(key):
                 self._lifecycle.evict(key)
             case CancelLoad(key):
                 self._lifecycle.cancel(key)
+
+    def _draining(self, key: str) -> None:
+        name = self._lifecycle.slots[key].model.name
+        logger.info("draining for a waiting model", extra={"model": name})
+        if self._scheduler.engines[key].successor is not None:
+            self._supersede(key)
 
     def _newest(self, key: str) -> Checkpoint:
         """The model of the waiting request that came last."""

@@ -37,7 +37,8 @@ class Prefetcher:
     """At most one per model reference.
 
     `seconds`: the limit of one. `ended` is called for each that ends by itself and that no slot is about to
-    take, with its error if any. `wanted`: whether a request waits for a reference.
+    take, with its error if any. `wanted`: whether a request waits for a reference; `dropped` is called with
+    one that no request waits for any more.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Prefetcher:
         clock: Callable[[], float],
         ended: Callable[[Model, Exception | None], None],
         wanted: Callable[[str], bool],
+        dropped: Callable[[str], None] = lambda reference: None,
         seconds: float,
     ) -> None:
         self._fetch = fetch
@@ -55,6 +57,7 @@ class Prefetcher:
         self._clock = clock
         self._ended = ended
         self._wanted = wanted
+        self._dropped = dropped
         self._seconds = seconds
         self._under_way: dict[str, Fetch] = {}
 
@@ -82,6 +85,11 @@ class Prefetcher:
         """The model's files are being fetched."""
         fetch = self._under_way.get(reference)
         return fetch is not None and not fetch.fetched
+
+    def snapshot(self, reference: str) -> Snapshot | None:
+        """The model's snapshot, if it is fetched and not taken yet; the prefetcher keeps it."""
+        fetch = self._under_way.get(reference)
+        return fetch.task.result() if fetch is not None and fetch.fetched else None
 
     async def take(self, model: Model) -> tuple[Snapshot, Phases]:
         """The model's snapshot, which the caller releases; raises the fetch's error."""
@@ -124,6 +132,7 @@ class Prefetcher:
 
     def _drop(self, fetch: Fetch) -> None:
         self._forget(fetch)
+        self._dropped(fetch.model.reference)
         fetch.dropped = True
         if fetch.fetched:
             self._give_back(fetch)

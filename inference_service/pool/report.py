@@ -82,6 +82,7 @@ class Report:
                 self._lifecycle.slots[key].model.name for key in self._scheduler.capacity.victims(now)
             ],
             "pins": dict(self._pins),
+            "prepared": self._lifecycle.prepared(),
             "waiters": [self._waiter(waiter, now) for waiter in self._waiters.values()],
         }
 
@@ -117,7 +118,8 @@ class Report:
             "load_seconds": slot.load_seconds,
             "phases": slot.phases.describe(),
             "swapped": slot.swapped,
-            "copied_bytes": slot.copied_bytes,
+            "copied_bytes": None if slot.swap is None else slot.swap.copied_bytes,
+            "came": {} if slot.swap is None else dict(slot.swap.came),
             "swap_key": view.swap,
             "adapter_rank": view.adapters,
             "adapters": [] if slot.adapters is None else slot.adapters.describe(),

@@ -63,6 +63,29 @@ class Capacity:
             able = [own] if own.state is EngineState.READY and own.leases == 0 else able
         return able[0] if able else None
 
+    def will_take(self, key: str) -> EngineView | None:
+        """Case 16: the engine that `key` will probably be swapped into once it has no leases."""
+        queue = self._queues[key]
+        own = queue.request.instead_of
+        able = [
+            engine
+            for engine in self._engines.values()
+            if queue.fits_into(engine)
+            if engine.gives_way
+            or (engine.state is EngineState.READY and (not engine.pinned or engine.key == own))
+        ]
+        return min(
+            able,
+            key=lambda engine: (
+                engine.successor != key,
+                engine.key != own,
+                not engine.gives_way,
+                self._requests(engine),
+                engine.last_used,
+            ),
+            default=None,
+        )
+
     def giving_way(self, key: str, blocked: Sequence[str], now: float, running: int) -> list[EngineView]:
         """Cases 4 and 5: the engines to evict for `key`; none if that would not be enough.
 

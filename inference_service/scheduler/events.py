@@ -151,6 +151,14 @@ class Swap:
 
 
 @dataclass(frozen=True)
+class Prepare:
+    """The busy engine `engine` will probably take the weights of `key`: it is to make them ready."""
+
+    key: str
+    engine: str
+
+
+@dataclass(frozen=True)
 class Drain:
     """The busy engine `key` admits no more requests and ends with its last lease."""
 
@@ -195,4 +203,4 @@ class RejectFailed:
     failure: Failed | FetchFailed
 
 
-Action = Grant | Load | Swap | Drain | Evict | CancelLoad | Reject | RejectFailed
+Action = Grant | Load | Swap | Prepare | Drain | Evict | CancelLoad | Reject | RejectFailed

@@ -25,6 +25,7 @@ from inference_service.scheduler.events import (
     Load,
     Loaded,
     Pinned,
+    Prepare,
     Reason,
     Reject,
     RejectFailed,
@@ -70,6 +71,9 @@ class Scheduler:
         them, however young it is, or into the one that has drained for it. That needs no turn.
     15. A revision that replaces another and does not fit beside it takes its idle engine, or its engine
         once drained. Pinning does not protect an engine from its own next revision.
+
+    16. While a requested model waits for a busy engine that could take its weights, that engine prepares
+        for them.
 
     Slots and bytes count until an engine is gone, so an engine that is stopping or draining still holds
     them, but they are assigned: no second engine is evicted for the same waiter.
@@ -272,6 +276,7 @@ class Scheduler:
                         continue
                     if self._queues[key].fetched and not self._turn_is_taken():
                         yield from self._give_way_for(key, blocked, now)
+                    yield from self._prepare(key)
                     blocked.append(key)
 
     def _swap(self, key: str, engine: EngineView, now: float) -> Swap:
@@ -289,6 +294,13 @@ class Scheduler:
             adapters=engine.adapters,
         )
         return Swap(key, engine.key)
+
+    def _prepare(self, key: str) -> Iterator[Prepare]:
+        """Case 16, once for each engine."""
+        queue, engine = self._queues[key], self.capacity.will_take(key)
+        if engine is not None and queue.prepared_in != engine.key:
+            queue.prepared_in = engine.key
+            yield Prepare(key, engine.key)
 
     def _swap_or_evict(self, engine: EngineView, now: float) -> Action:
         """The end of a drained engine, or of its model only: the first model in line may take it."""

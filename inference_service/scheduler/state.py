@@ -92,12 +92,16 @@ class Waiting:
 
 @dataclass
 class Queue:
-    """The requests that wait for one model, in order of arrival, and what its engine would take."""
+    """The requests that wait for one model, in order of arrival, and what its engine would take.
+
+    `prepared_in`: the engine that prepares to take its weights.
+    """
 
     request: Request
     waiters: dict[int, Waiting] = field(default_factory=dict)
     pinned: bool = False
     fetched: bool = True
+    prepared_in: str | None = None
 
     @property
     def bytes(self) -> int:

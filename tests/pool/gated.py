@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from inference_service.checkpoints.serving_config import Serving
 from inference_service.checkpoints.snapshot import Snapshot
-from inference_service.engines.base import About, Fingerprint, Heartbeat, Reply, Swapped
+from inference_service.engines.base import About, Fingerprint, Heartbeat, Prepared, Reply, Swapped
 from inference_service.errors import AdapterRefused, EngineDied, ServiceError
 from inference_service.storage.bucket.model import DescribedModel, ModelKind
 from inference_service.storage.bucket.store import StoredObject
@@ -52,6 +52,11 @@ class GatedEngine:
         self.started: asyncio.Future[None] = loop.create_future()
         self.may_swap: asyncio.Future[None] = loop.create_future()
         self.may_swap.set_result(None)
+        # What it was told to prepare and to give up; `may_prepare` holds up the former.
+        self.commands: list[str] = []
+        self.may_prepare: asyncio.Future[None] = loop.create_future()
+        self.may_prepare.set_result(None)
+        self.prepares: Prepared | Exception | None = Prepared(1, 1)
         self.dead: asyncio.Future[str] = loop.create_future()
         self.may_close: asyncio.Future[None] = loop.create_future()
         self.closing = self.closed = False
@@ -81,6 +86,17 @@ class GatedEngine:
         if not self.keeps_weights:
             self.snapshot = snapshot
         return Swapped(fingerprint(self.snapshot), {"weights": 0.0})
+
+    async def prepare(self, snapshot: Snapshot) -> Prepared | None:
+        self.commands.append(f"prepare {snapshot.model}")
+        await asyncio.shield(self.may_prepare)
+        if isinstance(self.prepares, Exception):
+            raise self.prepares
+        return self.prepares
+
+    async def forget(self, snapshot: Snapshot) -> None:
+        self.commands.append(f"forget {snapshot.model}")
+        await asyncio.sleep(0)
 
     async def add_adapter(self, name: str, number: int, adapter: Snapshot) -> None:
         if self.refuses is not None:

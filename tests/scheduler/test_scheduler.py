@@ -18,6 +18,7 @@ from inference_service.scheduler.events import (
     Load,
     Loaded,
     Pinned,
+    Prepare,
     Reason,
     Reject,
     RejectFailed,
@@ -650,13 +651,13 @@ def test_a_pinned_or_wanted_engine_keeps_its_weights() -> None:
     play.serve("b", leases=1, swap="llama")
     play.ask("b", swap="llama")
     play.handle(Released("b"))
-    assert play.ask("c", swap="llama") == []
+    assert play.ask("c", swap="llama") == [Prepare("c", "b")], "and no swap"
 
 
 def test_a_busy_engine_that_has_drained_takes_the_weights_of_whom_it_drained_for() -> None:
     play = Play(slots=1, fairness_wait=10)
     play.serve("a", leases=1, swap="llama")
-    assert play.ask("b", swap="llama") == []
+    assert play.ask("b", swap="llama") == [Prepare("b", "a")]
     assert play.later(10) == [Drain("a")]
     assert play.handle(Released("a")) == [Swap("b", "a")]
 
@@ -707,7 +708,8 @@ def test_a_new_revision_takes_its_own_old_engine_and_no_other() -> None:
 def test_a_new_revision_of_a_busy_engine_drains_it_at_once() -> None:
     play = Play(slots=1)
     play.serve("a@1", leases=2, swap="llama", pinned=True)
-    assert play.ask("a@2", by_operator=True, instead_of="a@1", swap="llama") == [Drain("a@1")]
+    asked = play.ask("a@2", by_operator=True, instead_of="a@1", swap="llama")
+    assert asked == [Drain("a@1"), Prepare("a@2", "a@1")]
     assert play.handle(Released("a@1")) == []
     assert play.handle(Released("a@1")) == [Swap("a@2", "a@1")]
 
@@ -742,3 +744,53 @@ def test_what_takes_adapters_is_kept_for_who_needs_them() -> None:
     play.serve("a", swap="llama", adapters=16)
     play.serve("b", swap="llama")
     assert play.ask("c", swap="llama") == [Swap("c", "b")]
+
+
+# 16. A busy engine prepares for the weights that it will take.
+
+
+def test_the_least_busy_engine_that_can_take_the_weights_prepares_for_them_once() -> None:
+    play = Play(slots=4)
+    play.serve("a", leases=2, swap="llama")
+    play.serve("b", leases=1, swap="llama")
+    play.serve("x", leases=1, swap="qwen")
+    play.serve("p", leases=1, swap="llama", pinned=True)
+    assert play.ask("c", swap="llama") == [Prepare("c", "b")]
+    assert play.ask("c", swap="llama") == []
+    assert play.later(1) == []
+    assert play.handle(Released("b")) == [Swap("c", "b")]
+
+
+def test_it_prepares_once_the_files_are_there() -> None:
+    play = Play(slots=1)
+    play.serve("a", leases=1, swap="llama")
+    assert play.ask("b", swap="llama", fetched=False) == []
+    assert play.handle(Fetched("b")) == [Prepare("b", "a")]
+
+
+def test_the_engine_that_drains_for_a_waiter_prepares() -> None:
+    play = Play(slots=2, fairness_wait=10)
+    play.serve("a", leases=2, swap="llama")
+    play.serve("b", leases=1, swap="llama")
+    assert play.ask("c", swap="llama") == [Prepare("c", "b")]
+    assert play.later(10) == [Drain("b")]
+    assert play.ask("a") == [Grant(6, "a")] or play.scheduler.running == 4
+    play.handle(Died("b"))
+    assert play.handle(Gone("b")) == [Load("c")]
+
+
+def test_another_engine_prepares_when_the_first_is_gone() -> None:
+    play = Play(slots=2)
+    play.serve("a", leases=2, swap="llama")
+    play.serve("b", leases=1, swap="llama")
+    play.ask("x")
+    assert play.ask("c", swap="llama") == [Prepare("c", "b")]
+    assert play.handle(Died("b")) == [Prepare("c", "a")]
+
+
+def test_nothing_is_prepared_where_none_can_take_it() -> None:
+    play = Play(slots=1)
+    play.serve("a", leases=1, swap="llama")
+    assert play.ask("b", swap="qwen") == []
+    assert play.ask("c") == []
+    assert play.ask("d", swap="llama", adapters=8) == []

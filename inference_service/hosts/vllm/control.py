@@ -34,6 +34,8 @@ from inference_service.engines.process_title import retitle
 from inference_service.hosts.control_replies import reply
 from inference_service.hosts.tokenizer_files import tokenize_alike
 
+# The engine core is asked between two of its steps.
+PREPARE_POLL_INTERVAL = 0.05
 WEIGHT_CHECK_TOKENS = 12
 WEIGHT_CHECK_TOP = 20
 
@@ -120,6 +122,25 @@ async def swap(request: Request) -> JSONResponse:
     return await reply(lambda: _swap(request.app.state, spec))
 
 
+@control.post("/prepare")
+async def prepare(request: Request) -> JSONResponse:
+    """Make the weights in `directory` ready for a swap, beside the requests that run."""
+    directory = (await request.json())["directory"]
+    return await reply(lambda: _prepare(request.app.state.engine_client, directory))
+
+
+@control.post("/forget")
+async def forget(request: Request) -> JSONResponse:
+    """Give up what `prepare` holds of `directory`."""
+    directory = (await request.json())["directory"]
+
+    async def give_up() -> dict[str, Any]:
+        await request.app.state.engine_client.collective_rpc("forget_weights", args=(directory,))
+        return {}
+
+    return await reply(give_up)
+
+
 @control.get("/weight-digests")
 async def weight_digests(request: Request) -> JSONResponse:
     """By worker, a digest of each parameter; for tests and benchmarks, since it reads all weights."""
@@ -157,6 +178,21 @@ async def remove_adapter(request: Request, name: str) -> JSONResponse:
         return {}
 
     return await reply(remove)
+
+
+async def _prepare(engine: Any, directory: str) -> dict[str, Any]:
+    """Returns when every worker is done with it: all is ready, some was refused, or a swap has begun."""
+    await engine.collective_rpc("prepare_weights", args=(directory,))
+    while True:
+        found = await engine.collective_rpc("weights_prepared", args=(directory,))
+        if all(each.get("done", True) for each in found):
+            least = min(found, key=lambda each: each.get("ready_bytes", 0))
+            return {
+                "ready_bytes": least.get("ready_bytes", 0),
+                "total_bytes": least.get("total_bytes", 0),
+                "refused": least.get("refused"),
+            }
+        await asyncio.sleep(PREPARE_POLL_INTERVAL)
 
 
 async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:

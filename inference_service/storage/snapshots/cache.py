@@ -44,11 +44,12 @@ _MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
 class Disk:
     """The cache directory and its quota in bytes, which all processes that share it use together.
 
-    `chosen`: the quota is set by DISK_CACHE_GIB and not the default.
+    `chosen`: the quota is set by DISK_CACHE_GIB and not the default. `in_memory`: its files are memory.
     """
 
     def __init__(self, layout: Layout, quota: int, *, chosen: bool = False) -> None:
         self.quota = quota
+        self.in_memory = _is_memory(layout.root)
         self._chosen = chosen
         self._layout = layout
         # Held while snapshots are removed, which can be slow.

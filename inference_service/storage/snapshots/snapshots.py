@@ -102,6 +102,15 @@ class SnapshotStore:
         whole = await loop.run_in_executor(self._lookers, is_whole, target, model.objects)
         return target if whole else None
 
+    def hold(self, snapshot: Snapshot) -> bool:
+        """Hold a snapshot once more, until `release`; False if it is gone."""
+        return self._disk.hold(snapshot.path)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the snapshots are in memory already."""
+        return self._disk.in_memory
+
     def release(self, snapshot: Snapshot) -> None:
         """Release a snapshot returned by `snapshot`; it may then be evicted."""
         self._disk.release(snapshot.path)

@@ -1,6 +1,7 @@
 """Pages of mapped files, held in memory for copies to the device at the rate of its bus."""
 
 import mmap
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -9,6 +10,8 @@ import torch
 _READ_ONLY = 8
 # madvise(2), Linux 5.14: map the pages at once instead of one fault after the other.
 _POPULATE_READ = 22
+# The disk may be slow: what waits for the end waits for one of these.
+POPULATE_BYTES = 8 << 20
 
 
 class PageLockRefused(OSError):
@@ -60,9 +63,17 @@ def page_lock_for(device: torch.device) -> PageLock:
     return CudaPageLock(device) if device.type == "cuda" else NoPageLock()
 
 
-def populate(mapped: mmap.mmap) -> None:
-    """Read the pages in, outside of any lock of the driver's; a kernel that cannot leaves it to later."""
-    try:
-        mapped.madvise(_POPULATE_READ)
-    except OSError:
-        mapped.madvise(mmap.MADV_WILLNEED)
+def populate(mapped: mmap.mmap, stopped: Callable[[], bool]) -> bool:
+    """Read the pages in, outside of any lock of the driver's; False if `stopped` before the end.
+
+    A kernel that cannot leaves it to their use.
+    """
+    for start in range(0, len(mapped), POPULATE_BYTES):
+        if stopped():
+            return False
+        count = min(POPULATE_BYTES, len(mapped) - start)
+        try:
+            mapped.madvise(_POPULATE_READ, start, count)
+        except OSError:
+            mapped.madvise(mmap.MADV_WILLNEED, start, count)
+    return True

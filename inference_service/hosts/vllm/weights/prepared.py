@@ -102,7 +102,8 @@ class PreparedSnapshot:
             for piece in self._pieces:
                 if self._stopped.is_set():
                     return
-                self._lock_piece(piece)
+                if not self._lock_piece(piece):
+                    return
                 for name in piece.names:
                     self._ready.setdefault(name, []).append(piece)
         except (OSError, ValueError) as error:
@@ -110,7 +111,7 @@ class PreparedSnapshot:
             kind = "refused" if isinstance(error, PageLockRefused) else "failed"
             logger.warning("preparing weights %s; a swap reads the rest as usual: %s", kind, error)
 
-    def _lock_piece(self, piece: _Piece) -> None:
+    def _lock_piece(self, piece: _Piece) -> bool:
         offset = piece.start - piece.start % mmap.ALLOCATIONGRANULARITY
         with piece.path.open("rb") as file:
             mapped = mmap.mmap(
@@ -120,10 +121,12 @@ class PreparedSnapshot:
                 prot=mmap.PROT_READ,
                 offset=offset,
             )
-        populate(mapped)
+        if not populate(mapped, self._stopped.is_set):
+            return False
         address = bytes_of(mapped).data_ptr()
         self._lock.lock(address, len(mapped))
         piece.offset, piece.address, piece.mapped = offset, address, mapped
+        return True
 
 
 def _pieces(weights: MappedWeights, piece_bytes: int) -> Iterator[_Piece]:
