@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +67,17 @@ class _Entry:
     def key(self) -> _Key:
         return id(self.engine), self.snapshot.path
 
+    def describe(self) -> dict[str, Any]:
+        """`ready_bytes` and the others are None while it is being made ready."""
+        result = {} if self.prepared is None else asdict(self.prepared)
+        return {
+            "model": self.snapshot.model,
+            "revision": self.snapshot.revision,
+            "process_id": self.engine.process_id,
+            "wanted": self.wanted,
+            **{key: result.get(key) for key in ("ready_bytes", "total_bytes", "refused")},
+        }
+
 
 class Preparation:
     """What every engine holds ready."""
@@ -110,18 +121,7 @@ class Preparation:
 
     def describe(self) -> list[dict[str, Any]]:
         """What is ready or being made so, for the operator."""
-        return [
-            {
-                "model": entry.snapshot.model,
-                "revision": entry.snapshot.revision,
-                "process_id": entry.engine.process_id,
-                "wanted": entry.wanted,
-                "ready_bytes": None if entry.prepared is None else entry.prepared.ready_bytes,
-                "total_bytes": entry.snapshot.bytes,
-                "refused": None if entry.prepared is None else entry.prepared.refused,
-            }
-            for entry in self._entries.values()
-        ]
+        return [entry.describe() for entry in self._entries.values()]
 
     async def close(self) -> None:
         for task in self._tasks:

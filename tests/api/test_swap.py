@@ -1,9 +1,13 @@
 """Swaps, adapters and rollouts through HTTP, over engines whose script says how they behave."""
 
 import json
+import os
+import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -502,3 +506,115 @@ def test_an_engine_that_goes_while_an_adapter_comes_is_an_explained_error(fakes:
         asking.join()
         assert answers[0].status_code in (200, 503)
         assert "Traceback" not in service.log_text()
+
+
+def prepared(service: ServiceProcess) -> list[dict[str, object]]:
+    return list(service.stats()["prepared"])
+
+
+def ready(service: ServiceProcess) -> list[tuple[object, object]]:
+    return [(each["model"], each["ready_bytes"]) for each in prepared(service)]
+
+
+def test_a_requested_model_is_prepared_while_its_engine_serves(fakes: Fakes) -> None:
+    for name in ("a", "b", "c"):
+        fakes.put(name, script=KIN)
+    with fakes.service(**ONE, FAIRNESS_WAIT="1000", HOST_CACHE_GIB="0") as service:
+        with Busy(service, "a"):
+            waiting = in_background(post, service, "b")
+            service.wait_until(lambda: [each["ready_bytes"] for each in prepared(service)] == [1], 20)
+            (shown,) = prepared(service)
+            assert (shown["model"], shown["wanted"], shown["refused"]) == ("b", True, None)
+            assert service.engine("a")["state"] == "ready", "it serves meanwhile"
+        assert waiting().status_code == 200
+        assert service.engine("b")["came"] == {"prepared": 1}
+        service.wait_until(lambda: prepared(service) == [], 20)
+        assert post(service, "c").status_code == 200
+        assert service.engine("c")["came"] == {"mapped": 1}, "nothing was in its way"
+        metrics = service.http.get("/metrics").text
+        assert 'inference_swap_bytes_total{model="b",way="prepared"} 1.0' in metrics
+        assert 'inference_preparations_total{model="b",status="ready"} 1.0' in metrics
+
+
+def test_what_the_host_cache_keeps_is_there_for_the_next_swap(fakes: Fakes) -> None:
+    for name in ("a", "b"):
+        fakes.put(name, script=KIN)
+    with fakes.service(**ONE, HOST_CACHE_GIB="1") as service:
+        for name, came in (("a", {}), ("b", {"mapped": 1}), ("a", {"prepared": 1}), ("b", {"prepared": 1})):
+            assert post(service, name).status_code == 200
+            assert service.engine(name)["came"] == came
+            if came:
+                service.wait_until(lambda: ("b" if name == "a" else "a", 1) in ready(service), 20)  # noqa: B023
+
+
+def test_a_model_that_is_not_waited_for_any_more_is_given_up(fakes: Fakes) -> None:
+    fakes.put("a", script=KIN)
+    fakes.put("b", script=KIN | {"prepare_seconds": 1000})
+    with fakes.service(**ONE, FAIRNESS_WAIT="1000") as service, Busy(service, "a"):
+        with pytest.raises(httpx2.ReadTimeout):
+            service.http.post("/v1/completions", json=ask("b"), timeout=1)
+        assert [each["model"] for each in prepared(service)] == ["b"]
+        service.wait_until(lambda: prepared(service) == [], 20)
+        assert service.engine("a")["leases"] == 1
+
+
+def test_two_models_are_prepared_at_once_and_a_refusal_changes_no_answer(fakes: Fakes) -> None:
+    fakes.put("a", script=KIN)
+    fakes.put("b", script=KIN | {"refuse_prepare": "the driver says no"})
+    fakes.put("c", script=KIN)
+    with fakes.service(**ONE, FAIRNESS_WAIT="1000") as service:
+        with Busy(service, "a"):
+            waiting = [in_background(post, service, name) for name in ("b", "c")]
+            service.wait_until(lambda: [each["ready_bytes"] for each in prepared(service)] == [0, 1], 20)
+            assert prepared(service)[0]["refused"] == "the driver says no"
+        assert [each().status_code for each in waiting] == [200, 200]
+        assert (
+            'inference_preparations_total{model="b",status="refused"} 1.0'
+            in service.http.get("/metrics").text
+        )
+
+
+def test_an_engine_that_dies_or_is_unloaded_while_it_prepares(fakes: Fakes) -> None:
+    fakes.put("a", script=KIN)
+    fakes.put("b", script=KIN | {"prepare_seconds": 1000})
+    with fakes.service(**ONE, FAIRNESS_WAIT="1000") as service:
+        for end in ("kill", "unload"):
+            with Busy(service, "a"):
+                waiting = in_background(post, service, "b")
+                service.wait_until(lambda: len(prepared(service)) == 1, 20)
+                if end == "kill":
+                    os.kill(process_of(service, "a"), signal.SIGKILL)
+                else:
+                    service.http.post("/admin/unload/a?force=true").raise_for_status()
+                assert waiting().status_code == 200, end
+            assert prepared(service) == []
+            assert post(service, "a").status_code == 200
+
+
+class Busy:
+    """A stream of `model` that goes on until the end of the block."""
+
+    def __init__(self, service: ServiceProcess, model: str) -> None:
+        self._stream = service.http.stream(
+            "POST", "/v1/completions", json=ask(model, stream=True, max_tokens=1_000_000)
+        )
+
+    def __enter__(self) -> None:
+        self._chunks = self._stream.__enter__().iter_bytes()  # the connection closes with it
+        next(self._chunks)
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.__exit__(None, None, None)
+
+
+def in_background(work: Callable[..., httpx2.Response], *arguments: Any) -> Callable[[], httpx2.Response]:
+    """Starts it; the result waits for its end."""
+    found: list[httpx2.Response] = []
+    thread = threading.Thread(target=lambda: found.append(work(*arguments)))
+    thread.start()
+
+    def result() -> httpx2.Response:
+        thread.join(60)
+        return found[0]
+
+    return result

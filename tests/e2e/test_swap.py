@@ -141,6 +141,32 @@ def test_only_what_differs_is_copied(
         family.remove("models/projections/")
 
 
+@pytest.mark.engine("vllm")
+def test_weights_are_prepared_while_another_model_streams(single: ServiceProcess) -> None:
+    expected = answer(single, TUNED, CAPITAL)[0]
+    assert answer(single, BASE, CAPITAL)[0] == PARIS
+    texts: list[str] = []
+    waiting = threading.Thread(target=lambda: texts.append(answer(single, TUNED, CAPITAL)[0]))
+    body = {"model": BASE, "prompt": "Count:", "stream": True, "max_tokens": 1500, "ignore_eos": True}
+    with single.http.stream("POST", "/v1/completions", json=body) as stream:
+        chunks = stream.iter_bytes()
+        next(chunks)
+        waiting.start()
+
+        def is_ready() -> bool:
+            found = single.stats()["prepared"]
+            return any(each["ready_bytes"] == each["total_bytes"] is not None for each in found)
+
+        single.wait_until(is_ready, 30)
+        next(chunks)
+        assert single.engine(BASE)["leases"] == 1
+    waiting.join()
+    assert texts == [expected] == [ZUBROWKA]
+    engine = single.engine(TUNED)
+    assert engine["came"] == {"prepared": engine["copied_bytes"]}
+    single.wait_until(lambda: single.stats()["prepared"] == [], 30)
+
+
 def qkv_bytes(checkpoint: Path) -> int:
     with safe_open(checkpoint / "model.safetensors", "pt") as file:
         tensors = [file.get_tensor(name) for name in file.keys() if re.search(r"\.[qkv]_proj\.", name)]  # noqa: SIM118

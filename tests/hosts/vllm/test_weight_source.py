@@ -138,8 +138,8 @@ def test_what_is_refused_is_read_as_usual(
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert came == {Way.PREPARED: status.ready_bytes, Way.MAPPED: sum(SIZES) - status.ready_bytes}
     source.forget(tmp_path)
-    assert lock.locked == {}
     assert source.status(tmp_path) is None
+    wait_until(lambda: lock.locked == {})
 
 
 def test_a_file_that_is_gone_is_no_error_until_it_is_read(weights: MappedWeights, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Where a worker takes the weights of a swap from: what was prepared, else a ring, else the files."""
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
@@ -58,9 +59,10 @@ class WeightSource:
         return None if prepared is None else prepared.status
 
     def forget(self, directory: Path) -> None:
+        """Begin to give it up; returns at once, so that no token waits for the driver."""
         prepared = self._prepared.pop(directory, None)
         if prepared is not None:
-            prepared.close()
+            threading.Thread(target=prepared.close, name="forget-weights", daemon=True).start()
 
     def tensors(
         self, directory: Path, weights: MappedWeights, names: Sequence[str], came: Counter[Way]
