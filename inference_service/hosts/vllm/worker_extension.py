@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from inference_service.engines.process_title import retitle, title_child
 from inference_service.hosts.phases import enter_phase
+from inference_service.hosts.vllm.compiled import share_artefacts
 from inference_service.hosts.vllm.weights.digests import digests
 from inference_service.hosts.vllm.weights.source import WeightSource
 from inference_service.hosts.vllm.weights.swap import mapped, swap
@@ -96,6 +97,7 @@ def _telling(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
 
 _end_with_parent()
 title_child()
+share_artefacts()
 _tell_phases(Worker)
 # They warn of modules that a swap gives no weights, most of them on purpose.
 for _name in ("layerwise", "inplace"):
