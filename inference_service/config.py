@@ -78,6 +78,7 @@ def _names(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
+Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], NoDecode, BeforeValidator(_names)]
 
 
 class Settings(BaseSettings):
@@ -235,6 +236,11 @@ class Settings(BaseSettings):
     engine_eager: bool | None = Field(
         None,
         description="Skip compilation and CUDA graphs. Unset: true on the CPU, false elsewhere",
+    )
+    cuda_graph_sizes: Sizes = Field(
+        (),
+        description="Batch sizes to capture CUDA graphs for at the start of an engine, such as `1,2,4,8`. "
+        "Unset: 1, 2, 4 to 64, then every 64, up to the sequences that can run at a time, 512 at most",
     )
     gpu_memory_utilization: float = Field(
         0.9,

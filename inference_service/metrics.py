@@ -50,7 +50,8 @@ class Metrics:
         )
         self.load_phase_seconds = self._histogram(
             "load_phase_seconds",
-            "Phases of loads: list, sync, verify, memory, start, weights, warm-up, weight-check",
+            "Phases of loads: list, sync, verify, memory, start, weights, compile, warm-up, graphs, server, "
+            "weight-check",
             _LOAD_BUCKETS,
             "phase",
         )

@@ -15,6 +15,8 @@ from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.config import Backend, Settings
 from inference_service.machine.device import Device, DeviceKind, tensor_parallel_size
 
+# Larger batches are slow enough without a graph.
+MAX_GRAPH_SIZE = 512
 # Below LOCAL_MODEL_CACHE; no model's name begins with a dot.
 KEPT_BY_VLLM = ".vllm"
 
@@ -61,7 +63,30 @@ def vllm_arguments(
     ]
     if runs_eagerly(settings.engine_eager, device):
         arguments.append("--enforce-eager")
+    elif device.kind is DeviceKind.CUDA:
+        arguments += _graph_arguments(settings, serving)
     return tuple(arguments)
+
+
+def _graph_arguments(settings: Settings, serving: Serving) -> list[str]:
+    """vLLM captures 51 sizes, and each twice if there are adapters: half a minute of every fresh load.
+
+    A batch is padded to the next size. Graphs without adapters beside those with them would spare requests
+    for the base the adapters' kernels: to be captured where a measurement shows that it pays.
+    """
+    most = serving.max_num_seqs or settings.concurrency
+    sizes = settings.cuda_graph_sizes or graph_sizes(most)
+    return [
+        *("--cudagraph-capture-sizes", *map(str, sizes)),
+        *("--compilation-config", json.dumps({"cudagraph_specialize_lora": False})),
+    ]
+
+
+def graph_sizes(most: int) -> tuple[int, ...]:
+    """Batch sizes up to `most` sequences: powers of two, then steps that waste little."""
+    most = min(most, MAX_GRAPH_SIZE)
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, *range(64, MAX_GRAPH_SIZE, 64)) if size < most]
+    return (*sizes, most)
 
 
 def _serving_arguments(serving: Serving) -> list[str]:

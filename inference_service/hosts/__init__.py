@@ -56,5 +56,6 @@ POST /v1/chat/completions, POST /v1/completions
 
 The weight check, the swap and the adapter routes answer a failure with 422 {"error": reason}
 (control_replies.py). stdout and stderr are relayed to the service's log, except lines that begin with
-PHASE_MARK: they name the phase that a start has reached: `start`, `weights` or `warm-up` (phases.py).
+PHASE_MARK: they name the phase that a start has reached: `start`, `weights`, `compile`, `warm-up`, `graphs`
+or `server` (phases.py), each at most once.
 """

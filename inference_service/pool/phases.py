@@ -1,6 +1,7 @@
 """The phases of a load, and how long each took.
 
-The first three belong to the fetch, `memory` is the wait for it, `start` to `warm-up` happen in the host.
+The first three belong to the fetch, `memory` is the wait for it, `start` to `warm-up`
+happen in the host, which may name others between and after them.
 """
 
 from collections.abc import Callable, Mapping

@@ -28,6 +28,7 @@ from vllm.platforms import current_platform
 from vllm.utils.system_utils import decorate_logs
 
 from inference_service.engines.base import HostSpec
+from inference_service.hosts.phases import enter_phase
 from inference_service.hosts.vllm.control import control, count_steps, parse_arguments, serve_model, warm_up
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ async def _death(engine: EngineClient) -> None:
 
 
 async def _build(args: Namespace, spec: HostSpec, engine: EngineClient) -> FastAPI:
+    enter_phase("server")
     tasks = await engine.get_supported_tasks()
     app: FastAPI = build_app(args, tasks, engine.model_config)
     app.include_router(control)

@@ -79,11 +79,11 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watchdog", daemon=True).start()
 
 
-def _tell_phases(worker: type[Any]) -> None:
-    """Report a phase when the worker's method for it is called."""
-    for name, phase in _PHASES.items():
-        if name in vars(worker):
-            setattr(worker, name, _telling(vars(worker)[name], phase))
+def _tell_phases(owner: type[Any], phases: dict[str, str]) -> None:
+    """Report a phase when the method for it is called."""
+    for name, phase in phases.items():
+        if name in vars(owner):
+            setattr(owner, name, _telling(vars(owner)[name], phase))
 
 
 def _telling(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
@@ -98,7 +98,7 @@ def _telling(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
 _end_with_parent()
 title_child()
 share_artefacts()
-_tell_phases(Worker)
+_tell_phases(Worker, _PHASES)
 # They warn of modules that a swap gives no weights, most of them on purpose.
 for _name in ("layerwise", "inplace"):
     logging.getLogger(f"vllm.model_executor.model_loader.reload.{_name}").setLevel(logging.ERROR)
@@ -107,6 +107,13 @@ if current_platform.is_cpu():
 
     from inference_service.hosts.vllm import lora_cpu, sampler_cpu
 
-    _tell_phases(CPUWorker)
+    _tell_phases(CPUWorker, _PHASES)
     lora_cpu.install()
     sampler_cpu.install()
+else:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as NewModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    _tell_phases(Worker, {"determine_available_memory": "compile"})
+    for _runner in (GPUModelRunner, NewModelRunner):
+        _tell_phases(_runner, {"capture_model": "graphs"})
