@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,6 +17,8 @@ from inference_service.api import admin, health, openai
 from inference_service.api.request_log import RequestLog
 from inference_service.api.service import Service
 from inference_service.backends import source_tables
+from inference_service.backends.compile_key import compile_key
+from inference_service.backends.vllm import runs_eagerly
 from inference_service.config import Backend, Settings, WeightSwap
 from inference_service.engines.factory import EngineFactory
 from inference_service.engines.launcher import Launcher
@@ -32,8 +35,10 @@ from inference_service.pool.weight_check import WeightChecks
 from inference_service.revisions.resolver import Resolver
 from inference_service.revisions.rollout import Rollout
 from inference_service.scheduler.state import Policy
+from inference_service.storage.bucket.artefacts import open_artefacts
 from inference_service.storage.bucket.catalog import Catalog
 from inference_service.storage.bucket.documents import Documents
+from inference_service.storage.compiled import CompileCache
 from inference_service.storage.model import Checkpoint
 from inference_service.storage.preflight import Preflight
 from inference_service.storage.registry import Registry, open_store
@@ -52,7 +57,7 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     """The ASGI application; its lifespan attaches the launcher and, at the end, closes the pool."""
     factory = EngineFactory(settings, device, backend, launcher)
     metrics = Metrics()
-    registry = _registry(settings, device, backend)
+    registry = _registry(settings, device, backend, metrics)
     budget = Budget(
         device, backend, settings.gpu_memory_utilization, settings.max_cached_models, settings.max_adapters
     )
@@ -66,6 +71,7 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
         swap_key=registry.swap_key if settings.weight_swap is WeightSwap.AUTO else _no_swap,
         weight_checks=WeightChecks(factory.conditions()),
         host_memory=_host_memory(settings, registry.snapshots),
+        loaded=registry.loaded,
     )
     pool = Pool(parts, metrics, policy=_policy(settings, budget), limits=_limits(settings))
     metrics.watch_engines(pool.count_by_state)
@@ -95,7 +101,7 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     return app
 
 
-def _registry(settings: Settings, device: Device, backend: Backend) -> Registry:
+def _registry(settings: Settings, device: Device, backend: Backend, metrics: Metrics) -> Registry:
     store = open_store(settings.gcs_bucket)
     documents = Documents(store)
     catalog = Catalog(store, settings.gcs_model_prefix, settings.catalog_ttl, documents)
@@ -104,7 +110,24 @@ def _registry(settings: Settings, device: Device, backend: Backend) -> Registry:
     preflight = Preflight(documents, settings, device, backend, disk.check_fits, snapshots.kept)
     page_lock = PageLock(int(settings.host_cache_gib * _GIB))
     disk.evicted = page_lock.forget
-    return Registry(catalog, preflight, snapshots, layout, Verifier(page_lock))
+    compiled = None
+    if settings.compile_cache is not None and backend is Backend.VLLM:
+        compiled = _compile_cache(settings.compile_cache, settings, device, layout.root, metrics)
+    return Registry(catalog, preflight, snapshots, layout, Verifier(page_lock), compiled)
+
+
+def _compile_cache(
+    place: str, settings: Settings, device: Device, root: Path, metrics: Metrics
+) -> CompileCache | None:
+    if runs_eagerly(settings.engine_eager, device):
+        logger.warning("COMPILE_CACHE has no effect: engines compile nothing (ENGINE_EAGER)")
+        return None
+    return CompileCache(
+        open_artefacts(place),
+        root,
+        partial(compile_key, settings, device),
+        lambda status: metrics.compile_cache.labels("", status).inc(),
+    )
 
 
 def _host_memory(settings: Settings, snapshots: SnapshotStore) -> HostMemory:

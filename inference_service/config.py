@@ -150,6 +150,12 @@ class Settings(BaseSettings):
         description="GiB of recently used weights to keep locked in the machine's memory, on CUDA ready for "
         "the GPU; 0: only those that a request waits for",
     )
+    compile_cache: str | None = Field(
+        None,
+        min_length=1,
+        description="Directory or `gs://bucket/prefix` that shares what engines compile between machines. It "
+        "is code: see SECURITY.md for who may write there. Unset: each machine compiles for itself",
+    )
     max_adapters: int = Field(
         8,
         ge=1,

@@ -70,6 +70,11 @@ class Metrics:
             "Weights made ready ahead of a swap: ready, refused (by the driver), no_memory or failed",
             "status",
         )
+        self.compile_cache = self._counter(
+            "compile_cache_total",
+            "Compiled artefacts in COMPILE_CACHE: pulled, missing (to be compiled), pushed or failed",
+            "status",
+        )
         self.rollouts = self._counter(
             "rollouts_total",
             "Revisions of models that served: ok (a new one took over), rejected (the old one still serves), "

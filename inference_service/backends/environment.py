@@ -34,6 +34,11 @@ def launcher_environment(backend: Backend, device: Device, cache: Path | None = 
     return environment | (vllm_environment(device, cache) if backend is Backend.VLLM else {})
 
 
+def compiled_environment(directory: Path) -> dict[str, str]:
+    """The variables of a host that keeps what it compiles in a directory of its own."""
+    return {"VLLM_CACHE_ROOT": str(directory / "vllm"), "TRITON_CACHE_DIR": str(directory / "triton")}
+
+
 def _cores() -> int:
     """The processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -11,6 +11,7 @@ class Snapshot:
     """A verified local directory with one revision of a model, and its serving settings.
 
     `adapter_rank`: the highest rank of LoRA adapters that its engine must take; 0 for no adapters.
+    `compiled`: the directory for what its engine compiles; None: that of all engines.
     """
 
     model: str
@@ -19,3 +20,4 @@ class Snapshot:
     bytes: int
     serving: Serving = field(default_factory=Serving)
     adapter_rank: int = 0
+    compiled: Path | None = None

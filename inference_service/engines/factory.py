@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from inference_service.backends.base import backend_version, missing_for
+from inference_service.backends.environment import compiled_environment
 from inference_service.backends.preload import PROGRAMS
 from inference_service.backends.transformers import transformers_arguments
 from inference_service.backends.vllm import runs_eagerly, vllm_arguments
@@ -75,6 +76,8 @@ class EngineFactory:
                 "TMPDIR": str(directory),
                 "VLLM_PROCESS_NAME_PREFIX": title_of(snapshot.model),
             }
+            if snapshot.compiled is not None:
+                environment |= compiled_environment(snapshot.compiled)
         elif self._backend is Backend.TRANSFORMERS:
             arguments = transformers_arguments(self._settings, self._device, snapshot, footprint)
         elif self._backend is Backend.FAKE:

@@ -28,9 +28,9 @@ class DeviceKind(StrEnum):
 class Device:
     """Where engines run: `count` devices with `memory_bytes` each (0 if unknown).
 
-    `bfloat16`: whether the CPU multiplies it faster than float32. For GPUs, `driver_cuda` is the newest CUDA
-    that the driver supports (None if unknown), and `like_first` whether all of them are of the same kind as
-    the machine's first one.
+    `bfloat16`: whether the CPU multiplies it faster than float32. For GPUs, `driver` is the driver's version,
+    `driver_cuda` the newest CUDA that it supports (None if unknown), and `like_first` whether all of them are
+    of the same kind as the machine's first one.
     """
 
     kind: DeviceKind
@@ -39,6 +39,7 @@ class Device:
     memory_bytes: int = 0
     bfloat16: bool = False
     driver_cuda: tuple[int, int] | None = None
+    driver: str = ""
     like_first: bool = True
 
 
@@ -87,6 +88,7 @@ def _cuda() -> Device | None:
             len(gpus),
             min(int(pynvml.nvmlDeviceGetMemoryInfo(gpu).total) for gpu in gpus),
             driver_cuda=_driver_cuda(pynvml),
+            driver=str(pynvml.nvmlSystemGetDriverVersion()),
             like_first=_like_first(pynvml, gpus),
         )
     finally:

@@ -291,6 +291,8 @@ class EngineLifecycle:
         start_seconds = slot.phases.start_seconds
         if not slot.swapped:
             self.estimates.loaded(name, seconds, start_seconds)
+            if slot.snapshot is not None:
+                self._run(slot, self._parts.loaded(slot.snapshot))
         self.backoff.succeeded(name, slot.model.revision)
         self._metrics.loaded(name, seconds, slot.phases.seconds)
         fields = {"revision": slot.model.revision, "seconds": seconds, "swapped": slot.swapped}

@@ -7,9 +7,9 @@ Makes no decisions; reports to the pool by returning or raising.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from inference_service.checkpoints.memory_profile import Footprint
 from inference_service.checkpoints.snapshot import Snapshot
@@ -43,6 +43,10 @@ _MEMORY_POLL_INTERVAL = 0.1
 _HEARTBEAT_SECONDS = 1.0
 
 
+async def _nothing_to_do(snapshot: Snapshot) -> None:
+    """By default."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """The parts of a load. `free_bytes`: the device's free memory; None if unknown.
@@ -50,7 +54,7 @@ class Parts:
     `footprint`: the memory that a model's engine would take.
     `swap_key`: models with the same key can replace each other in an engine; None: it cannot be swapped.
     `weight_checks`: None if no fingerprints are kept. `host_memory`: for weights that are made ready
-    ahead of a swap.
+    ahead of a swap. `loaded` runs beside an engine that has just loaded a snapshot.
     """
 
     fetch: FetchModel
@@ -62,6 +66,7 @@ class Parts:
     swap_key: Callable[[Checkpoint], str | None] = lambda model: None
     weight_checks: WeightChecks | None = None
     host_memory: HostMemory = field(default_factory=HostMemory)
+    loaded: Callable[[Snapshot], Coroutine[Any, Any, None]] = _nothing_to_do
 
 
 class Timeouts(NamedTuple):

@@ -18,6 +18,7 @@ from inference_service.storage.bucket.directory import DirectoryStore
 from inference_service.storage.bucket.documents import parse_object
 from inference_service.storage.bucket.model import ADAPTER_CONFIG, DescribedModel, ModelKind, canonical_name
 from inference_service.storage.bucket.store import Store, StoredObject
+from inference_service.storage.compiled import CompileCache
 from inference_service.storage.model import Adapter, AnyModel, Checkpoint, Model, Requested, Unservable
 from inference_service.storage.preflight import Preflight
 from inference_service.storage.snapshots.layout import FileRecord, Layout, Manifest, disown
@@ -50,12 +51,14 @@ class Registry:
         snapshots: SnapshotStore,
         layout: Layout,
         verifier: Verifier,
+        compiled: CompileCache | None = None,
     ) -> None:
         self.catalog = catalog
         self.snapshots = snapshots
         self._preflight = preflight
         self._layout = layout
         self._verifier = verifier
+        self._compiled = compiled
 
     async def find(self, name: str) -> Requested[AnyModel]:
         """The model that a client means by `name`; raises ModelNotFound and StoreError.
@@ -169,6 +172,7 @@ class Registry:
         entered("list")
         # The request may have been admitted for another revision, which is gone.
         await self.examine(model)
+        compiled = self._pull_compiled(model)
         try:
             snapshot = await self._verified(model, entered)
         except SnapshotCorrupt as error:
@@ -179,7 +183,20 @@ class Registry:
             self.catalog.forget()
             raise
         rank = model.adapter_rank if isinstance(model, Checkpoint) else 0
-        return replace(snapshot, serving=model.serving, adapter_rank=rank)
+        directory = None if compiled is None else await compiled
+        return replace(snapshot, serving=model.serving, adapter_rank=rank, compiled=directory)
+
+    def _pull_compiled(self, model: Model) -> asyncio.Future[Path] | None:
+        """Beside the weights; None for a model whose engine shares nothing that it compiles."""
+        swap_key = self.swap_key(model)
+        if self._compiled is None or swap_key is None or not isinstance(model, Checkpoint):
+            return None
+        return asyncio.ensure_future(self._compiled.pull(swap_key))
+
+    async def loaded(self, snapshot: Snapshot) -> None:
+        """A fresh engine has loaded the snapshot: share what that has compiled."""
+        if self._compiled is not None and snapshot.compiled is not None:
+            await self._compiled.push(snapshot.compiled)
 
     async def _verified(self, model: Model, entered: Callable[[str], None]) -> Snapshot:
         entered("sync")

@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -21,6 +22,7 @@ from google.auth import exceptions as auth
 from google.auth.credentials import AnonymousCredentials
 from google.auth.transport.requests import AuthorizedSession
 from google.cloud import storage
+from google.cloud.storage.exceptions import DataCorruption
 from google.cloud.storage.retry import DEFAULT_RETRY
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
@@ -38,6 +40,7 @@ MAX_ERROR_BYTES = 16 << 10
 MAX_ERROR_CHARACTERS = 500
 _CONNECTIONS = 64
 _READ_ONLY = "https://www.googleapis.com/auth/devstorage.read_only"
+_READ_WRITE = "https://www.googleapis.com/auth/devstorage.read_write"
 _ENDPOINT = "https://storage.googleapis.com"
 _TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
@@ -162,10 +165,48 @@ class GcsStore:
             ) from error
 
 
-def _credentials() -> Any:
+class GcsArtefacts:
+    """Files under a prefix of a bucket (storage/bucket/artefacts.py), with credentials that may write."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self._bucket = bucket
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+
+    def get(self, name: str, target: Path) -> bool:
+        with self._translated("read", name):
+            try:
+                self._blob(name).download_to_filename(str(target), checksum="crc32c")
+            except api.NotFound:
+                return False
+            return True
+
+    def put(self, name: str, source: Path) -> None:
+        with self._translated("write", name):
+            self._blob(name).upload_from_filename(str(source), checksum="crc32c")
+
+    def _blob(self, name: str) -> "storage.Blob":
+        client = storage.Client(project=None, credentials=_credentials(_READ_WRITE))
+        return client.bucket(self._bucket).blob(f"{self._prefix}{name}")
+
+    @contextmanager
+    def _translated(self, action: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (
+            api.GoogleAPIError,
+            auth.GoogleAuthError,
+            requests.RequestException,
+            HTTPError,
+            DataCorruption,
+            OSError,
+        ) as error:
+            raise StoreError(f"Cannot {action} gs://{self._bucket}/{self._prefix}{name}: {error}") from error
+
+
+def _credentials(scope: str = _READ_ONLY) -> Any:
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         return AnonymousCredentials()
-    credentials, _ = google.auth.default(scopes=[_READ_ONLY])
+    credentials, _ = google.auth.default(scopes=[scope])
     return credentials
 
 

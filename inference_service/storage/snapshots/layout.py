@@ -13,6 +13,7 @@
         .3f2a9c0d1e5b.lock                   held by the process that fetches the revision
       .evicted-9fj2k1/                       an evicted snapshot that is being removed
       .room.lock                             held while space is freed or reserved
+      .compiled/                             what engines compile, by its key in COMPILE_CACHE
       .vllm/                                 vLLM's compiled kernels and start-up plans
       .triton/                               Triton's compiled kernels
 
