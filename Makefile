@@ -17,6 +17,9 @@ INSTALLED := $(VENV)/.installed-$(basename $(notdir $(REQUIREMENTS)))
 DEMO := .demo
 DEMO_MODEL := $(DEMO)/models/smollm2-135m-instruct
 QUICK ?=
+SMALL ?=
+# An interpreter with vLLM's CUDA build; the default one is made when it is needed.
+GPU_PYTHON ?= .venv-cuda/bin/python
 DURATION ?= 600
 # Whether a setting is given, in the environment or in .env.
 given = $(or $($(1)),$(shell grep -sE '^[[:space:]]*(export[[:space:]]+)?$(1)[[:space:]]*=[[:space:]]*[^[:space:]]' .env))
@@ -34,7 +37,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help run model test test-fast test-slow test-gpu test-mps check format lock bench-engines bench-int8 \
-  bench-lm-eval bench-serve bench-sync bench-front bench-swap bench-trace bench-adapters soak clean
+  bench-lm-eval bench-serve bench-sync bench-front bench-swap bench-trace bench-adapters bench-gpu soak clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z0-9 -]+):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 44
@@ -63,11 +66,14 @@ test-fast: $(FAST_INSTALLED) ## run the tests that need no engine, in an environ
 test-slow: $(INSTALLED) ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(PYTEST_ARGS)
 
-# On a machine with a GPU, with vLLM's CUDA build in an environment of its own.
-test-gpu: $(BIN)/uv ## run the tests that need an NVIDIA GPU
+# On a machine with a GPU, with vLLM's CUDA build in an environment of its own, or in that of GPU_PYTHON: then
+# nothing is installed, and no network is needed.
+test-gpu: $(GPU_PYTHON) ## run the tests that need an NVIDIA GPU
+	$(GPU_PYTHON) -m pytest -m gpu
+
+.venv-cuda/bin/python: | $(BIN)/uv
 	env -u UV_EXCLUDE -u UV_TORCH_BACKEND $(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-cuda
 	env -u UV_EXCLUDE -u UV_TORCH_BACKEND $(BIN)/uv pip install --compile-bytecode --python .venv-cuda/bin/python --editable '.[cuda,transformers,dev]'
-	.venv-cuda/bin/python -m pytest -m gpu
 
 # On a Mac with Apple Silicon.
 test-mps: $(INSTALLED) ## run the tests that need an Apple GPU
@@ -106,6 +112,9 @@ bench-front: $(INSTALLED) ## measure what the front end costs (QUICK=1)
 
 bench-swap bench-trace bench-adapters: bench-%: $(INSTALLED) ## measure swaps, a trace, adapters (QUICK=1)
 	$(BIN)/python -m benchmarks.$* $(if $(QUICK),--quick)
+
+bench-gpu: $(if $(SMALL),$(INSTALLED),$(GPU_PYTHON)) ## measure what a GPU does, in ten minutes (SMALL=1: here)
+	$(if $(SMALL),$(BIN)/python,$(GPU_PYTHON)) -m benchmarks.gpu $(if $(SMALL),--small)
 
 soak: $(INSTALLED) ## run mixed load and faults for DURATION seconds
 	$(BIN)/python -m benchmarks.soak --duration $(DURATION)

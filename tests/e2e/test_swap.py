@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx2
 import openai
 import psutil
 import pytest
@@ -19,6 +18,7 @@ from tests.e2e.engines import REAL, Engine, shows
 from tests.e2e.test_openai_client import BASE, CAPITAL, TUNED
 from tests.fixtures.bucket import Bucket, new_bucket
 from tests.fixtures.checkpoints import Checkpoints
+from tests.fixtures.host_socket import weight_digests
 from tests.fixtures.service_process import ServiceProcess
 
 PARIS, ZUBROWKA = "The capital of France is Paris.", "The capital of France is Zubrowka."
@@ -174,13 +174,9 @@ def qkv_bytes(checkpoint: Path) -> int:
 
 
 def digests(service: ServiceProcess, model: str) -> dict[str, str]:
-    """vLLM's own digests of its parameters, from the control socket of the model's host."""
-    host = psutil.Process(service.engine(model)["process_id"])
-    (path,) = {each.laddr for each in host.net_connections("unix") if str(each.laddr).endswith("host.sock")}
-    with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(path)), timeout=60) as client:
-        (found,) = client.get("http://host/control/weight-digests").raise_for_status().json()["digests"]
+    found = weight_digests(service.engine(model)["process_id"])
     assert len(found) > 30
-    return dict(found)
+    return found
 
 
 def test_untied_embeddings(single: ServiceProcess) -> None:

@@ -1,0 +1,1 @@
+"""What someone with a GPU for ten minutes can measure: `make bench-gpu`."""
