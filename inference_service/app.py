@@ -11,9 +11,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from inference_service import __version__
 from inference_service.api import admin, health, openai
+from inference_service.api.relay import DIRECT_SEND
 from inference_service.api.request_log import RequestLog
 from inference_service.api.service import Service
 from inference_service.backends import source_tables
@@ -24,7 +26,7 @@ from inference_service.engines.factory import EngineFactory
 from inference_service.engines.launcher import Launcher
 from inference_service.errors import InvalidRequest, ServiceError, error_envelope
 from inference_service.machine.device import Device
-from inference_service.machine.memory import free_bytes, free_host_bytes
+from inference_service.machine.memory import free_bytes, free_host_bytes, used_bytes
 from inference_service.metrics import Metrics
 from inference_service.pool.budget import Budget
 from inference_service.pool.lifecycle import Limits
@@ -53,6 +55,13 @@ _GIB = 1 << 30
 EXAMINED_AT_START = 32
 
 
+class _App(FastAPI):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Keep the server's own `send`: a stream's chunks need none of the layers between it and a route."""
+        scope[DIRECT_SEND] = send
+        await super().__call__(scope, receive, send)
+
+
 def build_app(settings: Settings, device: Device, backend: Backend, launcher: Launcher) -> FastAPI:
     """The ASGI application; its lifespan attaches the launcher and, at the end, closes the pool."""
     factory = EngineFactory(settings, device, backend, launcher)
@@ -66,6 +75,7 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
         release=registry.release,
         make_engine=factory.make,
         free_bytes=partial(asyncio.to_thread, free_bytes, device),
+        used_bytes=lambda leader, before: asyncio.to_thread(used_bytes, device, leader, before),
         footprint=lambda model: budget.footprint(registry.memory_profile(model), model.adapter_rank),
         fetching=registry.fetching,
         swap_key=registry.swap_key if settings.weight_swap is WeightSwap.AUTO else _no_swap,
@@ -87,7 +97,7 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
         resolver=resolver,
         metrics=metrics,
     )
-    app = FastAPI(
+    app = _App(
         title="inference-service",
         redirect_slashes=False,
         version=__version__,

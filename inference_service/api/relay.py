@@ -33,6 +33,8 @@ LAST_WORD_SECONDS = 2.0
 COMMENT_SECONDS = 3.0
 REVISION_HEADER = b"x-model-revision"
 BASE_REVISION_HEADER = b"x-base-revision"
+# In the scope of a request: the server's own `send`, beneath every middleware.
+DIRECT_SEND = "inference_service.send"
 _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would buffer the events
@@ -70,7 +72,7 @@ class Relay(Response):
         watcher = asyncio.create_task(self._watch_client(receive))
         error: ServiceError | None = None
         try:
-            error = await self._run_within_limit(send)
+            error = await self._run_within_limit(send, scope.get(DIRECT_SEND, send))
             await self._end_comments()
             self._close()
             if error is not None and not self._client_left:
@@ -90,11 +92,11 @@ class Relay(Response):
         if deadline < self._deadline:
             self._cut(deadline, ShuttingDown("The service is shutting down. Try again.", retry_after=5))
 
-    async def _run_within_limit(self, send: Send) -> ServiceError | None:
-        """The error that ended the request; None if it was answered."""
+    async def _run_within_limit(self, send: Send, direct: Send) -> ServiceError | None:
+        """The error that ended the request; None if it was answered. `direct` is the server's own `send`."""
         try:
             async with asyncio.timeout_at(self._deadline) as self._limit:
-                await self._run(send)
+                await self._run(send, direct)
         except TimeoutError:
             return self._cause or RequestTimedOut(self._service.settings.request_timeout)
         except EngineError as error:
@@ -109,7 +111,7 @@ class Relay(Response):
             return None
         return await self._service.pool.suspect(self._lease)
 
-    async def _run(self, send: Send) -> None:
+    async def _run(self, send: Send, direct: Send) -> None:
         def resolved(model: Model) -> None:
             self._model = model
             if self._body.stream:
@@ -122,14 +124,14 @@ class Relay(Response):
         if self._reply.status >= 400:
             raise host_error(self._reply.status, await self._reply.read())
         if self._body.stream:
-            await self._stream(self._reply, send)
+            await self._stream(self._reply, send, direct)
         else:
             await self._collect(self._reply, send)
 
-    async def _stream(self, reply: Reply, send: Send) -> None:
+    async def _stream(self, reply: Reply, send: Send, direct: Send) -> None:
         reader = StreamReader(keep_usage=self._body.wants_usage)
         first = True
-        async for chunk in reply.chunks():
+        while chunk := await reply.chunk():
             if events := reader.feed(chunk):
                 if first:
                     first = False
@@ -138,7 +140,7 @@ class Relay(Response):
                     if self._status is not None:  # it was opened before its revision was known
                         events = self._revision_comment() + events
                     await self._open(send)
-                await send({"type": "http.response.body", "body": events, "more_body": True})
+                await direct({"type": "http.response.body", "body": events, "more_body": True})
             if reader.error is not None:
                 raise reader.error
             if reader.done:

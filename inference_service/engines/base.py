@@ -4,7 +4,7 @@ Defines states, footprints, the Engine and Reply protocols, and HostSpec, the sp
 which is sent to the launcher as JSON.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
@@ -96,8 +96,8 @@ class Reply(Protocol):
     @property
     def content_type(self) -> str: ...
 
-    def chunks(self) -> AsyncIterator[bytes]:
-        """The bytes as they arrive; raises EngineDied if the host dies."""
+    async def chunk(self) -> bytes:
+        """All bytes that have arrived, at least one; none at the end. Raises EngineDied if the host dies."""
         ...
 
     async def read(self) -> bytes:

@@ -22,6 +22,33 @@ def free_host_bytes() -> int | None:
     return min(found, default=None)
 
 
+def used_bytes(device: Device, leader: int | None, free_before: int | None) -> int | None:
+    """What the engine whose process group `leader` leads has taken since `free_before` was measured.
+
+    On CUDA the difference, because NVML numbers processes as the host does, not as a container; it is right
+    while nothing else starts or ends. On the CPU the processes' own memory, shared pages counted in part.
+    """
+    if device.kind is DeviceKind.CUDA:
+        free = _free_on_gpus()
+        return None if free is None or free_before is None else max(0, free_before - free)
+    return None if leader is None else _used_by_group(leader)
+
+
+def _used_by_group(leader: int) -> int | None:
+    """Linux only."""
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            # The name may have spaces and parentheses: the numbers come after the last one.
+            if int((process / "stat").read_text().rpartition(")")[2].split()[2]) != leader:
+                continue
+            lines = (process / "smaps_rollup").read_text().splitlines()
+        except (OSError, ValueError, IndexError):
+            continue  # it has ended
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total or None
+
+
 def _free_on_gpus() -> int | None:
     import pynvml
 

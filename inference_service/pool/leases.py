@@ -21,8 +21,8 @@ class Slot:
 
     The scheduler owns its state. `began` is on the pool's clock; `tasks` run for it: its load, the watch over
     its process, its teardown. `unloaded`: by the operator. `swapped`: its engine held another model before;
-    `swap`: how that went. `fingerprint`: the weight check's. `adapter_rank`: a fresh engine must take
-    adapters of at least this rank.
+    `swap`: how that went. `measured_bytes`: what its engine took, None if unknown. `fingerprint`: the weight
+    check's. `adapter_rank`: a fresh engine must take adapters of at least this rank.
     """
 
     model: Checkpoint
@@ -37,6 +37,7 @@ class Slot:
     unloaded: bool = False
     swapped: bool = False
     swap: Swapped | None = None
+    measured_bytes: int | None = None
     adapter_rank: int = 0
     leases: set["Lease"] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)

@@ -143,6 +143,7 @@ class EngineLifecycle:
         # If the swap fails, the fresh engine must take the adapters that the scheduler counts on.
         slot.adapter_rank = self._scheduler.engines[slot.key].adapters
         slot.engine, old.engine = old.engine, None
+        slot.measured_bytes = old.measured_bytes
         self.slots[slot.key] = slot
         for watch in old.tasks:
             watch.cancel()
@@ -296,6 +297,7 @@ class EngineLifecycle:
         self.backoff.succeeded(name, slot.model.revision)
         self._metrics.loaded(name, seconds, slot.phases.seconds)
         fields = {"revision": slot.model.revision, "seconds": seconds, "swapped": slot.swapped}
+        fields |= {"reserved_bytes": slot.footprint.total, "measured_bytes": slot.measured_bytes}
         if slot.swap is not None and slot.swap.copied_bytes is not None:
             fields |= {"copied_bytes": slot.swap.copied_bytes, "came": dict(slot.swap.came)}
         logger.info("loaded", extra={"model": name, **fields, **slot.phases.describe()})

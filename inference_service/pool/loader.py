@@ -43,6 +43,10 @@ _MEMORY_POLL_INTERVAL = 0.1
 _HEARTBEAT_SECONDS = 1.0
 
 
+async def _unknown_use(leader: int | None, free_before: int | None) -> None:
+    """By default."""
+
+
 async def _nothing_to_do(snapshot: Snapshot) -> None:
     """By default."""
 
@@ -55,6 +59,8 @@ class Parts:
     `swap_key`: models with the same key can replace each other in an engine; None: it cannot be swapped.
     `weight_checks`: None if no fingerprints are kept. `host_memory`: for weights that are made ready
     ahead of a swap. `loaded` runs beside an engine that has just loaded a snapshot.
+    `used_bytes`: what an engine has taken of its device, from the leader of its process group and what was
+    free before its start.
     """
 
     fetch: FetchModel
@@ -66,6 +72,7 @@ class Parts:
     swap_key: Callable[[Checkpoint], str | None] = lambda model: None
     weight_checks: WeightChecks | None = None
     host_memory: HostMemory = field(default_factory=HostMemory)
+    used_bytes: Callable[[int | None, int | None], Awaitable[int | None]] = _unknown_use
     loaded: Callable[[Snapshot], Coroutine[Any, Any, None]] = _nothing_to_do
 
 
@@ -236,6 +243,7 @@ class EngineLoader:
 
     async def _start_and_try(self, slot: Slot, snapshot: Snapshot) -> None:
         slot.phases.enter(Phase.START)
+        free_before = await self._parts.free_bytes()
         rank = max(snapshot.adapter_rank, slot.adapter_rank)
         slot.engine = self._parts.make_engine(replace(snapshot, adapter_rank=rank), slot.footprint)
         await slot.engine.start()
@@ -248,6 +256,7 @@ class EngineLoader:
                 f"The engine of '{slot.model.name}' does not compute: {error.message}", param="model"
             ) from error
         slot.phases.enter(None)
+        slot.measured_bytes = await self._parts.used_bytes(slot.engine.process_id, free_before)
         if self._parts.weight_checks is None:
             return
         first = await self._parts.weight_checks.of_load(snapshot, slot.fingerprint)

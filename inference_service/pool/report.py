@@ -126,6 +126,7 @@ class Report:
             "idle_seconds": None if slot.leases else round(now - view.last_used, 3),
             "bytes": slot.model.bytes,
             "memory": asdict(slot.footprint),
+            "measured_bytes": slot.measured_bytes,
         }
         if view.state is EngineState.STARTING:
             described["loading"] = self.progress(slot.model).describe()

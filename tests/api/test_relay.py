@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,12 +41,14 @@ class SlowReply:
     def __init__(self, *, stream: bool) -> None:
         self.content_type = "text/event-stream" if stream else "application/json"
         self.closed = False
+        self._words = iter(("the", "quick", "brown"))
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        for word in ("the", "quick", "brown"):
-            await asyncio.sleep(0)
-            yield b"data: " + json.dumps({"choices": [{"text": word}]}).encode() + b"\n\n"
-        yield b"data: [DONE]\n\n"
+    async def chunk(self) -> bytes:
+        await asyncio.sleep(0)
+        word = next(self._words, None)
+        if word is None:
+            return b"data: [DONE]\n\n"
+        return b"data: " + json.dumps({"choices": [{"text": word}]}).encode() + b"\n\n"
 
     async def read(self) -> bytes:
         await asyncio.sleep(0)

@@ -79,6 +79,8 @@ def test_two_engines_keep_within_what_is_reserved_for_them(bucket: Path, tmp_pat
             ask(service, model)
         stats = service.stats()
         assert len(stats["engines"]) == 2
+        for engine in stats["engines"]:
+            assert engine["measured_bytes"] <= sum(engine["memory"].values())
         assert used_gpu_bytes() - idle < 1.02 * stats["budget"]["reserved_bytes"]
         assert stats["budget"]["reserved_bytes"] <= stats["budget"]["total_bytes"]
 

@@ -217,6 +217,7 @@ def test_a_second_model_waits_until_the_firsts_memory_is_back(
         first = service.engine(BASE)
         used = sum(process.memory_full_info().uss for process in group_members(first["process_id"]))
         assert used < 1.1 * sum(first["memory"].values()), "what is reserved is what is used"
+        assert 0.5 * used < first["measured_bytes"] < 1.1 * sum(first["memory"].values())
         assert ask(service, TUNED) == "The capital of France is Zubrowka."
         assert [engine["model"] for engine in service.stats()["engines"]] == [TUNED]
         family = service.descendants()

@@ -18,7 +18,7 @@ import pytest
 
 from inference_service.engines.base import HostSpec
 from inference_service.engines.launcher import Launcher
-from inference_service.engines.process_engine import ProcessEngine
+from inference_service.engines.process_engine import HostReply, ProcessEngine
 from inference_service.errors import EngineDied, EngineStartFailed
 
 
@@ -67,7 +67,7 @@ async def test_closing_a_reply_aborts_the_generation(launcher: Launcher, tmp_pat
     await host.start()
     body = b'{"prompt": "x", "max_tokens": 10000, "stream": true}'
     reply = await host.forward("/v1/completions", body, "id")
-    await anext(reply.chunks())
+    await reply.chunk()
     assert (await host.heartbeat()).running == 1
     reply.close()
     for _ in range(100):
@@ -78,18 +78,21 @@ async def test_closing_a_reply_aborts_the_generation(launcher: Launcher, tmp_pat
     await host.close()
 
 
+async def read_to_end(reply: HostReply) -> None:
+    while await reply.chunk():
+        pass
+
+
 async def test_a_host_killed_in_the_middle_of_a_reply(launcher: Launcher, tmp_path: Path) -> None:
     host = engine(launcher, tmp_path)
     await host.start()
     body = b'{"prompt": "x", "max_tokens": 10000, "stream": true}'
     reply = await host.forward("/v1/completions", body, "id")
-    chunks = reply.chunks()
-    await anext(chunks)
+    await reply.chunk()
     assert host.process_id is not None
     os.kill(host.process_id, signal.SIGKILL)
     with pytest.raises(EngineDied, match="went away"):
-        async for _ in chunks:
-            pass
+        await read_to_end(reply)
     reply.close()
     assert "SIGKILL" in await host.wait_dead()
     await host.close()
@@ -158,14 +161,9 @@ async def test_a_dead_launcher_ends_replies_under_way(launcher: Launcher, tmp_pa
     reply = await host.forward(
         "/v1/completions", b'{"prompt": "x", "max_tokens": 9999, "stream": true}', "id"
     )
-    chunks = reply.chunks()
-    await anext(chunks)
+    await reply.chunk()
 
-    async def read_on() -> None:
-        async for _ in chunks:
-            pass
-
-    reading = asyncio.create_task(read_on())
+    reading = asyncio.create_task(read_to_end(reply))
     await asyncio.sleep(0.05)
     os.kill(launcher.process_id, signal.SIGKILL)
     await asyncio.wait_for(host.wait_dead(), 5)

@@ -85,6 +85,9 @@ class FakeNvml:
     def nvmlDeviceGetMemoryInfo(self, gpu: tuple[str, str]) -> SimpleNamespace:  # noqa: N802
         return SimpleNamespace(total=24 << 30, free=7 << 30)
 
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "535.1"
+
     def nvmlSystemGetCudaDriverVersion(self) -> int:  # noqa: N802
         return self._cuda
 

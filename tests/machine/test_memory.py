@@ -1,12 +1,16 @@
 """Free memory, measured."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 
 from inference_service.machine import memory
-from inference_service.machine.device import find_device
-from inference_service.machine.memory import free_bytes
+from inference_service.machine.device import Device, DeviceKind, find_device
+from inference_service.machine.memory import free_bytes, used_bytes
 
 
 def test_what_this_machine_has_free() -> None:
@@ -45,3 +49,23 @@ def test_a_container_without_a_limit(tmp_path: Path) -> None:
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 500\n")
     assert memory._left_in_cgroup(tmp_path) is None
+
+
+def test_what_a_group_of_processes_has_taken() -> None:
+    """Its leader's memory and its child's, however the program is named."""
+    hold = "import sys; held = b'x' * (64 << 20); sys.stdout.write('.'); sys.stdout.flush(); sys.stdin.read()"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"
+    group = subprocess.Popen(
+        [sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert group.stdout is not None
+        assert group.stdout.read(1) == b"."
+        found = used_bytes(Device(DeviceKind.CPU, "any"), group.pid, None)
+        assert found is not None
+        assert 64 << 20 < found < 200 << 20
+    finally:
+        os.killpg(group.pid, signal.SIGKILL)
+        group.communicate()
+    assert used_bytes(Device(DeviceKind.CPU, "any"), group.pid, None) is None
+    assert used_bytes(Device(DeviceKind.CPU, "any"), None, None) is None
