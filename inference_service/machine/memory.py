@@ -9,6 +9,8 @@ from pathlib import Path
 from inference_service.machine.device import Device, DeviceKind, visible_gpus
 
 _CGROUP = Path("/sys/fs/cgroup")
+# Of smaps_rollup: neither the launcher's pages, which a fork shares, nor those of files.
+_TAKEN = "Private_Dirty:"
 
 
 def free_bytes(device: Device) -> int | None:
@@ -26,7 +28,7 @@ def used_bytes(device: Device, leader: int | None, free_before: int | None) -> i
     """What the engine whose process group `leader` leads has taken since `free_before` was measured.
 
     On CUDA the difference, because NVML numbers processes as the host does, not as a container; it is right
-    while nothing else starts or ends. On the CPU the processes' own memory, shared pages counted in part.
+    while nothing else starts or ends. On the CPU the memory that ends with the processes.
     """
     if device.kind is DeviceKind.CUDA:
         free = _free_on_gpus()
@@ -45,7 +47,7 @@ def _used_by_group(leader: int) -> int | None:
             lines = (process / "smaps_rollup").read_text().splitlines()
         except (OSError, ValueError, IndexError):
             continue  # it has ended
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(_TAKEN))
     return total or None
 
 
