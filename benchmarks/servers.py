@@ -134,7 +134,7 @@ def _footprint(settings: Settings, device: Device, model: Path) -> Footprint:
             length = header_bytes(opened.read(LENGTH_BYTES), size)
             weights.tensors.update(parse_header(opened.read(length), size))
     config = json.loads((model / "config.json").read_text())
-    budget = Budget(device, Backend.VLLM, settings.gpu_memory_utilization, settings.max_cached_models)
+    budget = Budget(device, Backend.VLLM, settings.gpu_memory_utilization, settings.slots)
     return budget.footprint(memory_profile_of(config, Serving(), weights, settings, device, Backend.VLLM))
 
 

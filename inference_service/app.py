@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 _GIB = 1 << 30
 EXAMINED_AT_START = 32
+DEFAULT_ENGINES = 2
 
 
 class _App(FastAPI):
@@ -68,7 +69,12 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     metrics = Metrics()
     registry = _registry(settings, device, backend, metrics)
     budget = Budget(
-        device, backend, settings.gpu_memory_utilization, settings.max_cached_models, settings.max_adapters
+        device,
+        backend,
+        settings.gpu_memory_utilization,
+        None if settings.max_cached_models == "auto" else settings.slots,
+        settings.max_adapters,
+        settings.concurrency,
     )
     parts = Parts(
         fetch=registry.fetch,
@@ -155,7 +161,7 @@ def _no_swap(model: Checkpoint) -> None:
 
 def _policy(settings: Settings, budget: Budget) -> Policy:
     return Policy(
-        slots=settings.max_cached_models,
+        slots=_slots(settings, budget),
         concurrency=settings.concurrency,
         queued=settings.queued,
         fairness_wait=settings.fairness_wait,
@@ -163,6 +169,12 @@ def _policy(settings: Settings, budget: Budget) -> Policy:
         idle_ttl=settings.model_idle_ttl,
         memory=budget.total,
     )
+
+
+def _slots(settings: Settings, budget: Budget) -> int:
+    """Where the memory is not known, as many engines as fit are as many as by default."""
+    known = settings.max_cached_models != "auto" or budget.total is not None
+    return settings.slots if known else DEFAULT_ENGINES
 
 
 def _limits(settings: Settings) -> Limits:

@@ -60,6 +60,9 @@ class WeightSwap(StrEnum):
     OFF = "off"
 
 
+MAX_ENGINES = 64
+
+
 @dataclass(frozen=True)
 class WaitLimit:
     """The longest that a request waits for something, in seconds, and the settings that it comes from."""
@@ -111,7 +114,11 @@ class Settings(BaseSettings):
     catalog_ttl: float = Field(
         30, ge=0, le=86_400, description="Seconds that a listing of the bucket is reused"
     )
-    max_cached_models: int = Field(2, ge=1, le=64, description="Maximum number of engines at a time")
+    max_cached_models: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_ENGINES)] = Field(
+        2,
+        description="Maximum number of engines at a time; each has an equal share of the memory. `auto`: as "
+        "many as fit, each with the KV cache that MAX_CONCURRENT_REQUESTS need, or four of full length",
+    )
     max_concurrent_requests: int = Field(
         50,
         ge=1,
@@ -327,6 +334,11 @@ class Settings(BaseSettings):
         if self.queue_timeout is not None:
             return WaitLimit(self.queue_timeout)
         return WaitLimit(PLACE_SECONDS, "the default; QUEUE_TIMEOUT sets another")
+
+    @property
+    def slots(self) -> int:
+        """The maximum number of engines."""
+        return MAX_ENGINES if self.max_cached_models == "auto" else self.max_cached_models
 
     @property
     def concurrency(self) -> int:

@@ -91,7 +91,7 @@ class Service:
 
     def preload(self) -> list[asyncio.Task[None]]:
         """Load PRELOAD_MODELS, and those whose serving.json says so; the service is ready meanwhile."""
-        slots = self.settings.max_cached_models
+        slots = self.settings.slots
         named, rest = self.settings.preload_models[:slots], self.settings.preload_models[slots:]
         if rest:
             message = "not preloaded, the maximum is %s engines (MAX_CACHED_MODELS): %s"

@@ -1,4 +1,4 @@
-"""The device's memory in bytes: how much each engine gets, so that one per slot fits.
+"""The device's memory in bytes: how much each engine gets, so that one per slot fits, or as many as possible.
 
 Pure arithmetic; machine/memory.py measures what is really free.
 """
@@ -12,20 +12,33 @@ _MIB = 1 << 20
 MIN_KV_CACHE_BYTES = 64 * _MIB
 UNKNOWN_KV_CACHE_BYTES = 1024 * _MIB
 FULL_LENGTH_REQUESTS = 4
+# What a request is taken to use of its context where as many engines as possible are to fit.
+TYPICAL_TOKENS = 1024
 # If memory is short, an unbounded context does not get its full KV cache.
 ENOUGH_TOKENS = 4096
 
 
 class Budget:
-    """Bytes on each device for all engines; `total` None: unknown, and nothing is counted."""
+    """Bytes on each device for all engines; `total` None: unknown, and nothing is counted.
+
+    `slots` None: as many engines as fit, each with the KV cache of `requests`; what they leave is free for
+    the next.
+    """
 
     def __init__(
-        self, device: Device, backend: Backend, utilization: float, slots: int, adapters: int = 0
+        self,
+        device: Device,
+        backend: Backend,
+        utilization: float,
+        slots: int | None,
+        adapters: int = 0,
+        requests: int = 1,
     ) -> None:
         self.total = max(1, int(device.memory_bytes * utilization)) if device.memory_bytes else None
         self._touched_at_start = device.kind is not DeviceKind.CUDA
         self._cost = COSTS.get((backend, device.kind), OTHER_COST)
         self._slots = slots
+        self._requests = requests
         self._adapters = adapters
 
     def footprint(self, profile: MemoryProfile, adapter_rank: int = 0) -> Footprint:
@@ -52,9 +65,16 @@ class Budget:
         wanted = token_bytes * profile.context * FULL_LENGTH_REQUESTS or UNKNOWN_KV_CACHE_BYTES
         if self.total is None:
             return max(MIN_KV_CACHE_BYTES, wanted)
-        rooms = (self.total // self._slots - others, self.total - others)
-        share, whole = (int(room / (1 + self._cost.per_cache)) for room in rooms)
+        whole = self._cache_in(self.total - others)
+        if self._slots is None:
+            typical = 0 if self._touched_at_start else token_bytes * TYPICAL_TOKENS * self._requests
+            return max(MIN_KV_CACHE_BYTES, min(max(wanted, typical), whole))
+        share = self._cache_in(self.total // self._slots - others)
         if share < max(MIN_KV_CACHE_BYTES, token_bytes * min(profile.context, ENOUGH_TOKENS)):
             return max(MIN_KV_CACHE_BYTES, min(wanted, whole))
         # On the CPU vLLM touches all of its cache at the start: only as much as a few requests can use.
         return max(MIN_KV_CACHE_BYTES, min(wanted, share)) if self._touched_at_start else share
+
+    def _cache_in(self, room: int) -> int:
+        """The KV cache that fits into `room`, with what it costs beside itself."""
+        return int(room / (1 + self._cost.per_cache))

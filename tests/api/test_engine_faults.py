@@ -53,6 +53,20 @@ def test_an_engine_that_does_not_end_is_killed(fakes: Fakes) -> None:
         assert stubborn not in [process.pid for process in service.descendants()]
 
 
+def test_as_many_engines_live_as_fit(fakes: Fakes) -> None:
+    """Memory for three and a half, and no number of slots."""
+    names = ["one", "two", "three", "four"]
+    for name in names:
+        fakes.put(name, serving={"kv_cache_gib": 1})
+    with fakes.service(MIN_RESIDENCY="0", MAX_CACHED_MODELS="auto", **_memory(3.5)) as service:
+        for name in names:
+            service.http.post("/v1/completions", json=ask(name)).raise_for_status()
+        stats = service.stats()
+        live = {engine["model"] for engine in stats["engines"]}
+        assert (len(live), "four" in live) == (3, True)
+        assert stats["budget"]["reserved_bytes"] <= stats["budget"]["total_bytes"]
+
+
 def test_models_share_the_memory_that_there_is(fakes: Fakes) -> None:
     """Two slots, and memory for one and a half."""
     for name in ("one", "two"):

@@ -146,7 +146,7 @@ async def test_an_eight_billion_model_is_admitted(
     assert profile is not None
     assert profile.weights_bytes == BYTES[name]
 
-    slots, utilization = instance.max_cached_models, instance.gpu_memory_utilization
+    slots, utilization = instance.slots, instance.gpu_memory_utilization
     budget = Budget(L4, Backend.VLLM, utilization, slots, instance.max_adapters)
     footprint = budget.footprint(profile)
     scheduler = Scheduler(Policy(slots, instance.concurrency, instance.queued, memory=budget.total))

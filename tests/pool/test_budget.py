@@ -92,3 +92,27 @@ def test_it_reads_well() -> None:
     assert str(Footprint(3 * GIB, GIB, GIB >> 1)) == (
         "4.5 GiB (weights 3.0 GiB, KV cache 1.0 GiB, overhead 512.0 MiB)"
     )
+
+
+def automatic(requests: int = 50, device: Device = L4) -> Budget:
+    return Budget(device, Backend.VLLM, 0.9, None, requests=requests)
+
+
+def test_as_many_as_fit_get_what_the_requests_need() -> None:
+    found = automatic().footprint(shape(0.6))
+    assert found.kv_cache == 50 * 1024 * TOKEN, "more than four of full length"
+    total = automatic().total
+    assert total is not None
+    assert total // found.total == 3
+    assert automatic().footprint(shape(0.6)) == found, "whatever else is there"
+    assert automatic(requests=4).footprint(shape(0.6)).kv_cache == 4 * 8192 * TOKEN
+
+
+def test_a_large_model_takes_what_is_there() -> None:
+    found = automatic().footprint(shape(17))
+    assert found.total == automatic().total
+    assert MIN_KV_CACHE_BYTES < found.kv_cache < 4 * 8192 * TOKEN
+
+
+def test_on_the_cpu_no_more_than_a_few_requests() -> None:
+    assert automatic(device=LAPTOP).footprint(shape(0.5, context=2048)).kv_cache == 4 * 2048 * TOKEN
