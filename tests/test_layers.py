@@ -43,7 +43,7 @@ FENCES = {
     "vllm": ("hosts/",),
     "transformers": ("hosts/",),
     "prometheus_client": ("metrics.py",),
-    "aiohttp": ("engines/process_engine.py",),
+    "httptools": ("engines/host_client.py",),
     "pynvml": ("machine/",),
     "fcntl": ("storage/snapshots/locks.py",),
 }

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
 from inference_service.backends.preload import PROGRAMS
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.engines.base import (
@@ -29,6 +27,7 @@ from inference_service.engines.base import (
     Swapped,
 )
 from inference_service.engines.error_hints import in_plain_words
+from inference_service.engines.host_client import HostClient, HostConnection
 from inference_service.engines.host_log import HostLog
 from inference_service.engines.launcher import Host, Launcher, kill_group
 from inference_service.errors import (
@@ -75,10 +74,9 @@ class ProcessEngine:
         self._log = HostLog(spec.model, self._enter)
         self._phases: dict[str, float] = {}
         self._host: Host | None = None
-        self._client: aiohttp.ClientSession | None = None
+        self._client: HostClient | None = None
         self._replies: set[HostReply] = set()
         self._cut_with: ServiceError | None = None
-        self._disconnecting: asyncio.Future[None] | None = None
         self._cannot_prepare = False
         self.about = About()
 
@@ -94,13 +92,13 @@ class ProcessEngine:
         self._enter("start")
         self._log.attach()
         self._host = await self._launch()
-        self._client = self._new_client()
+        self._client = HostClient(str(self._socket), KEEP_ALIVE_SECONDS)
         await self._answer_or_death(self._host)
 
     async def forward(self, path: str, body: bytes, request_id: str) -> "HostReply":
         headers = {"content-type": "application/json", "x-request-id": request_id}
         with self._translated():
-            response = await self._open_client.post(f"http://host{path}", data=body, headers=headers)
+            response = await self._open_client.request("POST", path, body, headers)
         reply = HostReply(self, response, self._replies.discard)
         self._replies.add(reply)
         if self._cut_with is not None:  # at the same moment
@@ -108,10 +106,10 @@ class ProcessEngine:
         return reply
 
     async def heartbeat(self) -> Heartbeat:
-        with self._translated():
-            async with self._open_client.get(f"http://host{HEARTBEAT_PATH}") as response:
-                response.raise_for_status()
-                return Heartbeat(**await response.json())
+        status, content = await self._ask("GET", HEARTBEAT_PATH)
+        if status != 200:
+            raise self._cut_with or self.died()
+        return Heartbeat(**json.loads(content))
 
     async def weight_check(self) -> Fingerprint:
         return _fingerprint(await self._command("GET", "/control/weight-check", None, SwapFailed))
@@ -159,14 +157,28 @@ class ProcessEngine:
 
         `absent`: raised instead if the host does not have the route.
         """
+        status, content = await self._ask(method, path, command)
+        try:
+            answer: dict[str, Any] = json.loads(content)
+        except ValueError:
+            answer = {"error": content[:500].decode(errors="replace")}
+            status = max(status, 500)
+        if status == 404 and absent is not None:
+            raise absent(path)
+        if status != 200:
+            raise failed(f"{answer.get('error', answer)}")
+        return answer
+
+    async def _ask(self, method: str, path: str, command: dict[str, Any] | None = None) -> tuple[int, bytes]:
+        """Status and content of the reply to a control request; raises EngineDied."""
+        body = b"" if command is None else json.dumps(command).encode()
+        headers = {} if command is None else {"content-type": "application/json"}
         with self._translated():
-            async with self._open_client.request(method, f"http://host{path}", json=command) as response:
-                answer: dict[str, Any] = await response.json()
-                if response.status == 404 and absent is not None:
-                    raise absent(path)
-                if response.status != 200:
-                    raise failed(f"{answer.get('error', answer)}")
-                return answer
+            response = await self._open_client.request(method, path, body, headers)
+            try:
+                return response.status, await response.read()
+            finally:
+                response.close()
 
     def _enter(self, phase: str) -> None:
         self._phases[phase] = time.monotonic()
@@ -183,22 +195,18 @@ class ProcessEngine:
         self._cut_with = self._cut_with or error
         for reply in list(self._replies):
             reply.abort_all(error)
-        if self._client is not None and self._disconnecting is None:
-            # It also wakes tasks that wait for a reply to begin.
-            self._disconnecting = asyncio.ensure_future(self._client.close())
+        if self._client is not None:
+            self._client.close()  # it also wakes tasks that wait for a reply to begin
 
     async def close(self, grace: float = GRACE_SECONDS) -> None:
         self.abort_all(self.died())
-        if self._disconnecting is not None:
-            # Shielded: a cancelled teardown is started again and waits for it again.
-            await asyncio.shield(self._disconnecting)
         if self._host is not None:
             await self._end(self._host, grace)
         self._log.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     @property
-    def _open_client(self) -> aiohttp.ClientSession:
+    def _open_client(self) -> HostClient:
         if self._client is None or self._client.closed:
             raise self._cut_with or EngineDied(
                 f"The engine of '{self._spec.model}' is not running. Try again."
@@ -212,16 +220,6 @@ class ProcessEngine:
                 return await self._launcher.launch(self._spec, listener, self._log.writer)
             finally:
                 self._log.close_writer()
-
-    def _new_client(self) -> aiohttp.ClientSession:
-        connector = aiohttp.UnixConnector(str(self._socket), limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS)
-        return aiohttp.ClientSession(
-            connector=connector,
-            timeout=aiohttp.ClientTimeout(),
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("user-agent", "accept-encoding"),
-        )
 
     async def _answer_or_death(self, host: Host) -> None:
         """Wait for the host's first response.
@@ -241,9 +239,10 @@ class ProcessEngine:
             death.cancel()
 
     async def _first_answer(self) -> None:
-        async with self._open_client.get("http://host/health") as response:
-            response.raise_for_status()
-            self.about = _about(await response.read(), self._spec)
+        status, content = await self._ask("GET", "/health")
+        if status != 200:
+            raise self.died()
+        self.about = _about(content, self._spec)
 
     def _start_failure(self, host: Host, status: int) -> EngineError:
         if host.with_launcher:
@@ -284,7 +283,7 @@ class ProcessEngine:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except (aiohttp.ClientError, OSError) as error:
+        except OSError as error:
             raise self._cut_with or self.died() from error
 
     def died(self) -> EngineDied:
@@ -301,42 +300,41 @@ class HostReply:
     def __init__(
         self,
         engine: ProcessEngine,
-        response: aiohttp.ClientResponse,
+        response: HostConnection,
         closed: Callable[["HostReply"], None],
     ) -> None:
         self._engine = engine
         self._response = response
         self._closed = closed
         self._cut: ServiceError | None = None
-
-    @property
-    def status(self) -> int:
-        return self._response.status
-
-    @property
-    def content_type(self) -> str:
-        return self._response.headers.get("content-type", "application/octet-stream")
+        self._is_closed = False
+        # Of the response, whose connection serves another request after the end.
+        self.status = response.status
+        self.content_type = response.content_type
 
     async def chunk(self) -> bytes:
         try:
-            return await self._response.content.readany()
-        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            return await self._response.chunk()
+        except OSError as error:
             raise self._cut or self._engine.died() from error
 
     async def read(self) -> bytes:
         try:
             return await self._response.read()
-        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+        except OSError as error:
             raise self._cut or self._engine.died() from error
 
     def close(self) -> None:
         self._closed(self)
-        self._response.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self._response.close()
 
     def abort_all(self, error: ServiceError) -> None:
-        """Wake the reader with `error`: closing the client alone would not wake it."""
+        """Wake the reader with `error`."""
         self._cut = self._cut or error
-        self._response.content.set_exception(aiohttp.ClientConnectionError("the engine is closed"))
+        if not self._is_closed:
+            self._response.cut()
 
 
 class _NoRoute(EngineError):
