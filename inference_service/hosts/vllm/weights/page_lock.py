@@ -1,5 +1,6 @@
 """Pages of mapped files, held in memory for copies to the device at the rate of its bus."""
 
+import ctypes
 import mmap
 from collections.abc import Callable
 from typing import Protocol
@@ -12,6 +13,9 @@ _READ_ONLY = 8
 _POPULATE_READ = 22
 # The disk may be slow: what waits for the end waits for one of these.
 POPULATE_BYTES = 8 << 20
+
+
+_libc = ctypes.CDLL(None)
 
 
 class PageLockRefused(OSError):
@@ -63,17 +67,20 @@ def page_lock_for(device: torch.device) -> PageLock:
     return CudaPageLock(device) if device.type == "cuda" else NoPageLock()
 
 
-def populate(mapped: mmap.mmap, stopped: Callable[[], bool]) -> bool:
-    """Read the pages in, outside of any lock of the driver's; False if `stopped` before the end.
+def populate(address: int, count: int, stopped: Callable[[], bool]) -> bool:
+    """Read mapped pages in, outside of any lock of the driver's; False if `stopped` before the end.
 
-    A kernel that cannot leaves it to their use.
+    A kernel that cannot leaves it to their use. Not mmap.madvise, which holds the GIL, and tokens up with it.
     """
-    for start in range(0, len(mapped), POPULATE_BYTES):
+    for start in range(0, count, POPULATE_BYTES):
         if stopped():
             return False
-        count = min(POPULATE_BYTES, len(mapped) - start)
-        try:
-            mapped.madvise(_POPULATE_READ, start, count)
-        except OSError:
-            mapped.madvise(mmap.MADV_WILLNEED, start, count)
+        length = min(POPULATE_BYTES, count - start)
+        if _madvise(address + start, length, _POPULATE_READ) != 0:
+            _madvise(address + start, length, mmap.MADV_WILLNEED)
     return True
+
+
+def _madvise(address: int, count: int, advice: int) -> int:
+    status: int = _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(count), ctypes.c_int(advice))
+    return status

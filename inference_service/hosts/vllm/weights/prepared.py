@@ -121,9 +121,9 @@ class PreparedSnapshot:
                 prot=mmap.PROT_READ,
                 offset=offset,
             )
-        if not populate(mapped, self._stopped.is_set):
-            return False
         address = bytes_of(mapped).data_ptr()
+        if not populate(address, len(mapped), self._stopped.is_set):
+            return False
         self._lock.lock(address, len(mapped))
         piece.offset, piece.address, piece.mapped = offset, address, mapped
         return True
