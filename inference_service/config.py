@@ -160,8 +160,9 @@ class Settings(BaseSettings):
     compile_cache: str | None = Field(
         None,
         min_length=1,
-        description="Directory or `gs://bucket/prefix` that shares what engines compile between machines. It "
-        "is code: see SECURITY.md for who may write there. Unset: each machine compiles for itself",
+        description="Absolute directory, or `gs://bucket/prefix`, that shares what engines compile between "
+        "machines. It is code: see SECURITY.md for who may write there. Unset: each machine compiles for "
+        "itself",
     )
     max_adapters: int = Field(
         8,
@@ -295,6 +296,18 @@ class Settings(BaseSettings):
             )
         elif not _BUCKET.fullmatch(value):
             raise ValueError("3 to 222 lower-case letters, digits, '-', '_' and '.'")
+        return value
+
+    @field_validator("compile_cache")
+    @classmethod
+    def _directory_or_prefix(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if value.startswith("gs://"):
+            if not _BUCKET.fullmatch(value.removeprefix("gs://").partition("/")[0]):
+                raise ValueError("gs:// wants a bucket's name after it")
+        elif not value.startswith(("/", "file:///")):
+            raise ValueError("an absolute directory, or gs://bucket/prefix")
         return value
 
     @field_validator("gcs_model_prefix")

@@ -175,3 +175,18 @@ def test_buckets(monkeypatch: pytest.MonkeyPatch, given: str, kept: str) -> None
 def test_prefixes(monkeypatch: pytest.MonkeyPatch, given: str, kept: str) -> None:
     monkeypatch.setenv("GCS_MODEL_PREFIX", given)
     assert load_settings().gcs_model_prefix == kept
+
+
+@pytest.mark.parametrize(
+    "place", ["/shared/compiled", "file:///shared", "gs://my-bucket", "gs://my-bucket/a/b"]
+)
+def test_places_for_compiled_artefacts(place: str) -> None:
+    assert Settings(compile_cache=place).compile_cache == place
+
+
+@pytest.mark.parametrize(
+    "place", ["gs://", "gs:///prefix", "gs://Not A Bucket/x", "s3://bucket", "relative/dir"]
+)
+def test_places_that_are_none(place: str) -> None:
+    with pytest.raises(ValueError, match="compile_cache"):
+        Settings(compile_cache=place)
