@@ -551,9 +551,18 @@ def test_a_model_that_is_not_waited_for_any_more_is_given_up(fakes: Fakes) -> No
     fakes.put("a", script=KIN)
     fakes.put("b", script=KIN | {"prepare_seconds": 1000})
     with fakes.service(**ONE, FAIRNESS_WAIT="1000") as service, Busy(service, "a"):
-        with pytest.raises(httpx2.ReadTimeout):
-            service.http.post("/v1/completions", json=ask("b"), timeout=1)
-        assert [each["model"] for each in prepared(service)] == ["b"]
+        left: list[bool] = []
+
+        def ask_and_leave() -> None:
+            with pytest.raises(httpx2.ReadTimeout):
+                service.http.post("/v1/completions", json=ask("b"), timeout=6)
+            left.append(True)
+
+        asking = threading.Thread(target=ask_and_leave)
+        asking.start()
+        service.wait_until(lambda: [each["model"] for each in prepared(service)] == ["b"], 20)
+        asking.join()
+        assert left
         service.wait_until(lambda: prepared(service) == [], 20)
         assert service.engine("a")["leases"] == 1
 
@@ -565,8 +574,9 @@ def test_two_models_are_prepared_at_once_and_a_refusal_changes_no_answer(fakes: 
     with fakes.service(**ONE, FAIRNESS_WAIT="1000") as service:
         with Busy(service, "a"):
             waiting = [in_background(post, service, name) for name in ("b", "c")]
-            service.wait_until(lambda: [each["ready_bytes"] for each in prepared(service)] == [0, 1], 20)
-            assert prepared(service)[0]["refused"] == "the driver says no"
+            service.wait_until(lambda: dict(ready(service)) == {"b": 0, "c": 1}, 20)
+            refused = {each["model"]: each["refused"] for each in prepared(service)}
+            assert refused == {"b": "the driver says no", "c": None}
         assert [each().status_code for each in waiting] == [200, 200]
         assert (
             'inference_preparations_total{model="b",status="refused"} 1.0'
