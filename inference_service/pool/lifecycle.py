@@ -269,6 +269,9 @@ class EngineLifecycle:
         except Exception as error:
             self._load_failed(slot, error)
             return
+        finally:
+            # Another engine may have prepared for it, whichever way it went.
+            self._preparation.unwanted(slot.key)
         if self._is(slot, EngineState.STARTING) and slot.engine is not None:
             self._loaded(slot, slot.engine, round(time.monotonic() - started, 3))
             reason = await self.loading.watch(slot, slot.engine)

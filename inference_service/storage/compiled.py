@@ -17,14 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from inference_service.errors import StoreError
 from inference_service.storage.bucket.artefacts import Artefacts
 
 logger = logging.getLogger(__name__)
 
 # Below LOCAL_MODEL_CACHE; no model's name begins with a dot.
 KEPT_COMPILED = ".compiled"
-_FAULTS = (StoreError, OSError, tarfile.TarError, EOFError)
 
 # Relative path and size of every file.
 _Contents = frozenset[tuple[str, int]]
@@ -65,8 +63,8 @@ class CompileCache:
     def _work(self, work: Callable[[str], str | None], key: str) -> None:
         try:
             outcome = work(key)
-        except _FAULTS as error:
-            logger.warning("COMPILE_CACHE: %s", error)
+        except Exception as error:
+            logger.warning("COMPILE_CACHE: %s: %s", type(error).__name__, error)
             outcome = "failed"
         if outcome is not None:
             self._report(outcome)

@@ -601,6 +601,19 @@ def test_an_engine_that_dies_or_is_unloaded_while_it_prepares(fakes: Fakes) -> N
             assert post(service, "a").status_code == 200
 
 
+def test_an_engine_gives_up_what_it_prepared_for_a_model_that_another_loads(fakes: Fakes) -> None:
+    for name in ("a", "x", "b"):
+        fakes.put(name, script=KIN if name != "x" else {})
+    settings = ONE | {"MAX_CACHED_MODELS": "2", "FAIRNESS_WAIT": "1000"}
+    with fakes.service(**settings) as service, Busy(service, "a"), Busy(service, "x"):
+        waiting = in_background(post, service, "b")
+        service.wait_until(lambda: ready(service) == [("b", 1)], 20)
+        service.http.post("/admin/unload/x?force=true").raise_for_status()
+        assert waiting().status_code == 200
+        assert not service.engine("b")["swapped"]
+        service.wait_until(lambda: prepared(service) == [], 20)
+
+
 class Busy:
     """A stream of `model` that goes on until the end of the block."""
 
