@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from inference_service import __version__
-from inference_service.backends.base import BackendMissing, choose_backend, why_not_int8
+from inference_service.backends.base import BackendMissing, choose_backend, why_no_sleep, why_not_int8
 from inference_service.config import Backend, BadSettings, Settings, load_settings
 from inference_service.machine.device import Device, find_device
 
@@ -136,9 +136,12 @@ def _serve(settings: Settings, device: Device, backend: Backend, listener: socke
     from inference_service.logs import configure_logs
 
     configure_logs(settings.log_format, settings.log_level)
-    without_effect = why_not_int8(settings, device, backend)
-    if without_effect is not None:
-        logger.warning("CPU_INT8 has no effect: %s", without_effect)
+    for setting, why in (
+        ("CPU_INT8", why_not_int8(settings, device, backend)),
+        ("MAX_SLEEPING", why_no_sleep(settings, device, backend)),
+    ):
+        if why is not None:
+            logger.warning("%s has no effect: %s", setting, why)
     too_old = why_too_old(device)
     if too_old is not None:
         logger.warning("engines may not start on this GPU: %s", too_old)

@@ -19,14 +19,16 @@ from inference_service.api.relay import DIRECT_SEND
 from inference_service.api.request_log import RequestLog
 from inference_service.api.service import Service
 from inference_service.backends import source_tables
+from inference_service.backends.base import why_no_sleep
 from inference_service.backends.compile_key import compile_key
 from inference_service.backends.vllm import runs_eagerly
+from inference_service.checkpoints.memory_profile import Footprint
 from inference_service.config import Backend, Settings, WeightSwap
 from inference_service.engines.factory import EngineFactory
 from inference_service.engines.launcher import Launcher
 from inference_service.errors import InvalidRequest, ServiceError, error_envelope
 from inference_service.machine.device import Device
-from inference_service.machine.memory import free_bytes, free_host_bytes, used_bytes
+from inference_service.machine.memory import free_bytes, free_host_bytes, lacking_beside, used_bytes
 from inference_service.metrics import Metrics
 from inference_service.pool.budget import Budget
 from inference_service.pool.lifecycle import Limits
@@ -68,27 +70,8 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     factory = EngineFactory(settings, device, backend, launcher)
     metrics = Metrics()
     registry = _registry(settings, device, backend, metrics)
-    budget = Budget(
-        device,
-        backend,
-        settings.gpu_memory_utilization,
-        None if settings.max_cached_models == "auto" else settings.slots,
-        settings.max_adapters,
-        settings.concurrency,
-    )
-    parts = Parts(
-        fetch=registry.fetch,
-        release=registry.release,
-        make_engine=factory.make,
-        free_bytes=partial(asyncio.to_thread, free_bytes, device),
-        used_bytes=lambda leader, before: asyncio.to_thread(used_bytes, device, leader, before),
-        footprint=lambda model: budget.footprint(registry.memory_profile(model), model.adapter_rank),
-        fetching=registry.fetching,
-        swap_key=registry.swap_key if settings.weight_swap is WeightSwap.AUTO else _no_swap,
-        weight_checks=WeightChecks(factory.conditions()),
-        host_memory=_host_memory(settings, registry.snapshots),
-        loaded=registry.loaded,
-    )
+    budget = _budget(settings, device, backend)
+    parts = _parts(settings, device, registry, budget, factory)
     pool = Pool(parts, metrics, policy=_policy(settings, budget), limits=_limits(settings))
     metrics.watch_engines(pool.count_by_state)
     rollout = Rollout(pool, registry, metrics, settings.catalog_ttl)
@@ -115,6 +98,42 @@ def build_app(settings: Settings, device: Device, backend: Backend, launcher: La
     app.add_middleware(RequestLog)
     _render_errors(app)
     return app
+
+
+def _budget(settings: Settings, device: Device, backend: Backend) -> Budget:
+    return Budget(
+        device,
+        backend,
+        settings.gpu_memory_utilization,
+        None if settings.max_cached_models == "auto" else settings.slots,
+        settings.max_adapters,
+        settings.concurrency,
+        settings.max_sleeping if why_no_sleep(settings, device, backend) is None else 0,
+    )
+
+
+def _parts(
+    settings: Settings, device: Device, registry: Registry, budget: Budget, factory: EngineFactory
+) -> Parts:
+    def footprint(model: Checkpoint) -> Footprint:
+        return budget.footprint(registry.memory_profile(model), model.adapter_rank)
+
+    return Parts(
+        fetch=registry.fetch,
+        release=registry.release,
+        make_engine=factory.make,
+        free_bytes=partial(asyncio.to_thread, free_bytes, device),
+        used_bytes=lambda leader, before: asyncio.to_thread(used_bytes, device, leader, before),
+        footprint=footprint,
+        fetching=registry.fetching,
+        swap_key=registry.swap_key if settings.weight_swap is WeightSwap.AUTO else _no_swap,
+        weight_checks=WeightChecks(factory.conditions()),
+        host_memory=_host_memory(settings, registry.snapshots),
+        loaded=registry.loaded,
+        # All but weights and KV cache.
+        asleep_bytes=lambda model: footprint(model).overhead if budget.sleepers else None,
+        lacking_beside=lambda leader: asyncio.to_thread(lacking_beside, leader),
+    )
 
 
 def _registry(settings: Settings, device: Device, backend: Backend, metrics: Metrics) -> Registry:
@@ -168,6 +187,7 @@ def _policy(settings: Settings, budget: Budget) -> Policy:
         min_residency=settings.min_residency,
         idle_ttl=settings.model_idle_ttl,
         memory=budget.total,
+        sleepers=budget.sleepers,
     )
 
 

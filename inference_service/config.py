@@ -150,6 +150,14 @@ class Settings(BaseSettings):
         description="`auto`: an idle engine takes the weights of another model of its architecture; `off`: "
         "every model gets a fresh engine",
     )
+    max_sleeping: int = Field(
+        0,
+        ge=0,
+        le=MAX_ENGINES,
+        description="Maximum number of engines that sleep, beside MAX_CACHED_MODELS: an engine that gives "
+        "way to another model frees its weights and KV cache and keeps its process, kernels and CUDA graphs, "
+        "until a model of its architecture wakes it. The engines' shares leave room for what these keep",
+    )
     host_cache_gib: float = Field(
         0,
         ge=0,

@@ -70,6 +70,12 @@ class Metrics:
             "Weights made ready ahead of a swap: ready, refused (by the driver), no_memory or failed",
             "status",
         )
+        self.sleeps = self._counter(
+            "sleeps_total",
+            "Engines that gave way by sleeping (MAX_SLEEPING): asleep, woken, no_memory (on the machine) or "
+            "failed; the last two ended",
+            "status",
+        )
         self.compile_cache = self._counter(
             "compile_cache_total",
             "Compiled artefacts in COMPILE_CACHE: pulled, missing (to be compiled), pushed or failed",

@@ -327,7 +327,22 @@ class Bench:
         return {"noticed_after_s": round(noticed, 1)}
 
     def _sleep(self) -> Figures:
-        raise NotHere("engines do not sleep yet")
+        """Two architectures by turns in one slot: each wakes from its sleep."""
+        if self._device.kind is not DeviceKind.CUDA:
+            raise NotHere("vLLM's CPU build cannot sleep")
+        service, names = self._services.get(**ONE, MAX_SLEEPING="1"), (self._models.base, self._models.other)
+        texts = {name: self._fresh_text(service, name) for name in names}
+        for name in names:
+            service.text(name)  # the first engine has gone with the second one's fresh load
+        wakes, processes = [], {name: service.engine(name)["process_id"] for name in names}
+        for number in range(SWAPS):
+            name = names[number % 2]
+            seconds, text = service.first_token(name)
+            wakes.append(seconds)
+            same = service.engine(name)["process_id"] == processes[name]
+            _require(same and text == texts[name], "it did not wake, or answers otherwise than fresh")
+        kept = [each["asleep_bytes"] for each in service.process.stats()["engines"] if each["asleep_bytes"]]
+        return {"wake_s": median(wakes), "kept_gib": _gib(max(kept))}
 
     def _transformers(self) -> Figures:
         service = self._services.get(**ONE, ENGINE="transformers")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from inference_service.checkpoints.snapshot import Snapshot
-from inference_service.config import Backend, DtypeChoice, EngineChoice, Settings
+from inference_service.config import Backend, DtypeChoice, EngineChoice, Settings, WeightSwap
 from inference_service.machine.device import Device, DeviceKind, resolve_dtype
 
 # What the transformers backend imports besides the service's own requirements.
@@ -72,6 +72,22 @@ def why_not_int8(settings: Settings, device: Device, backend: Backend) -> str | 
         return f"it is for the CPU, and this device is {device.kind}"
     if backend is not Backend.TRANSFORMERS:
         return f"ENGINE={backend} has no weights of 8 bits: set ENGINE=transformers"
+    return None
+
+
+def can_sleep(backend: Backend, device: Device) -> bool:
+    """Whether engines can free their device and keep their process."""
+    return backend is Backend.FAKE or (backend is Backend.VLLM and device.kind is DeviceKind.CUDA)
+
+
+def why_no_sleep(settings: Settings, device: Device, backend: Backend) -> str | None:
+    """Why MAX_SLEEPING has no effect; None if it is not set, or takes effect."""
+    if not settings.max_sleeping:
+        return None
+    if not can_sleep(backend, device):
+        return f"engines sleep with vLLM on an NVIDIA GPU, not with ENGINE={backend} on {device.kind}"
+    if settings.weight_swap is WeightSwap.OFF:
+        return "engines wake with other weights, which WEIGHT_SWAP=off forbids"
     return None
 
 

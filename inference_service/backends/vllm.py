@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from inference_service.backends.base import compute_dtype, text_config
+from inference_service.backends.base import can_sleep, compute_dtype, text_config
 from inference_service.checkpoints.context_length import longest_request
 from inference_service.checkpoints.memory_profile import Footprint
 from inference_service.checkpoints.serving_config import Serving
@@ -61,6 +61,8 @@ def vllm_arguments(
         *_serving_arguments(serving),
         *_adapter_arguments(settings, snapshot),
     ]
+    if settings.max_sleeping and can_sleep(Backend.VLLM, device):
+        arguments.append("--enable-sleep-mode")
     if runs_eagerly(settings.engine_eager, device):
         arguments.append("--enforce-eager")
     elif device.kind is DeviceKind.CUDA:

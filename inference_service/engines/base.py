@@ -154,7 +154,16 @@ class Engine(Protocol):
     async def swap(self, snapshot: Snapshot) -> Swapped:
         """Replace the weights, and everything else, with those of another snapshot with the same swap key.
 
-        No request may be running. If it raises EngineDied or SwapFailed, the engine is unusable.
+        No request may be running; an engine that sleeps wakes. If it raises EngineDied or SwapFailed, the
+        engine is unusable.
+        """
+        ...
+
+    async def sleep(self) -> int:
+        """Drop weights, KV cache and adapters, and keep the process; returns the bytes freed on each device.
+
+        No request may be running, and none is served until a swap. If it raises EngineDied or EngineError,
+        the engine is unusable.
         """
         ...
 

@@ -122,6 +122,10 @@ class ProcessEngine:
         copied, total = answer.get("copied_bytes"), answer.get("total_bytes")
         return Swapped(_fingerprint(answer), answer["seconds"], copied, total, answer.get("came", {}))
 
+    async def sleep(self) -> int:
+        answer = await self._command("POST", "/control/sleep", {}, EngineError)
+        return int(answer["freed_bytes"])
+
     async def prepare(self, snapshot: Snapshot) -> Prepared | None:
         if self._cannot_prepare:
             return None

@@ -43,7 +43,8 @@ class Script:
     Models with the same `swap_key` can be swapped for one another. Swapping in a model with `fail_swap`
     fails, with `die_in_swap` it kills the host, with `wrong_weights` the old weights appear to stay. An
     adapter with `fail_adapter` is rejected. Preparing a model takes `prepare_seconds`, or is refused with the
-    reason `refuse_prepare`.
+    reason `refuse_prepare`. An engine with `fail_sleep` fails to fall asleep, with `die_in_sleep` it is
+    killed; with a `sleep_gate` it waits for that file first. One that sleeps has freed its `memory_mib`.
     """
 
     start_seconds: float = 0.0
@@ -61,6 +62,9 @@ class Script:
     fail_adapter: str | None = None
     prepare_seconds: float = 0.0
     refuse_prepare: str | None = None
+    fail_sleep: str | None = None
+    die_in_sleep: bool = False
+    sleep_gate: str | None = None
 
     @classmethod
     def of(cls, directory: Path) -> "Script":
@@ -71,10 +75,12 @@ class Script:
     def start(self) -> bytearray:
         """Take the time and memory of a start; raises RuntimeError if it should fail."""
         time.sleep(self.start_seconds)
-        while self.gate is not None and not Path(self.gate).exists():
-            time.sleep(0.01)
+        _wait_for(self.gate)
         if self.fail_start is not None:
             raise RuntimeError(self.fail_start)
+        return self.weights()
+
+    def weights(self) -> bytearray:
         return bytearray(os.urandom(1 << 20) * self.memory_mib)
 
     async def after(self, tokens: int) -> None:
@@ -87,16 +93,22 @@ class Script:
             await asyncio.Event().wait()
 
 
+def _wait_for(gate: str | None) -> None:
+    while gate is not None and not Path(gate).exists():
+        time.sleep(0.01)
+
+
 def run(spec: HostSpec, listener: socket.socket) -> None:
     """Serve until SIGTERM."""
     script = Script.of(Path(spec.directory))
-    held = script.start()
     config = uvicorn.Config(
-        build_app(spec, script), log_level="warning", access_log=False, timeout_graceful_shutdown=1
+        build_app(spec, script, script.start()),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,
     )
     server = _Stubborn(config) if script.ignore_sigterm else uvicorn.Server(config)
     server.run(sockets=[listener])
-    del held
 
 
 class _Stubborn(uvicorn.Server):
@@ -104,13 +116,14 @@ class _Stubborn(uvicorn.Server):
         """Ignore the signal."""
 
 
-def build_app(spec: HostSpec, script: Script) -> FastAPI:
-    fake = _Fake(spec, script)
+def build_app(spec: HostSpec, script: Script, weights: bytearray) -> FastAPI:
+    fake = _Fake(spec, script, weights)
     app = FastAPI()
     app.add_api_route("/health", fake.health)
     app.add_api_route("/control/heartbeat", fake.heartbeat)
     app.add_api_route("/control/weight-check", fake.weight_check)
     app.add_api_route("/control/swap", fake.swap, methods=["POST"])
+    app.add_api_route("/control/sleep", fake.sleep, methods=["POST"])
     app.add_api_route("/control/prepare", fake.prepare, methods=["POST"])
     app.add_api_route("/control/forget", fake.forget, methods=["POST"])
     app.add_api_route("/control/adapters", fake.add_adapter, methods=["POST"])
@@ -121,9 +134,10 @@ def build_app(spec: HostSpec, script: Script) -> FastAPI:
 
 
 class _Fake:
-    def __init__(self, spec: HostSpec, script: Script) -> None:
+    def __init__(self, spec: HostSpec, script: Script, weights: bytearray) -> None:
         self._spec = spec
         self._script = script
+        self._weights: bytearray | None = weights
         rate, *rank = spec.arguments
         self._token_seconds = 1 / float(rate)
         # Fixed at the start: a swap does not change it.
@@ -157,12 +171,24 @@ class _Fake:
         self._spec, self._script = spec, script
         retitle(spec.model)
         self._adapters.clear()
+        self._weights = script.weights()
         if not script.wrong_weights:
             self._fingerprint = _fingerprint(spec)
         seconds = {"weights": 0.0, "warm-up": 0.0}
         way = "prepared" if spec.directory in self._prepared else "mapped"
         moved = {"copied_bytes": 1, "total_bytes": 1, "came": {way: 1}}
         return JSONResponse({"fingerprint": self._fingerprint, "seconds": seconds, **moved})
+
+    async def sleep(self) -> Response:
+        """Drop the weights, or fail as its script says."""
+        await asyncio.to_thread(_wait_for, self._script.sleep_gate)
+        if self._script.die_in_sleep:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._script.fail_sleep is not None:
+            return JSONResponse({"error": self._script.fail_sleep}, 422)
+        freed, self._weights = len(self._weights or b""), None
+        self._adapters.clear()
+        return JSONResponse({"freed_bytes": freed})
 
     async def prepare(self, request: Request) -> dict[str, Any]:
         directory = (await request.json())["directory"]
@@ -204,6 +230,8 @@ class _Fake:
     async def _answer(
         self, body: dict[str, Any], shape: "_Shape", prompt: str, limit: int | None
     ) -> Response:
+        if self._weights is None:
+            return JSONResponse({"error": {"message": "The engine sleeps."}}, 500)
         name = body.get("model", self._spec.model)
         if name not in {self._spec.model, *self._adapters}:
             message = f"The model `{name}` does not exist."

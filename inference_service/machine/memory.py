@@ -8,6 +8,8 @@ from pathlib import Path
 
 from inference_service.machine.device import Device, DeviceKind, visible_gpus
 
+# Left to everything else on the machine.
+SPARE_BYTES = 1 << 30
 _CGROUP = Path("/sys/fs/cgroup")
 # Of smaps_rollup: neither the launcher's pages, which a fork shares, nor those of files.
 _TAKEN = "Private_Dirty:"
@@ -34,6 +36,13 @@ def used_bytes(device: Device, leader: int | None, free_before: int | None) -> i
         free = _free_on_gpus()
         return None if free is None or free_before is None else max(0, free_before - free)
     return None if leader is None else _used_by_group(leader)
+
+
+def lacking_beside(leader: int | None) -> int:
+    """Bytes that the machine lacks for another process group like that of `leader`; 0: none, or unknown."""
+    free = free_host_bytes()
+    taken = None if leader is None else _used_by_group(leader)
+    return 0 if free is None else max(0, (taken or 0) + SPARE_BYTES - free)
 
 
 def _used_by_group(leader: int) -> int | None:

@@ -22,7 +22,7 @@ class Budget:
     """Bytes on each device for all engines; `total` None: unknown, and nothing is counted.
 
     `slots` None: as many engines as fit, each with the KV cache of `requests`; what they leave is free for
-    the next.
+    the next. `sleepers`: engines that may sleep beside them, each taken to keep what this one would.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class Budget:
         slots: int | None,
         adapters: int = 0,
         requests: int = 1,
+        sleepers: int = 0,
     ) -> None:
         self.total = max(1, int(device.memory_bytes * utilization)) if device.memory_bytes else None
         self._touched_at_start = device.kind is not DeviceKind.CUDA
@@ -40,6 +41,7 @@ class Budget:
         self._slots = slots
         self._requests = requests
         self._adapters = adapters
+        self.sleepers = sleepers
 
     def footprint(self, profile: MemoryProfile, adapter_rank: int = 0) -> Footprint:
         """What an engine with this profile gets on each of its devices, with room for adapters of that rank.
@@ -52,16 +54,16 @@ class Budget:
         prompt_bytes = min(profile.context, ENOUGH_TOKENS) * profile.token_bytes
         overhead += self._cost.prompts * prompt_bytes // profile.gpus
         overhead += self._adapters * adapter_rank * profile.adapter_bytes // profile.gpus
-        kv_cache = self._kv_cache(profile, weights + overhead)
+        kv_cache = self._kv_cache(profile, weights, overhead)
         overhead += int(kv_cache * self._cost.per_cache)
         if self.total is not None:
             overhead = max(0, min(overhead, self.total - weights - kv_cache))
         return Footprint(weights, kv_cache, overhead)
 
-    def _kv_cache(self, profile: MemoryProfile, others: int) -> int:
+    def _kv_cache(self, profile: MemoryProfile, weights: int, overhead: int) -> int:
         if profile.kv_cache_bytes is not None:
             return profile.kv_cache_bytes // profile.gpus
-        token_bytes = profile.token_bytes // profile.gpus
+        others, token_bytes = weights + overhead, profile.token_bytes // profile.gpus
         wanted = token_bytes * profile.context * FULL_LENGTH_REQUESTS or UNKNOWN_KV_CACHE_BYTES
         if self.total is None:
             return max(MIN_KV_CACHE_BYTES, wanted)
@@ -69,7 +71,8 @@ class Budget:
         if self._slots is None:
             typical = 0 if self._touched_at_start else token_bytes * TYPICAL_TOKENS * self._requests
             return max(MIN_KV_CACHE_BYTES, min(max(wanted, typical), whole))
-        share = self._cache_in(self.total // self._slots - others)
+        shared = max(0, self.total - self.sleepers * overhead)
+        share = self._cache_in(shared // self._slots - others)
         if share < max(MIN_KV_CACHE_BYTES, token_bytes * min(profile.context, ENOUGH_TOKENS)):
             return max(MIN_KV_CACHE_BYTES, min(wanted, whole))
         # On the CPU vLLM touches all of its cache at the start: only as much as a few requests can use.

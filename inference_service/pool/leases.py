@@ -22,7 +22,8 @@ class Slot:
     The scheduler owns its state. `began` is on the pool's clock; `tasks` run for it: its load, the watch over
     its process, its teardown. `unloaded`: by the operator. `swapped`: its engine held another model before;
     `swap`: how that went. `measured_bytes`: what its engine took, None if unknown. `fingerprint`: the weight
-    check's. `adapter_rank`: a fresh engine must take adapters of at least this rank.
+    check's. `adapter_rank`: a fresh engine must take adapters of at least this rank. `sleeper`: the name of
+    the engine while it sleeps, its model then the last one; `asleep_bytes`: what it keeps of its device.
     """
 
     model: Checkpoint
@@ -39,6 +40,8 @@ class Slot:
     swap: Swapped | None = None
     measured_bytes: int | None = None
     adapter_rank: int = 0
+    sleeper: str | None = None
+    asleep_bytes: int | None = None
     leases: set["Lease"] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -46,7 +49,7 @@ class Slot:
     @property
     def key(self) -> str:
         """Its engine's key in the scheduler."""
-        return self.model.reference
+        return self.sleeper or self.model.reference
 
 
 class Lease:

@@ -5,6 +5,7 @@ teardowns.
 """
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -33,7 +34,16 @@ from inference_service.pool.loader import EngineLoader, Parts, Timeouts
 from inference_service.pool.phases import Phases
 from inference_service.pool.prefetch import Prefetcher
 from inference_service.pool.preparation import Preparation
-from inference_service.scheduler.events import Died, Event, Failed, Gone, Loaded, RoomWanted, Starting
+from inference_service.scheduler.events import (
+    Asleep,
+    Died,
+    Event,
+    Failed,
+    Gone,
+    Loaded,
+    RoomWanted,
+    Starting,
+)
 from inference_service.scheduler.scheduler import Scheduler
 from inference_service.scheduler.state import EngineState
 from inference_service.storage.model import Adapter, Checkpoint, Model
@@ -104,6 +114,7 @@ class EngineLifecycle:
         self.backoff = LoadBackoff()
         self.estimates = Estimates()
         self.ending = False
+        self._sleepers = itertools.count(1)
         self._parts = parts
         self._metrics = metrics
         self._scheduler = scheduler
@@ -137,13 +148,14 @@ class EngineLifecycle:
         self._run(slot, self._serve(slot, self.loading.load(slot)))
 
     def swap(self, model: Checkpoint, key: str) -> None:
-        """Start to swap the model into the unused engine of the slot `key`."""
+        """Start to swap the model into the unused or sleeping engine of the slot `key`."""
         old = self.slots.pop(key)
         slot = Slot(model, old.footprint, self._clock(), Phases(self._clock), swapped=True)
         # If the swap fails, the fresh engine must take the adapters that the scheduler counts on.
         slot.adapter_rank = self._scheduler.engines[slot.key].adapters
         slot.engine, old.engine = old.engine, None
         slot.measured_bytes = old.measured_bytes
+        slot.asleep_bytes = old.asleep_bytes
         self.slots[slot.key] = slot
         for watch in old.tasks:
             watch.cancel()
@@ -163,11 +175,18 @@ class EngineLifecycle:
         return self._preparation.describe()
 
     def evict(self, key: str) -> None:
-        """Stop an engine without leases."""
+        """Stop an engine without leases, or one that sleeps."""
+        slot = self.slots[key]
+        if slot.sleeper is None:
+            self._metrics.evictions.labels(slot.model.name).inc()
+        logger.info("evicting", extra={"model": slot.model.name, "asleep": slot.sleeper is not None})
+        self._tear_down(slot)
+
+    def sleep(self, key: str) -> None:
+        """Put an engine without leases to sleep; one that cannot is stopped."""
         slot = self.slots[key]
         self._metrics.evictions.labels(slot.model.name).inc()
-        logger.info("evicting", extra={"model": slot.model.name})
-        self._tear_down(slot)
+        self._run(slot, self._sleep_or_end(slot, set(slot.tasks)))
 
     def cancel(self, key: str) -> None:
         """Cancel a load that no request waits for."""
@@ -234,7 +253,7 @@ class EngineLifecycle:
         except Exception as error:
             self._metrics.swaps.labels(name, "failed").inc()
             logger.warning("swap failed, loading into a fresh engine: %s", error, extra={"model": name})
-            slot.swapped, slot.swap = False, None
+            slot.swapped, slot.swap, slot.asleep_bytes = False, None, None
             await self._discard(slot)
             await self.loading.load(slot)
         else:
@@ -253,6 +272,9 @@ class EngineLifecycle:
         if slot.engine is not None and slot.snapshot is not None:
             before = None if old.snapshot is None else (old.snapshot, old.key)
             self._preparation.swapped(slot.engine, before, (slot.snapshot, slot.key))
+        if slot.asleep_bytes is not None:
+            self._metrics.sleeps.labels(name, "woken").inc()
+            slot.asleep_bytes = None
 
     async def _discard(self, slot: Slot) -> None:
         engine = slot.engine
@@ -325,7 +347,7 @@ class EngineLifecycle:
 
     def _died(self, slot: Slot, reason: str) -> EngineDied | None:
         name = slot.model.name
-        if not self._is(slot, EngineState.READY, EngineState.DRAINING):
+        if not self._is(slot, EngineState.READY, EngineState.DRAINING, EngineState.SLEEPING):
             return None
         logger.error("engine died: %s", reason, extra={"model": name})
         self._metrics.deaths.labels(name).inc()
@@ -353,23 +375,67 @@ class EngineLifecycle:
         return True
 
     async def _make_room(self, missing: int) -> bool:
-        """Stop an idle engine to free its snapshot or memory; False if that would not help."""
-        idle = [self.slots[key] for key in self._scheduler.capacity.idle()]
+        """Stop an engine to free its memory (0) or its snapshot on the disk; False if that would not help."""
+        capacity, disk = self._scheduler.capacity, missing > 0
+        idle = [self.slots[key] for key in capacity.idle()]
         held = sum(slot.snapshot.bytes for slot in idle if slot.snapshot is not None)
+        if not disk:
+            idle = [*(self.slots[engine.key] for engine in capacity.sleeping()), *idle]
         if self.ending or not idle or held < missing:
             return False
-        self._dispatch(RoomWanted())
+        self._dispatch(RoomWanted(disk))
         await idle[0].gone.wait()
         return True
+
+    async def _sleep_or_end(self, slot: Slot, running: set[asyncio.Task[None]]) -> None:
+        await self._cancelled(running)
+        if slot.adapters is not None:
+            slot.adapters.close()
+        name, unusable = slot.model.name, False
+        try:
+            kept = await self.loading.sleep(slot)
+        except OutOfMemory as error:
+            self._metrics.sleeps.labels(name, "no_memory").inc()
+            logger.warning("the engine ends instead of sleeping: %s", error, extra={"model": name})
+        except EngineError as error:
+            unusable = True
+            self._metrics.sleeps.labels(name, "failed").inc()
+            logger.warning("the engine ends, it could not sleep: %s", error, extra={"model": name})
+        else:
+            # The operator may have unloaded it meanwhile.
+            if not slot.unloaded:
+                self._asleep(slot, kept)
+                return
+        await self._end(slot, set(), hurry=unusable)
+
+    def _asleep(self, slot: Slot, kept: int) -> None:
+        """The slot is free; its engine keeps `kept` bytes and is watched under a name of its own."""
+        name = slot.model.name
+        sleeper = Slot(slot.model, slot.footprint, self._clock(), Phases(self._clock))
+        sleeper.sleeper, sleeper.asleep_bytes = f"asleep-{next(self._sleepers)}", kept
+        sleeper.adapter_rank, sleeper.measured_bytes = slot.adapter_rank, slot.measured_bytes
+        sleeper.engine, slot.engine = slot.engine, None
+        del self.slots[slot.key]
+        self.slots[sleeper.key] = sleeper
+        if sleeper.engine is not None:
+            self._run(sleeper, self._watch_asleep(sleeper, sleeper.engine))
+            if slot.snapshot is not None:
+                self._preparation.dropped(sleeper.engine, slot.snapshot, slot.key)
+                self._parts.release(slot.snapshot)
+        self._metrics.sleeps.labels(name, "asleep").inc()
+        logger.info("asleep", extra={"model": name, "kept_bytes": kept})
+        slot.gone.set()
+        self._dispatch(Asleep(slot.key, sleeper.key, kept))
+
+    async def _watch_asleep(self, slot: Slot, engine: Engine) -> None:
+        self._died(slot, await self.loading.watch(slot, engine))
 
     def _tear_down(self, slot: Slot, *, hurry: bool = False) -> None:
         self._run(slot, self._end(slot, set(slot.tasks), hurry=hurry))
 
     async def _end(self, slot: Slot, running: set[asyncio.Task[None]], *, hurry: bool) -> None:
         """Cancel the slot's tasks, then stop its engine; only then is the slot free."""
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await self._cancelled(running)
         name = slot.model.name
         if slot.adapters is not None:
             slot.adapters.close()
@@ -381,6 +447,11 @@ class EngineLifecycle:
         slot.gone.set()
         logger.info("unloaded", extra={"model": name})
         self._dispatch(Gone(slot.key))
+
+    async def _cancelled(self, running: set[asyncio.Task[None]]) -> None:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
     def _run(self, slot: Slot, work: Coroutine[Any, Any, None]) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work)

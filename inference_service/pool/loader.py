@@ -47,6 +47,11 @@ async def _unknown_use(leader: int | None, free_before: int | None) -> None:
     """By default."""
 
 
+async def _nothing_lacks(leader: int | None) -> int:
+    """By default."""
+    return 0
+
+
 async def _nothing_to_do(snapshot: Snapshot) -> None:
     """By default."""
 
@@ -60,7 +65,9 @@ class Parts:
     `weight_checks`: None if no fingerprints are kept. `host_memory`: for weights that are made ready
     ahead of a swap. `loaded` runs beside an engine that has just loaded a snapshot.
     `used_bytes`: what an engine has taken of its device, from the leader of its process group and what was
-    free before its start.
+    free before its start. `asleep_bytes`: what a model's engine is expected to keep of its device while it
+    sleeps; None: it cannot sleep. `lacking_beside`: bytes that the machine's memory lacks for another process
+    group like the one with this leader.
     """
 
     fetch: FetchModel
@@ -74,6 +81,8 @@ class Parts:
     host_memory: HostMemory = field(default_factory=HostMemory)
     used_bytes: Callable[[int | None, int | None], Awaitable[int | None]] = _unknown_use
     loaded: Callable[[Snapshot], Coroutine[Any, Any, None]] = _nothing_to_do
+    asleep_bytes: Callable[[Checkpoint], int | None] = lambda model: None
+    lacking_beside: Callable[[int | None], Awaitable[int]] = _nothing_lacks
 
 
 class Timeouts(NamedTuple):
@@ -138,13 +147,15 @@ class EngineLoader:
             ) from error
 
     async def swap(self, slot: Slot, before: Snapshot | None, fingerprint: Fingerprint | None) -> None:
-        """Put the slot's model into its engine, which held the snapshot `before`.
+        """Put the slot's model into its engine, which held the snapshot `before`, or sleeps.
 
         Raises SwapFailed, EngineDied, and what the fetch raises: the engine is unusable then.
         """
         try:
             slot.snapshot, fetched = await self._prefetcher.take(slot.model)
             slot.phases.seconds |= fetched.seconds
+            if slot.asleep_bytes is not None:
+                await self._memory_to_wake(slot, slot.footprint.total - slot.asleep_bytes)
             # A host that hangs is replaced by a fresh one, which is faster.
             seconds = min(self._load_timeout, SWAP_STALLS * self._stall_timeout)
             async with asyncio.timeout(seconds):
@@ -168,6 +179,28 @@ class EngineLoader:
             raise SwapFailed(reason)
         slot.fingerprint = swapped.fingerprint
         slot.swap = swapped
+
+    async def sleep(self, slot: Slot) -> int:
+        """Put the slot's engine to sleep; returns the bytes that it keeps of its device.
+
+        Raises OutOfMemory, before anything was done, if the machine's memory does not allow another engine
+        beside it; EngineError if the engine is unusable then.
+        """
+        engine, seconds = slot.engine, SWAP_STALLS * self._stall_timeout
+        if engine is None:
+            raise EngineError("there is no engine")
+        async with self._device_turn:
+            lacking = await self._parts.lacking_beside(engine.process_id)
+            if lacking > 0:
+                raise OutOfMemory(
+                    f"another beside it lacks {readable_bytes(lacking)} of the machine's memory"
+                )
+            try:
+                async with asyncio.timeout(seconds):
+                    freed = await engine.sleep()
+            except TimeoutError as error:
+                raise EngineError(f"it took longer than {seconds:g} s") from error
+        return max(0, (slot.measured_bytes or slot.footprint.total) - freed)
 
     def progress(self, slot: Slot, start_seconds: float) -> LoadProgress:
         """The progress of a load whose start takes `start_seconds`."""
@@ -284,6 +317,16 @@ class EngineLoader:
                 return
         if not await self._make_room(0):
             raise _out_of_memory(slot, missing)
+
+    async def _memory_to_wake(self, slot: Slot, needed: int) -> None:
+        """Returns once the device has so many bytes; raises SwapFailed."""
+        slot.phases.enter(Phase.MEMORY)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + MEMORY_SECONDS
+        while (free := await self._parts.free_bytes()) is not None and free < needed:
+            if loop.time() >= deadline:
+                raise SwapFailed(f"the device lacks {readable_bytes(needed - free)} to wake the engine")
+            await asyncio.sleep(_MEMORY_POLL_INTERVAL)
 
     async def _stall(self, slot: Slot, engine: Engine) -> str:
         """Returns once the engine has had work and made no step for `stall_timeout`."""

@@ -43,6 +43,7 @@ from inference_service.scheduler.events import (
     RejectFailed,
     Released,
     Request,
+    Sleep,
     Swap,
     TimePassed,
     Unload,
@@ -210,6 +211,7 @@ class Pool:
             fetched=model.reference in self._lifecycle.slots or prefetcher.is_there(model.reference),
             instead_of=instead_of,
             adapter=None if there else wanted.reference,
+            asleep_bytes=self._parts.asleep_bytes(model),
         )
 
     def _begin_fetches(self, waiter: Waiter) -> None:
@@ -254,7 +256,7 @@ class Pool:
 
     def names(self) -> set[str]:
         """Models, adapters included, that an engine holds in any state."""
-        slots = self._lifecycle.slots.values()
+        slots = [slot for slot in self._lifecycle.slots.values() if slot.sleeper is None]
         adapters = (slot.adapters.names() for slot in slots if slot.adapters is not None)
         return {slot.model.name for slot in slots}.union(*adapters)
 
@@ -274,6 +276,7 @@ class Pool:
         exact = self.state(model.reference)
         slots = self._lifecycle.slots.items()
         others = [self.state(key) for key, slot in slots if slot.model.name == model.name]
+        others.sort(key=lambda state: state is not EngineState.SLEEPING)
         return exact if exact is not EngineState.STOPPED or not others else others[-1]
 
     def pinned(self, model: AnyModel) -> bool:
@@ -297,6 +300,8 @@ class Pool:
 
     def _is_pinned(self, slot: Slot) -> bool:
         """Whether its model, an adapter on it, or a model that a request waits for there is pinned."""
+        if slot.sleeper is not None:
+            return False
         adapters = [] if slot.adapters is None else slot.adapters.models()
         models: list[Model] = [slot.model, *adapters]
         waiters = (waiter for waiter in self._waiters.values() if waiter.model.reference == slot.key)
@@ -432,11 +437,8 @@ class Pool:
         match action:
             case Grant(number, key):
                 self._grant(self._waiters.pop(number, None), self._lifecycle.slots[key])
-            case Reject(number, reason):
-                waiter = self._waiters[number]
-                self._fail(waiter, self._rejection(waiter, reason))
-            case RejectFailed(number, failure):
-                self._fail(self._waiters[number], _copy(failure))
+            case Reject() | RejectFailed():
+                self._reject(action, self._waiters[action.number])
             case Load(key):
                 self._lifecycle.load(self._newest(key))
             case Swap(key, old):
@@ -445,10 +447,18 @@ class Pool:
                 self._lifecycle.prepare(key, engine)
             case Drain(key):
                 self._draining(key)
+            case Sleep(key):
+                self._lifecycle.sleep(key)
             case Evict(key):
                 self._lifecycle.evict(key)
             case CancelLoad(key):
                 self._lifecycle.cancel(key)
+
+    def _reject(self, action: Reject | RejectFailed, waiter: Waiter) -> None:
+        if isinstance(action, RejectFailed):
+            self._fail(waiter, _copy(action.failure))
+        else:
+            self._fail(waiter, self._rejection(waiter, action.reason))
 
     def _draining(self, key: str) -> None:
         name = self._lifecycle.slots[key].model.name

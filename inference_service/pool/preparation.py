@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.engines.base import Engine, Prepared
 from inference_service.errors import EngineError
+from inference_service.machine.memory import SPARE_BYTES
 from inference_service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
-
-# Left to everything else on the machine.
-SPARE_BYTES = 1 << 30
 
 # An engine, by its identity, and the snapshot's directory.
 _Key = tuple[int, Path]
@@ -108,9 +106,14 @@ class Preparation:
         key = (id(engine), snapshot.path)
         if key in self._entries:
             self._entries.move_to_end(key)
-        if before is not None and before[0].bytes <= self._memory.quota:
-            self._add(_Entry(engine, *before, wanted=False))
+        if before is not None:
+            self.dropped(engine, *before)
         self.unwanted(reference)
+
+    def dropped(self, engine: Engine, snapshot: Snapshot, reference: str) -> None:
+        """The engine no longer has this snapshot on its device, which may come back."""
+        if snapshot.bytes <= self._memory.quota:
+            self._add(_Entry(engine, snapshot, reference, wanted=False))
 
     def ended(self, engine: Engine) -> None:
         """The engine's process is gone, and what it held."""

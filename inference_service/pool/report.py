@@ -70,8 +70,9 @@ class Report:
         ready = self._lifecycle.ready()
         reserved = sum(engine.bytes for engine in self._scheduler.engines.values())
         running = await asyncio.gather(*(_running(slot.engine if slot in ready else None) for slot in slots))
+        awake = [engine for engine in self._scheduler.engines.values() if engine.slept is None]
         return {
-            "slots": {"total": policy.slots, "used": len(slots)},
+            "slots": {"total": policy.slots, "used": len(awake)},
             "budget": {"total_bytes": policy.memory, "reserved_bytes": reserved},
             "engines": [{**each, "running": count} for each, count in zip(described, running, strict=True)],
             "leases": self._scheduler.running,
@@ -127,6 +128,7 @@ class Report:
             "bytes": slot.model.bytes,
             "memory": asdict(slot.footprint),
             "measured_bytes": slot.measured_bytes,
+            "asleep_bytes": slot.asleep_bytes,
         }
         if view.state is EngineState.STARTING:
             described["loading"] = self.progress(slot.model).describe()

@@ -1,4 +1,4 @@
-"""Where a requested model goes: whether it fits, which engine takes its weights, which are evicted."""
+"""Where a requested model goes: whether it fits, which engine takes its weights, which give way."""
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -37,6 +37,11 @@ class Capacity:
         free = [engine for engine in self._engines.values() if engine.idle and engine.key not in self._queues]
         return [engine.key for engine in sorted(free, key=lambda engine: engine.age)]
 
+    def sleeping(self) -> list[EngineView]:
+        """Engines that sleep, in the order in which they would end."""
+        found = [engine for engine in self._engines.values() if engine.state is EngineState.SLEEPING]
+        return sorted(found, key=lambda engine: engine.last_used)
+
     def verdict(self, key: str, blocked: Sequence[str]) -> Verdict:
         """Whether an engine for `key` fits beside the existing ones."""
         queue = self._queues[key]
@@ -48,9 +53,19 @@ class Capacity:
         ]
         if not self._fits(queue.bytes, pinned, ()):
             return Verdict.NEVER
-        if self._fits(queue.bytes, list(self._engines.values()), blocked):
-            return Verdict.FITS
-        return Verdict.LATER
+        woken = self.wakes(key)
+        others = [engine for engine in self._engines.values() if engine is not woken]
+        return Verdict.FITS if self._fits(self._needed(key), others, blocked) else Verdict.LATER
+
+    def wakes(self, key: str) -> EngineView | None:
+        """Case 17: the sleeping engine to wake with `key`: the one that slept with it, or the oldest."""
+        able = [engine for engine in self.sleeping() if self._queues[key].fits_into(engine)]
+        return min(able, key=lambda engine: (engine.slept != key, engine.adapters), default=None)
+
+    def waits_to_wake(self, key: str) -> bool:
+        """Whether a sleeping engine will take `key` once its files are there."""
+        queue = self._queues[key]
+        return not queue.fetched and any(queue.is_of_kind(engine) for engine in self.sleeping())
 
     def takes(self, key: str) -> EngineView | None:
         """Case 14: the idle engine to swap `key` into: its own previous revision's, or the oldest."""
@@ -64,8 +79,10 @@ class Capacity:
         return able[0] if able else None
 
     def will_take(self, key: str) -> EngineView | None:
-        """Case 16: the engine that `key` will probably be swapped into once it has no leases."""
-        queue = self._queues[key]
+        """Case 16: the engine that `key` will probably be put into, sleeping or with leases."""
+        queue, woken = self._queues[key], self.wakes(key)
+        if woken is not None:
+            return woken
         own = queue.request.instead_of
         able = [
             engine
@@ -87,19 +104,51 @@ class Capacity:
         )
 
     def giving_way(self, key: str, blocked: Sequence[str], now: float, running: int) -> list[EngineView]:
-        """Cases 4 and 5: the engines to evict for `key`; none if that would not be enough.
+        """Cases 4 and 5: the engines that give way to `key`, sleeping ones first; none if not enough would.
 
         `running`: the number of leases.
         """
         queue = self._queues[key]
-        candidates = [self._engines[name] for name in self.victims(now) if name not in self._queues]
+        woken = self.wakes(key)
+        candidates = [engine for engine in self.sleeping() if engine is not woken]
+        candidates += [self._engines[name] for name in self.victims(now) if name not in self._queues]
         if now - queue.oldest.since >= self._policy.fairness_wait:
             candidates += [engine for engine in self._busy(now, running) if engine not in candidates]
-        return self._enough(queue.bytes, blocked, candidates)
+        staying = [each for each in self._engines.values() if not each.leaving and each is not woken]
+        return self._enough(self._needed(key) + self._kept(), blocked, staying, candidates)
 
-    def _enough(self, count: int, blocked: Sequence[str], candidates: list[EngineView]) -> list[EngineView]:
+    def displaced(self, engine: EngineView, key: str, blocked: Sequence[str] = ()) -> list[EngineView] | None:
+        """Case 17: the sleeping engines that end so that `engine` sleeps, which gives way to `key`; None: it
+        ends.
+        """
+        going = [each for each in self._engines.values() if each.goes_to_sleep]
+        places = self._policy.sleepers - len(going) - 1
+        if engine.asleep_bytes is None or engine.swap is None or places < 0:
+            return None
+        woken = self.wakes(key)
+        asleep = [each for each in reversed(self.sleeping()) if each is not woken]
+        # Of each kind one first: any of that kind can be woken with its weights.
+        asleep.sort(key=lambda each: each.swap == engine.swap)
+        awake = [each for each in self._awake() if not each.leaving and each is not engine]
+        count = self._needed(key) + self._kept() + engine.asleep_bytes
+        return asleep[places:] if self._fits(count, [*awake, *asleep[:places]], blocked) else None
+
+    def _awake(self) -> list[EngineView]:
+        return [engine for engine in self._engines.values() if engine.slept is None]
+
+    def _needed(self, key: str) -> int:
+        """Bytes that an engine for `key` takes."""
+        woken = self.wakes(key)
+        return self._queues[key].bytes if woken is None else woken.full_bytes
+
+    def _kept(self) -> int:
+        """Bytes that the engines which are about to sleep will keep."""
+        return sum(each.asleep_bytes or 0 for each in self._engines.values() if each.goes_to_sleep)
+
+    def _enough(
+        self, count: int, blocked: Sequence[str], staying: list[EngineView], candidates: list[EngineView]
+    ) -> list[EngineView]:
         """The fewest candidates, in their order, that free enough; none if all would not."""
-        staying = [engine for engine in self._engines.values() if not engine.leaving]
         chosen: list[EngineView] = []
         for candidate in candidates:
             if self._fits(count, staying, blocked):
@@ -137,7 +186,7 @@ class Capacity:
 
     def _fits(self, count: int, engines: Sequence[EngineView], blocked: Sequence[str]) -> bool:
         """Whether this many bytes fit beside these engines and what older waiters need."""
-        if len(engines) + len(blocked) >= self._policy.slots:
+        if sum(engine.slept is None for engine in engines) + len(blocked) >= self._policy.slots:
             return False
         if self._policy.memory is None:
             return True

@@ -14,7 +14,8 @@ class Request:
     `by_operator`: it waits beside the clients' queue. `swap`: an engine with the same swap key, that takes
     adapters of rank `adapters`, can take its weights; None: none can. `fetched`: its files are there.
     `instead_of`: the engine that it replaces, that of the previous revision. `adapter`: the adapter that it
-    is for, if the files of that are not there yet.
+    is for, if the files of that are not there yet. `asleep_bytes`: what its engine is expected to keep on its
+    device while it sleeps; None: it cannot sleep.
     """
 
     number: int
@@ -27,6 +28,7 @@ class Request:
     fetched: bool = True
     instead_of: str | None = None
     adapter: str | None = None
+    asleep_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,15 @@ class Died:
 
 
 @dataclass(frozen=True)
+class Asleep:
+    """The engine `key` has dropped its weights and keeps `bytes`; it is called `sleeper` from now on."""
+
+    key: str
+    sleeper: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Gone:
     """The engine is gone: its slot and its memory are free."""
 
@@ -115,7 +126,9 @@ class Pinned:
 
 @dataclass(frozen=True)
 class RoomWanted:
-    """A load lacks space on the disk or memory on the device: an idle engine is to be evicted."""
+    """A load lacks memory on the device, or space on the `disk`: an idle engine is to be evicted."""
+
+    disk: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,7 @@ class TimePassed:
     """Only time has passed."""
 
 
-EngineEvent = Released | Starting | Loaded | Failed | Died | Gone | Unload
+EngineEvent = Released | Starting | Loaded | Failed | Died | Asleep | Gone | Unload
 Event = Request | Fetched | FetchFailed | Left | Pinned | RoomWanted | TimePassed | EngineEvent
 
 
@@ -144,7 +157,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Swap:
-    """Put the weights of `key` into the engine of `old`, which no lease holds."""
+    """Put the weights of `key` into the engine of `old`, which no lease holds, or which sleeps."""
 
     key: str
     old: str
@@ -152,7 +165,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Prepare:
-    """The busy engine `engine` will probably take the weights of `key`: it is to make them ready."""
+    """The engine `engine`, busy or asleep, will probably take `key`: it is to make its weights ready."""
 
     key: str
     engine: str
@@ -161,6 +174,13 @@ class Prepare:
 @dataclass(frozen=True)
 class Drain:
     """The busy engine `key` admits no more requests and ends with its last lease."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """Put the engine `key`, which has no leases, to sleep, or stop it if that is not possible."""
 
     key: str
 
@@ -203,4 +223,4 @@ class RejectFailed:
     failure: Failed | FetchFailed
 
 
-Action = Grant | Load | Swap | Prepare | Drain | Evict | CancelLoad | Reject | RejectFailed
+Action = Grant | Load | Swap | Prepare | Drain | Sleep | Evict | CancelLoad | Reject | RejectFailed

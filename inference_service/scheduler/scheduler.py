@@ -10,6 +10,7 @@ from dataclasses import replace
 from inference_service.scheduler.capacity import Capacity, Verdict
 from inference_service.scheduler.events import (
     Action,
+    Asleep,
     CancelLoad,
     Died,
     Drain,
@@ -32,6 +33,7 @@ from inference_service.scheduler.events import (
     Released,
     Request,
     RoomWanted,
+    Sleep,
     Starting,
     Swap,
     TimePassed,
@@ -75,6 +77,11 @@ class Scheduler:
     16. While a requested model waits for a busy engine that could take its weights, that engine prepares
         for them.
 
+    17. Where engines may sleep (`sleepers`), an engine that has given way to another model sleeps instead of
+        ending, if what it keeps fits beside that model; the oldest beyond their number end, and all of them
+        before any engine that serves. A sleeping engine has no slot. A model that fits is put into the
+        sleeping engine that can take it, once its files are there, instead of a fresh one.
+
     Slots and bytes count until an engine is gone, so an engine that is stopping or draining still holds
     them, but they are assigned: no second engine is evicted for the same waiter.
     """
@@ -107,8 +114,8 @@ class Scheduler:
                 self._left(number, now + linger)
             case Pinned(key, pinned):
                 self._pin(key, pinned=pinned)
-            case RoomWanted():
-                yield from self._evict_idle()
+            case RoomWanted(disk):
+                yield from self._evict_idle(disk=disk)
             case TimePassed():
                 pass
             case _:
@@ -129,6 +136,10 @@ class Scheduler:
             case Died():
                 self._void(engine)
                 engine.state = EngineState.FAILED
+            case Asleep(key, sleeper, count):
+                self._void(engine)
+                del self.engines[key]
+                self.engines[sleeper] = _asleep(engine, sleeper, count)
             case Gone(key):
                 self._void(engine)
                 del self.engines[key]
@@ -173,7 +184,7 @@ class Scheduler:
         engine.last_used = now
         self.running -= 1
         if engine.state is EngineState.DRAINING and engine.leases == 0:
-            yield self._swap_or_evict(engine, now)
+            yield from self._swap_or_evict(engine, now)
 
     def _loaded(self, engine: EngineView, seconds: float, now: float) -> None:
         engine.state = EngineState.READY
@@ -197,6 +208,9 @@ class Scheduler:
         if engine.state is EngineState.READY:
             engine.state = EngineState.DRAINING
         engine.gives_way, engine.successor = False, None
+        engine.goes_to_sleep = False
+        if engine.state is EngineState.SLEEPING:
+            yield self._evict(engine)
         if engine.state is not EngineState.DRAINING:
             return
         if force:
@@ -220,7 +234,7 @@ class Scheduler:
                 continue
             if engine.state is EngineState.STARTING and engine.awaited_until <= now:
                 yield self._cancel(engine)
-            elif engine.idle and self._expired(engine, now) and not self._turn_is_taken():
+            elif self._unused(engine) and self._expired(engine, now) and not self._turn_is_taken():
                 yield self._evict(engine)
 
     def _turn_is_taken(self) -> bool:
@@ -265,8 +279,11 @@ class Scheduler:
             match self.capacity.verdict(key, blocked):
                 case Verdict.NEVER:
                     yield from self._reject_all(key, Reason.NO_ROOM)
+                case Verdict.FITS if self.capacity.waits_to_wake(key):
+                    blocked.append(key)
                 case Verdict.FITS:
-                    yield self._load(key, now)
+                    woken = self.capacity.wakes(key)
+                    yield self._load(key, now) if woken is None else self._swap(key, woken, now)
                 case Verdict.LATER if self._queues[key].first is None:
                     pass  # it may use free capacity, but evict nothing
                 case Verdict.LATER:
@@ -284,7 +301,7 @@ class Scheduler:
         del self.engines[engine.key]
         self.engines[key] = EngineView(
             key,
-            engine.bytes,
+            engine.full_bytes,
             queue.pinned,
             last_used=now,
             ready_at=engine.ready_at,
@@ -292,6 +309,7 @@ class Scheduler:
             awaited_until=NEVER,
             swap=engine.swap,
             adapters=engine.adapters,
+            asleep_bytes=engine.asleep_bytes,
         )
         return Swap(key, engine.key)
 
@@ -302,13 +320,27 @@ class Scheduler:
             queue.prepared_in = engine.key
             yield Prepare(key, engine.key)
 
-    def _swap_or_evict(self, engine: EngineView, now: float) -> Action:
+    def _swap_or_evict(self, engine: EngineView, now: float) -> Iterator[Action]:
         """The end of a drained engine, or of its model only: the first model in line may take it."""
         cold = self._cold()
         heir = engine.successor if engine.successor in cold else next(iter(cold), None)
         if engine.gives_way and heir is not None and self._queues[heir].fits_into(engine):
-            return self._swap(heir, engine, now)
-        return self._evict(engine)
+            yield self._swap(heir, engine, now)
+        elif engine.gives_way and heir is not None and engine.successor is None:
+            yield from self._sleep_or_evict(engine, heir)
+        else:
+            yield self._evict(engine)
+
+    def _sleep_or_evict(self, engine: EngineView, key: str, blocked: Sequence[str] = ()) -> Iterator[Action]:
+        """Case 17: the end of an engine that gives way to `key`."""
+        displaced = self.capacity.displaced(engine, key, blocked)
+        if displaced is None:
+            yield self._evict(engine)
+            return
+        for sleeper in displaced:
+            yield self._evict(sleeper)
+        engine.state, engine.goes_to_sleep = EngineState.STOPPING, True
+        yield Sleep(engine.key)
 
     def _cold(self, *, claims: bool = True) -> list[str]:
         """Requested models without an engine, longest waiting first: those that claim capacity, or the
@@ -336,8 +368,10 @@ class Scheduler:
             yield from self._replace(key, old)
             return
         for engine in self.capacity.giving_way(key, blocked, now, self.running):
-            if engine.idle and engine.key not in self._queues:
+            if engine.state is EngineState.SLEEPING:
                 yield self._evict(engine)
+            elif engine.idle and engine.key not in self._queues:
+                yield from self._sleep_or_evict(engine, key, blocked)
             else:
                 yield from self._drain(engine)
 
@@ -350,6 +384,7 @@ class Scheduler:
             last_used=now,
             swap=queue.request.swap,
             adapters=queue.request.adapters,
+            asleep_bytes=queue.request.asleep_bytes,
         )
         return Load(key)
 
@@ -381,9 +416,10 @@ class Scheduler:
                     self._forget(key, waiter.number)
                     yield RejectFailed(waiter.number, failure)
 
-    def _evict_idle(self) -> Iterator[Evict]:
-        """The idle engine that goes first, however young it is."""
-        for key in self.capacity.idle()[:1]:
+    def _evict_idle(self, *, disk: bool) -> Iterator[Evict]:
+        """The engine that goes first, however young it is; sleeping ones hold no files on the disk."""
+        sleeping = [] if disk else [engine.key for engine in self.capacity.sleeping()]
+        for key in [*sleeping, *self.capacity.idle()][:1]:
             yield self._evict(self.engines[key])
 
     def _forget(self, key: str, number: int) -> None:
@@ -401,6 +437,9 @@ class Scheduler:
         engine = self.engines.get(key)
         return EngineState.STOPPED if engine is None else engine.state
 
+    def _unused(self, engine: EngineView) -> bool:
+        return engine.idle or engine.state is EngineState.SLEEPING
+
     def _expired(self, engine: EngineView, now: float) -> bool:
         return self.policy.idle_ttl is not None and now - engine.last_used >= self.policy.idle_ttl
 
@@ -412,5 +451,20 @@ class Scheduler:
                 yield engine.ready_at + self.policy.min_residency
             if engine.state is EngineState.STARTING:
                 yield engine.awaited_until
-            elif self.policy.idle_ttl is not None and engine.idle:
+            elif self.policy.idle_ttl is not None and self._unused(engine):
                 yield engine.last_used + self.policy.idle_ttl
+
+
+def _asleep(engine: EngineView, sleeper: str, count: int) -> EngineView:
+    """The engine, which keeps `count` bytes, as a sleeping one."""
+    return EngineView(
+        sleeper,
+        count,
+        state=EngineState.SLEEPING,
+        last_used=engine.last_used,
+        swap=engine.swap,
+        adapters=engine.adapters,
+        asleep_bytes=count,
+        slept=engine.key,
+        awake_bytes=engine.bytes,
+    )

@@ -12,13 +12,14 @@ NEVER = float("inf")
 
 
 class EngineState(StrEnum):
-    """`stopped -> starting -> ready -> draining -> stopping -> stopped`, and `failed`."""
+    """`stopped -> starting -> ready -> draining -> stopping -> stopped`; `sleeping`, and `failed`."""
 
     STOPPED = "stopped"
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
     STOPPING = "stopping"
+    SLEEPING = "sleeping"
     FAILED = "failed"
 
 
@@ -26,7 +27,8 @@ class EngineState(StrEnum):
 class Policy:
     """The operator's limits. Seconds; `memory` in bytes on each device.
 
-    `idle_ttl` None: an idle engine stays; `memory` None: unknown, only slots count.
+    `idle_ttl` None: an idle engine stays; `memory` None: unknown, only slots count. `sleepers`: engines that
+    may sleep at once, beside the slots.
     """
 
     slots: int
@@ -36,6 +38,7 @@ class Policy:
     min_residency: float = 5.0
     idle_ttl: float | None = None
     memory: int | None = None
+    sleepers: int = 0
 
 
 @dataclass
@@ -47,6 +50,9 @@ class EngineView:
     no request waits for it. `gives_way`: it drains for a waiter, not for the operator. `has_turn`: it is
     being started, and no other engine of its device starts or ends meanwhile. `swap` and `adapters`: see
     Request. `successor`: the next revision that it drains for.
+
+    `asleep_bytes`: see Request. `goes_to_sleep`: it is stopping, but not for good. `slept`: the model that it
+    held last; it sleeps, or ends from its sleep, has no slot, and would take `awake_bytes`.
     """
 
     key: str
@@ -63,11 +69,20 @@ class EngineView:
     swap: str | None = None
     adapters: int = 0
     successor: str | None = None
+    asleep_bytes: int | None = None
+    goes_to_sleep: bool = False
+    slept: str | None = None
+    awake_bytes: int = 0
 
     @property
     def idle(self) -> bool:
         """It has no leases and may be evicted."""
         return self.state is EngineState.READY and self.leases == 0 and not self.pinned
+
+    @property
+    def full_bytes(self) -> int:
+        """Its memory on the device while it serves."""
+        return self.awake_bytes or self.bytes
 
     @property
     def leaving(self) -> bool:
@@ -118,5 +133,9 @@ class Queue:
 
     def fits_into(self, engine: EngineView) -> bool:
         """Whether the engine could take these weights."""
+        return self.fetched and self.is_of_kind(engine)
+
+    def is_of_kind(self, engine: EngineView) -> bool:
+        """Whether the engine could take these weights once they are there."""
         same = self.request.swap is not None and self.request.swap == engine.swap
-        return self.fetched and same and engine.adapters >= self.request.adapters
+        return same and engine.adapters >= self.request.adapters

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from inference_service.backends import base
-from inference_service.backends.base import BackendMissing, choose_backend, why_not_int8
+from inference_service.backends.base import BackendMissing, choose_backend, why_no_sleep, why_not_int8
 from inference_service.config import Backend, EngineChoice, Settings
 from inference_service.machine.device import Device, DeviceKind
 from tests.fixtures.installed import needs_transformers
@@ -83,3 +83,21 @@ def test_eight_bits_without_effect_are_reported(
 ) -> None:
     found = why_not_int8(Settings(**({"cpu_int8": True} | settings)), device, backend)
     assert (found is None) if reason is None else reason in str(found)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "settings", "words"),
+    [
+        (GPUS, Backend.VLLM, {}, None),
+        (GPUS, Backend.VLLM, {"weight_swap": "off"}, "WEIGHT_SWAP=off"),
+        (GPUS, Backend.VLLM, {"weight_swap": "off", "max_sleeping": 0}, None),
+        (GPUS, Backend.TRANSFORMERS, {}, "ENGINE=transformers on cuda"),
+        (CPU, Backend.VLLM, {}, "ENGINE=vllm on cpu"),
+        (MPS, Backend.TRANSFORMERS, {}, "on mps"),
+    ],
+)
+def test_where_engines_sleep(
+    device: Device, backend: Backend, settings: dict[str, Any], words: str | None
+) -> None:
+    found = why_no_sleep(Settings(**({"max_sleeping": 1} | settings)), device, backend)
+    assert found is None if words is None else words in (found or "")

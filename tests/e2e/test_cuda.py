@@ -121,6 +121,22 @@ def test_swapped_weights_are_a_fresh_engines(service: ServiceProcess, pair: tupl
     assert adapted is None or ask(service, ADAPTER) == adapted
 
 
+def test_an_engine_sleeps_and_wakes_with_its_weights(bucket: Path, tmp_path: Path) -> None:
+    with gpu_service(bucket, tmp_path, MAX_SLEEPING="1", **ONE) as service:
+        idle = used_gpu_bytes()
+        fresh, fresh_digests, adapted = ask(service, BASE), digests(service, BASE), ask(service, ADAPTER)
+        process = service.engine(BASE)["process_id"]
+        ask(service, "other")
+        sleeper, awake = service.engine(BASE), service.engine("other")
+        assert (sleeper["state"], sleeper["process_id"]) == ("sleeping", process)
+        assert 0 < sleeper["asleep_bytes"] < awake["measured_bytes"] / 2
+        assert used_gpu_bytes() - idle < 1.02 * service.stats()["budget"]["reserved_bytes"]
+        assert (ask(service, BASE), digests(service, BASE)) == (fresh, fresh_digests)
+        assert service.engine(BASE)["process_id"] == process
+        assert ask(service, ADAPTER) == adapted
+        assert 'inference_sleeps_total{model="base",status="woken"} 1.0' in service.http.get("/metrics").text
+
+
 def digests(service: ServiceProcess, model: str) -> dict[str, str]:
     return weight_digests(service.engine(model)["process_id"])
 

@@ -18,7 +18,7 @@ from tests.e2e.engines import REAL, Engine, shows
 from tests.e2e.test_openai_client import BASE, CAPITAL, TUNED
 from tests.fixtures.bucket import Bucket, new_bucket
 from tests.fixtures.checkpoints import Checkpoints
-from tests.fixtures.host_socket import weight_digests
+from tests.fixtures.host_socket import on_workers, weight_digests
 from tests.fixtures.service_process import ServiceProcess
 
 PARIS, ZUBROWKA = "The capital of France is Paris.", "The capital of France is Zubrowka."
@@ -139,6 +139,22 @@ def test_only_what_differs_is_copied(
         assert digests(single, BASE) == base_digests
     finally:
         family.remove("models/projections/")
+
+
+@pytest.mark.engine("vllm")
+def test_weights_that_were_dropped_come_back(
+    family: Bucket, tmp_path: Path, engine: Engine, checkpoints: Checkpoints
+) -> None:
+    """As an engine wakes from its sleep, which only CUDA has: every tensor is copied into the live model."""
+    with real_service(family, tmp_path, engine, VLLM_SERVER_DEV_MODE="1") as service:
+        fresh, fresh_digests = answers(service, BASE), digests(service, BASE)
+        process = service.engine(BASE)["process_id"]
+        on_workers(process, "reset_weights")
+        assert digests(service, BASE) != fresh_digests
+        (snapshot,) = (tmp_path / "cache").rglob("model.safetensors")
+        on_workers(process, "swap_weights", BASE, None, str(snapshot.parent))
+        assert digests(service, BASE) == fresh_digests
+        assert are_alike(answers(service, BASE), fresh)
 
 
 @pytest.mark.engine("vllm")

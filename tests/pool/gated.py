@@ -57,6 +57,10 @@ class GatedEngine:
         self.may_prepare: asyncio.Future[None] = loop.create_future()
         self.may_prepare.set_result(None)
         self.prepares: Prepared | Exception | None = Prepared(1, 1)
+        self.may_sleep: asyncio.Future[None] = loop.create_future()
+        self.may_sleep.set_result(None)
+        self.sleep_frees = 0
+        self.asleep = False
         self.dead: asyncio.Future[str] = loop.create_future()
         self.may_close: asyncio.Future[None] = loop.create_future()
         self.closing = self.closed = False
@@ -83,9 +87,16 @@ class GatedEngine:
         await asyncio.shield(self.may_swap)
         if self.swap_error is not None:
             raise self.swap_error
+        self.asleep = False
         if not self.keeps_weights:
             self.snapshot = snapshot
         return Swapped(fingerprint(self.snapshot), {"weights": 0.0})
+
+    async def sleep(self) -> int:
+        self.commands.append("sleep")
+        await asyncio.shield(self.may_sleep)
+        self.asleep = True
+        return self.sleep_frees
 
     async def prepare(self, snapshot: Snapshot) -> Prepared | None:
         self.commands.append(f"prepare {snapshot.model}")

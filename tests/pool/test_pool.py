@@ -51,6 +51,7 @@ class Bench:
         *,
         load_wait: float = 1000,
         place_wait: float = 1000,
+        **parts: Any,
     ) -> None:
         self.engines: dict[str, list[GatedEngine]] = {}
         self.metrics = Metrics()
@@ -68,7 +69,12 @@ class Bench:
         self.free: int | None = None
         self.pool = Pool(
             Parts(
-                self._fetch, self._release, self._make, self._free_bytes, lambda model: Footprint(MIB, 0, 0)
+                self._fetch,
+                self._release,
+                self._make,
+                self._free_bytes,
+                lambda model: Footprint(MIB, 0, 0),
+                **parts,
             ),
             self.metrics,
             policy=policy,

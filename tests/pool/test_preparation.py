@@ -8,8 +8,9 @@ import pytest
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.engines.base import Prepared
 from inference_service.errors import EngineDied, EngineError
+from inference_service.machine.memory import SPARE_BYTES
 from inference_service.metrics import Metrics
-from inference_service.pool.preparation import SPARE_BYTES, HostMemory, Preparation
+from inference_service.pool.preparation import HostMemory, Preparation
 from tests.pool.gated import GatedEngine
 
 SIZE = 100

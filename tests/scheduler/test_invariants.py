@@ -35,6 +35,8 @@ from tests.pool.gated import MIB, GatedEngine, key, model
 
 # Model -> MiB of its engine.
 SIZES = {"a": 1, "b": 1, "c": 2, "d": 3}
+# Models that can be swapped for one another.
+KINDS = {"a": "small", "b": "small", "c": "large"}
 NEVER = 1e9
 QUEUED = 6
 ENDING = (EngineState.STOPPING, EngineState.FAILED)
@@ -49,6 +51,15 @@ class Asked:
     name: str
     since: float
     task: "asyncio.Task[Lease]"
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """How many may sleep, the share of their memory that they free, and whether they do so at once."""
+
+    places: int
+    freed: float
+    at_once: bool
 
 
 @dataclass
@@ -86,9 +97,12 @@ class PoolMachine(RuleBasedStateMachine):
         fairness=st.sampled_from([10.0, NEVER]),
         residency=st.sampled_from([0.0, 5.0]),
         idle_ttl=st.sampled_from([None, 60.0]),
-        swaps=st.booleans(),
+        kinds=st.sampled_from([{}, KINDS, {name: name for name in SIZES}]),
+        sleep=st.builds(
+            Sleep, st.sampled_from([1, 0, 2]), freed=st.sampled_from([0.5, 0.0, 1.0]), at_once=st.booleans()
+        ),
     )
-    def build(
+    def build(  # noqa: PLR0917  (one for each strategy)
         self,
         slots: int,
         concurrency: int,
@@ -96,9 +110,11 @@ class PoolMachine(RuleBasedStateMachine):
         fairness: float,
         residency: float,
         idle_ttl: float | None,
-        swaps: bool,
+        kinds: dict[str, str],
+        sleep: Sleep,
     ) -> None:
-        self.policy = Policy(slots, concurrency, QUEUED, fairness, residency, idle_ttl, memory)
+        self.policy = Policy(slots, concurrency, QUEUED, fairness, residency, idle_ttl, memory, sleep.places)
+        self.sleep = sleep
         self.pool = Pool(
             Parts(
                 self._fetch,
@@ -106,7 +122,8 @@ class PoolMachine(RuleBasedStateMachine):
                 self._make,
                 self._free_bytes,
                 lambda wanted: Footprint(SIZES[wanted.name] * MIB, 0, 0),
-                swap_key=lambda wanted: "small" if swaps and SIZES[wanted.name] == 1 else None,
+                swap_key=lambda wanted: kinds.get(wanted.name),
+                asleep_bytes=lambda wanted: MIB // 4,
             ),
             Metrics(),
             policy=self.policy,
@@ -133,6 +150,19 @@ class PoolMachine(RuleBasedStateMachine):
             assert asked.task.exception() is None
         elif full:
             assert isinstance(asked.task.exception(), Overloaded | EngineStartFailed | NoRoom)
+
+    @rule(name=names)
+    def a_request_runs_through(self, name: str) -> None:
+        """As far as nothing else stands in its way."""
+        self.request(name)
+        for engine in list(self.engines.values()):
+            self._let_sleep(engine.snapshot.model)
+        if self._starting(name):
+            self.engines[name].started.set_result(None)
+            self._settle()
+        for lease in [lease for lease in self.reference.held if lease.model.name == name]:
+            self.reference.held.remove(lease)
+            self._settle(lease.release)
 
     @precondition(lambda self: self.reference.waiting)
     @rule(data=st.data())
@@ -196,6 +226,22 @@ class PoolMachine(RuleBasedStateMachine):
         if self.pool.state(key(name)) in ENDING and name in self.engines:
             self._let_end(name)
 
+    @rule(name=names)
+    def engine_is_asleep(self, name: str) -> None:
+        if name in self.engines:
+            self._let_sleep(name)
+
+    @precondition(lambda self: self._sleeping())
+    @rule(data=st.data(), dies=st.booleans())
+    def sleeper_is_gone(self, data: st.DataObject, dies: bool) -> None:
+        sleeper = data.draw(st.sampled_from(self._sleeping()))
+        if dies and not sleeper.dead.done():
+            self.reference.excused += 1
+            sleeper.dead.set_result("killed")
+            self._settle()
+        if sleeper.closing:
+            self._end(sleeper)
+
     @rule(seconds=st.sampled_from([1.0, LINGER_SECONDS, 10.0, 60.0]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
@@ -239,6 +285,8 @@ class PoolMachine(RuleBasedStateMachine):
             if self.policy.memory is not None:
                 assert stats["budget"]["reserved_bytes"] <= self.policy.memory
             assert len(self.reference.waiting) <= QUEUED
+            states = [engine["state"] for engine in stats["engines"]]
+            assert states.count(EngineState.SLEEPING) <= self.policy.sleepers
 
     @invariant()
     def nobody_waits_for_what_could_be_done(self) -> None:
@@ -275,8 +323,8 @@ class PoolMachine(RuleBasedStateMachine):
             self._serve_everyone()
             closing = self.loop.create_task(self.pool.close())
             self._settle()
-            for name in list(self.engines):
-                self._let_end(name)
+            for engine in self.made:
+                self._end(engine)
             self.loop.run_until_complete(asyncio.wait_for(closing, 5))
             assert self.snapshots == []
             assert all(self.loop.run_until_complete(unload) for unload in self.unloads)
@@ -294,7 +342,11 @@ class PoolMachine(RuleBasedStateMachine):
                 if self._starting(name):
                     self.engines[name].started.set_result(None)
                 if self.pool.state(key(name)) in ENDING and name in self.engines:
+                    self._let_sleep(name)
                     self._let_end(name)
+            for sleeper in self._sleeping():
+                if sleeper.closing:
+                    self._end(sleeper)
             self.now += max(self.policy.min_residency, min(self.policy.fairness_wait, 10.0))
             self._settle(self.pool.look)
             if not self.reference.waiting and not self.reference.held:
@@ -313,13 +365,20 @@ class PoolMachine(RuleBasedStateMachine):
 
     def _make(self, snapshot: Snapshot, footprint: Footprint) -> GatedEngine:
         self.reference.loads += 1
-        self.made.append(GatedEngine(snapshot))
-        return self.made[-1]
+        engine = GatedEngine(snapshot)
+        engine.sleep_frees = int(self.sleep.freed * SIZES[snapshot.model] * MIB)
+        if not self.sleep.at_once:
+            engine.may_sleep = self.loop.create_future()
+        self.made.append(engine)
+        return engine
 
     @property
     def engines(self) -> dict[str, GatedEngine]:
         """The youngest engine of each model; a swap makes it another's."""
-        return {engine.snapshot.model: engine for engine in self.made}
+        return {engine.snapshot.model: engine for engine in self.made if not engine.asleep}
+
+    def _sleeping(self) -> list[GatedEngine]:
+        return [engine for engine in self.made if engine.asleep and not engine.closed]
 
     async def _free_bytes(self) -> int | None:
         return None
@@ -358,10 +417,20 @@ class PoolMachine(RuleBasedStateMachine):
         self.reference.held = [lease for lease in self.reference.held if lease.model.name != name]
 
     def _let_end(self, name: str) -> None:
-        may_close = self.engines[name].may_close
-        if not may_close.done():
-            may_close.set_result(None)
+        if name in self.engines:
+            self._end(self.engines[name])
+
+    def _end(self, engine: GatedEngine) -> None:
+        if not engine.may_close.done():
+            engine.may_close.set_result(None)
         self._settle()
+
+    def _let_sleep(self, name: str) -> None:
+        engine = self.engines[name]
+        if engine.commands[-1:] == ["sleep"] and not engine.may_sleep.done():
+            engine.may_sleep.set_result(None)
+            self._settle()
+            engine.may_sleep = self.loop.create_future()
 
     def _settle(self, *events: Callable[[], object]) -> None:
         """Let everything happen that can, then see who was answered, in the order of their arrival."""
@@ -409,7 +478,7 @@ def sequences(count: int) -> settings:
 
 
 class TestPoolMachine(PoolMachine.TestCase):  # type: ignore[valid-type,misc]
-    settings = sequences(120)
+    settings = sequences(200)
 
 
 @pytest.mark.slow

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import pytest
+
 from inference_service.scheduler.events import (
     Action,
+    Asleep,
     CancelLoad,
     Died,
     Drain,
@@ -25,6 +28,7 @@ from inference_service.scheduler.events import (
     Released,
     Request,
     RoomWanted,
+    Sleep,
     Starting,
     Swap,
     TimePassed,
@@ -794,3 +798,165 @@ def test_nothing_is_prepared_where_none_can_take_it() -> None:
     assert play.ask("b", swap="qwen") == []
     assert play.ask("c") == []
     assert play.ask("d", swap="llama", adapters=8) == []
+
+
+# 17. An engine that gives way sleeps, and wakes with the next weights that it can take.
+
+
+LLAMA: dict[str, Any] = {"swap": "llama", "asleep_bytes": MIB // 4}
+QWEN: dict[str, Any] = {"swap": "qwen", "asleep_bytes": MIB // 4}
+
+
+def asleep(sleepers: int = 1, slots: int = 1, **policy: Any) -> Play:
+    """`a` sleeps as `~a`, and `b`, of another kind, serves."""
+    play = Play(slots=slots, sleepers=sleepers, **policy)
+    others = [f"other{number}" for number in range(slots - 1)]
+    play.serve("a", **LLAMA)
+    play.serve(*others, bytes=0)
+    assert play.ask("b", **QWEN) == [Sleep("a")]
+    assert play.handle(Asleep("a", "~a", MIB // 2)) == [Load("b")]
+    play.handle(Loaded("b", 1.0))
+    play.handle(Released("b"))
+    for other in others:
+        play.handle(Unload(other))
+        play.handle(Gone(other))
+    return play
+
+
+def test_an_engine_that_gives_way_sleeps_and_wakes_with_its_model() -> None:
+    play = asleep()
+    assert play.state("~a") is EngineState.SLEEPING
+    assert play.ask("a", **LLAMA) == [Sleep("b"), Prepare("a", "~a")]
+    assert play.handle(Asleep("b", "~b", MIB // 2)) == [Swap("a", "~a")]
+    assert play.scheduler.engines["a"].bytes == MIB
+    assert play.handle(Loaded("a", 0.5)) == [Grant(3, "a")]
+    assert list(play.scheduler.engines) == ["~b", "a"]
+
+
+def test_a_sleeping_engine_takes_any_weights_of_its_kind() -> None:
+    play = asleep(slots=2, memory=4 * MIB)
+    assert play.ask("sibling", **LLAMA) == [Swap("sibling", "~a")]
+
+
+def test_by_default_engines_end() -> None:
+    play = Play(slots=1)
+    play.serve("a", **LLAMA)
+    assert play.ask("b", **QWEN) == [Evict("a")]
+
+
+@pytest.mark.parametrize("engine", [{"swap": "llama"}, {"asleep_bytes": 1}])
+def test_what_cannot_sleep_or_be_woken_ends(engine: dict[str, Any]) -> None:
+    play = Play(slots=1, sleepers=1)
+    play.serve("a", **engine)
+    assert play.ask("b", **QWEN) == [Evict("a")]
+
+
+def test_an_engine_that_cannot_be_put_to_sleep_is_gone() -> None:
+    play = Play(slots=1, sleepers=1)
+    play.serve("a", **LLAMA)
+    assert play.ask("b", **QWEN) == [Sleep("a")]
+    assert play.ask("a", **LLAMA) == []
+    assert play.handle(Gone("a")) == [Load("b")]
+
+
+def test_the_oldest_beyond_their_number_end() -> None:
+    play = asleep()
+    assert play.ask("c", swap="gemma", asleep_bytes=1) == [Evict("~a"), Sleep("b")]
+    assert play.handle(Asleep("b", "~b", MIB // 2)) == [Load("c")], "the other still ends"
+    play.handle(Gone("~a"))
+    assert [each for each, engine in play.scheduler.engines.items() if engine.slept] == ["~b"]
+
+
+def test_one_of_each_kind_sleeps_rather_than_two_of_one() -> None:
+    play = asleep(sleepers=2)
+    play.ask("a2", **LLAMA)  # wakes ~a
+    play.handle(Asleep("b", "~b", 1))
+    play.handle(Loaded("a2", 1.0))
+    play.handle(Released("a2"))
+    play.ask("x", **LLAMA, after=5)
+    assert list(play.scheduler.engines) == ["~b", "x"], "swapped"
+    play.handle(Loaded("x", 1.0))
+    play.handle(Released("x"))
+    play.ask("y", adapters=8, **LLAMA)
+    play.handle(Asleep("x", "~x", 1))
+    play.handle(Loaded("y", 1.0))
+    play.handle(Released("y"))
+    assert play.ask("z", after=1) == [Evict("~x"), Sleep("y")], "not ~b, which is older"
+
+
+def test_what_sleeps_counts_and_ends_before_an_engine_that_serves() -> None:
+    play = asleep(slots=3, memory=2 * MIB)
+    assert play.ask("c", bytes=MIB // 2) == [Load("c")]
+    play.handle(Loaded("c", 1.0))
+    play.handle(Released("c"))
+    assert play.ask("d", bytes=MIB // 2) == [Evict("~a")], "half a MiB, while two idle engines stay"
+    assert play.handle(Gone("~a")) == [Load("d")]
+
+
+def test_an_engine_ends_where_what_it_would_keep_does_not_fit() -> None:
+    play = Play(slots=1, sleepers=1, memory=2 * MIB)
+    play.serve("a", **LLAMA)
+    assert play.ask("b", bytes=2 * MIB, **QWEN) == [Evict("a")]
+
+
+def test_a_measurement_above_the_estimate_ends_it() -> None:
+    play = Play(slots=1, sleepers=1, memory=2 * MIB)
+    play.serve("a", **LLAMA)
+    assert play.ask("b", bytes=2 * MIB - MIB // 4, **QWEN) == [Sleep("a")]
+    assert play.handle(Asleep("a", "~a", MIB)) == [Evict("~a")]
+    assert play.handle(Gone("~a")) == [Load("b")]
+
+
+def test_a_model_waits_for_its_files_and_then_wakes_what_can_take_it() -> None:
+    play = asleep(slots=2, memory=4 * MIB)
+    assert play.ask("sibling", fetched=False, **LLAMA) == []
+    assert play.ask("other", fetched=False, swap="gemma") == [], "the slot is the older one's"
+    assert play.handle(Fetched("sibling")) == [Swap("sibling", "~a")]
+
+
+def test_a_drained_engine_sleeps() -> None:
+    play = Play(slots=1, sleepers=1, fairness_wait=10)
+    play.serve("a", leases=1, **LLAMA)
+    play.ask("b", **QWEN)
+    assert play.later(10) == [Drain("a")]
+    assert play.handle(Released("a")) == [Sleep("a")]
+
+
+def test_a_replaced_revision_ends() -> None:
+    play = Play(slots=1, sleepers=1)
+    play.serve("a@1", **LLAMA)
+    asked = play.ask("a@2", by_operator=True, instead_of="a@1", **QWEN)
+    assert asked == [Drain("a@1"), Evict("a@1")]
+
+
+def test_what_sleeps_ends_by_idle_ttl_death_and_unload() -> None:
+    play = asleep(idle_ttl=60)
+    assert play.later(59) == [Evict("~a")], "it was used before b"
+    play = asleep()
+    play.handle(Died("~a"))
+    assert play.ask("a", **LLAMA) == [Sleep("b")], "it cannot be woken any more"
+    play = asleep()
+    assert play.handle(Unload("~a")) == [Evict("~a")]
+
+
+def test_an_engine_that_is_unloaded_on_its_way_to_sleep_ends() -> None:
+    play = Play(slots=1, sleepers=1)
+    play.serve("a", **LLAMA)
+    play.ask("b", **QWEN)
+    assert play.handle(Unload("a")) == []
+    assert not play.scheduler.engines["a"].goes_to_sleep
+
+
+def test_memory_that_is_lacking_is_taken_from_what_sleeps_and_space_on_the_disk_is_not() -> None:
+    play = asleep()
+    assert play.handle(RoomWanted(disk=True)) == [Evict("b")]
+    assert play.handle(RoomWanted()) == [Evict("~a")]
+
+
+def test_no_sleeping_engine_ends_while_another_starts() -> None:
+    play = asleep(slots=3, idle_ttl=60)
+    play.ask("c")
+    play.handle(Starting("c", MIB))
+    play.ask("b", **QWEN)
+    assert play.later(100) == []
+    assert play.handle(Loaded("c", 1.0))[-1] == Evict("~a")

@@ -122,6 +122,12 @@ async def swap(request: Request) -> JSONResponse:
     return await reply(lambda: _swap(request.app.state, spec))
 
 
+@control.post("/sleep")
+async def sleep(request: Request) -> JSONResponse:
+    """Drop weights, KV cache and adapters from the device; a swap wakes the engine."""
+    return await reply(lambda: _sleep(request.app.state))
+
+
 @control.post("/prepare")
 async def prepare(request: Request) -> JSONResponse:
     """Make the weights in `directory` ready for a swap, beside the requests that run."""
@@ -199,10 +205,13 @@ async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
     engine, args = state.engine_client, parse_arguments(spec)
     before = Path(engine.model_config.model)
     started = time.monotonic()
+    if state.asleep:
+        await engine.wake_up()
     await engine.pause_generation(mode="wait")  # clears the prefix cache of the old weights
-    for adapter in list(state.openai_serving_models.lora_requests.values()):
-        await engine.remove_lora(adapter.lora_int_id)
-    swapped = await engine.collective_rpc("swap_weights", args=(spec.model, str(before), spec.directory))
+    await _remove_adapters(state)
+    held = None if state.asleep else str(before)
+    swapped = await engine.collective_rpc("swap_weights", args=(spec.model, held, spec.directory))
+    state.asleep = False
     await engine.resume_generation()
     weights = time.monotonic()
     retitle(spec.model)
@@ -211,6 +220,24 @@ async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
     weight_check, _ = await asyncio.gather(_weight_check(engine), serve_model(state, engine, args, spec))
     seconds = {"weights": weights - started, "warm-up": time.monotonic() - weights}
     return {**weight_check, "seconds": seconds, **swapped[0]}
+
+
+async def _sleep(state: Any) -> dict[str, Any]:
+    engine = state.engine_client
+    if not engine.model_config.enable_sleep_mode:
+        raise ValueError("the engine was started without sleep mode, which only vLLM's CUDA build has")
+    await engine.pause_generation(mode="wait")
+    await _remove_adapters(state)
+    # Level 2: the weights come back from their files, as those of any swap.
+    await engine.sleep(level=2)
+    state.asleep = True
+    freed = await engine.collective_rpc("freed_by_sleep")
+    return {"freed_bytes": min(freed)}
+
+
+async def _remove_adapters(state: Any) -> None:
+    for adapter in list(state.openai_serving_models.lora_requests.values()):
+        await state.engine_client.remove_lora(adapter.lora_int_id)
 
 
 def _take_over(engine: Any, args: Namespace, *, rendered_alike: bool) -> None:

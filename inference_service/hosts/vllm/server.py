@@ -108,6 +108,7 @@ async def _build(args: Namespace, spec: HostSpec, engine: EngineClient) -> FastA
     app: FastAPI = build_app(args, tasks, engine.model_config)
     app.include_router(control)
     app.state.supported_tasks = tasks
+    app.state.asleep = False
     await serve_model(app.state, engine, args, spec)
     await warm_up(engine)
     count_steps(engine, app.state)

@@ -15,6 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from vllm.device_allocator import get_mem_allocator_instance
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -34,14 +35,21 @@ class WorkerExtension:
     model_runner: Any
     _weights_to_come: WeightSource
 
-    def swap_weights(self, model: str, before: str, directory: str) -> dict[str, Any]:
+    def swap_weights(self, model: str, before: str | None, directory: str) -> dict[str, Any]:
         """Load the weights of `model` in `directory` into the live model, which holds those in `before`.
 
-        Returns the fields of weights.swap.Done. Any error leaves the model unusable: the engine must end.
+        `before` None: it holds none, because it has slept. Returns the fields of weights.swap.Done. Any error
+        leaves the model unusable: the engine must end.
         """
-        done = swap(self.model_runner, self._weight_source(), Path(before), Path(directory))
+        held = None if before is None else Path(before)
+        done = swap(self.model_runner, self._weight_source(), held, Path(directory))
         retitle(model)  # this process, if it is not the host's own
         return done._asdict()
+
+    def freed_by_sleep(self) -> int:
+        """Bytes of the device that the sleeping engine does not hold."""
+        allocated = get_mem_allocator_instance().pointer_to_data.values()
+        return sum(each.handle[1] for each in allocated if each.is_asleep)
 
     def prepare_weights(self, directory: str) -> None:
         """Begin to make the weights in `directory` ready for a swap; returns at once."""

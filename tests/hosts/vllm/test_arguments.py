@@ -61,6 +61,17 @@ def test_vllm_takes_the_sizes_and_the_flags(found: Any, sizes: list[int]) -> Non
 
 
 @needs_vllm
+@pytest.mark.filterwarnings("ignore")  # vLLM's imports
+@pytest.mark.parametrize("sleeping", [0, 2])
+def test_vllm_takes_the_flag_of_engines_that_may_sleep(sleeping: int) -> None:
+    from inference_service.engines.base import HostSpec
+    from inference_service.hosts.vllm.control import parse_arguments
+
+    spec = HostSpec("m", "", "", arguments(max_sleeping=sleeping), {}, 1, 1.0)
+    assert parse_arguments(spec).enable_sleep_mode is bool(sleeping)
+
+
+@needs_vllm
 def test_an_eager_engine_captures_none() -> None:
     assert "--cudagraph-capture-sizes" not in arguments(engine_eager=True)
     assert "--enforce-eager" in arguments(engine_eager=True)

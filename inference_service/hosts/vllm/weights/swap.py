@@ -32,10 +32,11 @@ class Done(NamedTuple):
     came: dict[str, int]
 
 
-def swap(runner: Any, source: WeightSource, before: Path, directory: Path) -> Done:
-    """Load the weights in `directory` into the runner's model, which holds those in `before`."""
+def swap(runner: Any, source: WeightSource, before: Path | None, directory: Path) -> Done:
+    """Load the weights in `directory` into the runner's model, which holds those in `before`; None: none."""
     model = runner.get_model()
-    weights = _Weights(model, source, directory, mapped(runner, before), mapped(runner, directory))
+    held = None if before is None else mapped(runner, before)
+    weights = _Weights(model, source, directory, held, mapped(runner, directory))
     config = runner.vllm_config.model_config
     config.model, config.model_weights, config.revision = str(directory), "", None
     if current_platform.is_cpu():
@@ -58,14 +59,16 @@ class _Weights:
         model: Any,
         source: WeightSource,
         directory: Path,
-        before: MappedWeights,
+        before: MappedWeights | None,
         after: MappedWeights,
     ) -> None:
         self._model = model
         self._source = source
         self._directory = directory
         self._after = after
-        self.names = changed(before.contents, after.contents, getattr(model, "packed_modules_mapping", {}))
+        packed = getattr(model, "packed_modules_mapping", {})
+        held = {} if before is None else before.contents
+        self.names = changed(held, after.contents, packed)
         self.came: Counter[Way] = Counter()
         self.total_bytes = after.bytes(after.contents)
 
