@@ -44,6 +44,8 @@ def single(
 ) -> Iterator[ServiceProcess]:
     """One slot: every other model is a swap, or a fresh engine."""
     settings = {"MAX_CACHED_MODELS": "1", "MIN_RESIDENCY": "0", "CATALOG_TTL": "0", "MAX_ADAPTERS": "1"}
+    # vLLM's own routes to its workers, on the host's socket.
+    settings["VLLM_SERVER_DEV_MODE"] = "1"
     with real_service(family, tmp_path_factory.mktemp("single"), engine, **settings) as service:
         yield service
 
@@ -142,19 +144,16 @@ def test_only_what_differs_is_copied(
 
 
 @pytest.mark.engine("vllm")
-def test_weights_that_were_dropped_come_back(
-    family: Bucket, tmp_path: Path, engine: Engine, checkpoints: Checkpoints
-) -> None:
+def test_weights_that_were_dropped_come_back(single: ServiceProcess) -> None:
     """As an engine wakes from its sleep, which only CUDA has: every tensor is copied into the live model."""
-    with real_service(family, tmp_path, engine, VLLM_SERVER_DEV_MODE="1") as service:
-        fresh, fresh_digests = answers(service, BASE), digests(service, BASE)
-        process = service.engine(BASE)["process_id"]
-        on_workers(process, "reset_weights")
-        assert digests(service, BASE) != fresh_digests
-        (snapshot,) = (tmp_path / "cache").rglob("model.safetensors")
-        on_workers(process, "swap_weights", BASE, None, str(snapshot.parent))
-        assert digests(service, BASE) == fresh_digests
-        assert are_alike(answers(service, BASE), fresh)
+    before, digests_before = answers(single, BASE), digests(single, BASE)
+    process = single.engine(BASE)["process_id"]
+    on_workers(process, "reset_weights")
+    assert digests(single, BASE) != digests_before
+    snapshots = single.log.parent.rglob(f"cache/**/{BASE}/*/model.safetensors")
+    on_workers(process, "swap_weights", BASE, None, str(next(snapshots).parent))
+    assert digests(single, BASE) == digests_before
+    assert are_alike(answers(single, BASE), before)
 
 
 @pytest.mark.engine("vllm")
