@@ -25,7 +25,7 @@ GROUPS = {
     "Engines": (
         *("engine", "dtype", "max_model_len", "max_cached_models", "max_sleeping", "weight_swap"),
         *("max_adapters", "max_cpu_adapters", "gpu_memory_utilization", "tensor_parallel_size"),
-        *("engine_eager", "cuda_graph_sizes", "compile_cache", "warm_launcher"),
+        *("engine_eager", "cuda_graph_sizes", "compile_cache", "load_format", "warm_launcher"),
         *("load_timeout", "engine_stall_timeout", "model_idle_ttl"),
     ),
     "Requests and waiting": (

@@ -18,7 +18,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from inference_service import __version__
-from inference_service.backends.base import BackendMissing, choose_backend, why_no_sleep, why_not_int8
+from inference_service.backends.base import (
+    BackendMissing,
+    check_load_format,
+    choose_backend,
+    why_no_sleep,
+    why_not_int8,
+)
 from inference_service.config import Backend, BadSettings, Settings, load_settings
 from inference_service.machine.device import Device, find_device
 
@@ -96,6 +102,7 @@ def serve() -> None:
         settings = load_settings()
         device = find_device()
         backend = choose_backend(settings.engine, device, int8=settings.quantizes)
+        check_load_format(settings.load_format, backend)
         _make_cache(settings)
         listener = _listen(settings)
     except (BadSettings, BackendMissing, OSError) as error:

@@ -55,6 +55,13 @@ class DtypeChoice(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class LoadFormat(StrEnum):
+    SAFETENSORS = "safetensors"
+    READ_AHEAD = "read_ahead"
+    FASTSAFETENSORS = "fastsafetensors"
+    RUNAI_STREAMER = "runai_streamer"
+
+
 class WeightSwap(StrEnum):
     AUTO = "auto"
     OFF = "off"
@@ -149,6 +156,12 @@ class Settings(BaseSettings):
         WeightSwap.AUTO,
         description="`auto`: an idle engine takes the weights of another model of its architecture; `off`: "
         "every model gets a fresh engine",
+    )
+    load_format: LoadFormat = Field(
+        LoadFormat.SAFETENSORS,
+        description="How a fresh vLLM engine reads its weights: `safetensors`, vLLM's way; `read_ahead`, as "
+        "a swap does, which can help on CUDA only; `fastsafetensors` and `runai_streamer`, if their packages "
+        "are installed",
     )
     max_sleeping: int = Field(
         0,

@@ -20,10 +20,12 @@ from benchmarks.gpu.service import Measured, Services
 from benchmarks.gpu.steps import Figures, NotHere, Step
 from benchmarks.report import median
 from benchmarks.servers import vllm_server
-from inference_service.config import Settings
+from inference_service.backends.base import BackendMissing, check_load_format
+from inference_service.config import Backend, LoadFormat, Settings
 from inference_service.machine.device import Device, DeviceKind
 
 SWAPS = 4
+LOADS = 2
 CONCURRENCIES = (1, 32, 256)
 # One engine that changes models at once, and is never drained for a waiter.
 ONE = {"MAX_CACHED_MODELS": "1", "MIN_RESIDENCY": "0", "FAIRNESS_WAIT": "86400", "CATALOG_TTL": "86400"}
@@ -80,6 +82,7 @@ class Bench:
             Step("killed", 60, self._killed),
             Step("stopped", 60, self._stopped),
             Step("sleep", 60, self._sleep),
+            Step("loaders", 180, self._loaders),
             Step("transformers", 90, self._transformers),
         ]
 
@@ -343,6 +346,29 @@ class Bench:
             _require(same and text == texts[name], "it did not wake, or answers otherwise than fresh")
         kept = [each["asleep_bytes"] for each in service.process.stats()["engines"] if each["asleep_bytes"]]
         return {"wake_s": median(wakes), "kept_gib": _gib(max(kept))}
+
+    def _loaders(self) -> Figures:
+        """Seconds of the largest model's weights in a fresh engine, by LOAD_FORMAT, all in the page cache."""
+        figures: dict[str, object] = {}
+        for choice in LoadFormat:
+            try:
+                check_load_format(choice, Backend.VLLM)
+            except BackendMissing:
+                figures[str(choice)] = "not installed"
+                continue
+            try:
+                figures[f"{choice}_s"] = self._fresh_weights(choice)
+            except RuntimeError as error:
+                figures[str(choice)] = f"failed: {error}"
+        return figures
+
+    def _fresh_weights(self, choice: LoadFormat) -> float:
+        service, seconds = self._eager(WEIGHT_SWAP="off", LOAD_FORMAT=choice.value), []
+        for number in range(LOADS):
+            name = self._models.large[number % 2]
+            service.text(name)
+            seconds.append(service.engine(name)["phases"]["weights"])
+        return round(min(seconds), 3)
 
     def _transformers(self) -> Figures:
         service = self._services.get(**ONE, ENGINE="transformers")

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from inference_service.checkpoints.snapshot import Snapshot
-from inference_service.config import Backend, DtypeChoice, EngineChoice, Settings, WeightSwap
+from inference_service.config import Backend, DtypeChoice, EngineChoice, LoadFormat, Settings, WeightSwap
 from inference_service.machine.device import Device, DeviceKind, resolve_dtype
 
 # What the transformers backend imports besides the service's own requirements.
 TRANSFORMERS_NEEDS = ("torch", "transformers", "peft", "accelerate", "xgrammar")
+
+_LOADERS = {
+    LoadFormat.FASTSAFETENSORS: "fastsafetensors",
+    LoadFormat.RUNAI_STREAMER: "runai-model-streamer",
+}
 
 
 class BackendMissing(Exception):
@@ -60,6 +65,15 @@ def backend_version(backend: Backend) -> str:
         return metadata.version(name or "")
     except (metadata.PackageNotFoundError, ValueError):
         return ""
+
+
+def check_load_format(choice: LoadFormat, backend: Backend) -> None:
+    """Raises BackendMissing if the package that LOAD_FORMAT needs is not installed."""
+    package = _LOADERS.get(choice) if backend is Backend.VLLM else None
+    if package is not None and importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise BackendMissing(
+            f"LOAD_FORMAT={choice} needs a package that is not installed: pip install {package}"
+        )
 
 
 def why_not_int8(settings: Settings, device: Device, backend: Backend) -> str | None:

@@ -46,7 +46,7 @@ def vllm_arguments(
         *("--model", str(snapshot.path)),
         *("--served-model-name", snapshot.model),
         *("--dtype", compute_dtype(settings.dtype, device, Backend.VLLM, snapshot)),
-        *("--load-format", "safetensors"),
+        *("--load-format", settings.load_format.value),
         # Mapped from the page cache, into which the service has already read them: faster than any copy.
         *("--safetensors-load-strategy", "lazy"),
         *("--max-model-len", str(length or "auto")),

@@ -1,12 +1,19 @@
 """Which backend serves on a device, and the message where none can."""
 
+import importlib.util
 from typing import Any
 
 import pytest
 
 from inference_service.backends import base
-from inference_service.backends.base import BackendMissing, choose_backend, why_no_sleep, why_not_int8
-from inference_service.config import Backend, EngineChoice, Settings
+from inference_service.backends.base import (
+    BackendMissing,
+    check_load_format,
+    choose_backend,
+    why_no_sleep,
+    why_not_int8,
+)
+from inference_service.config import Backend, EngineChoice, LoadFormat, Settings
 from inference_service.machine.device import Device, DeviceKind
 from tests.fixtures.installed import needs_transformers
 
@@ -101,3 +108,17 @@ def test_where_engines_sleep(
 ) -> None:
     found = why_no_sleep(Settings(**({"max_sleeping": 1} | settings)), device, backend)
     assert found is None if words is None else words in (found or "")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_reader_that_is_not_installed_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
+    check_load_format(LoadFormat.READ_AHEAD, Backend.VLLM)
+    check_load_format(LoadFormat.FASTSAFETENSORS, Backend.TRANSFORMERS)
+    if installed:
+        check_load_format(LoadFormat.FASTSAFETENSORS, Backend.VLLM)
+        return
+    with pytest.raises(BackendMissing, match="pip install runai-model-streamer"):
+        check_load_format(LoadFormat.RUNAI_STREAMER, Backend.VLLM)

@@ -157,6 +157,16 @@ def test_weights_that_were_dropped_come_back(single: ServiceProcess) -> None:
 
 
 @pytest.mark.engine("vllm")
+def test_the_reader_of_swaps_loads_a_fresh_engine_alike(
+    single: ServiceProcess, family: Bucket, tmp_path: Path, engine: Engine
+) -> None:
+    texts, expected = answers(single, TUNED), digests(single, TUNED)
+    with real_service(family, tmp_path, engine, LOAD_FORMAT="read_ahead") as service:
+        assert are_alike(answers(service, TUNED), texts)
+        assert digests(service, TUNED) == expected
+
+
+@pytest.mark.engine("vllm")
 def test_weights_are_prepared_while_another_model_streams(single: ServiceProcess) -> None:
     expected = answer(single, TUNED, CAPITAL)[0]
     assert answer(single, BASE, CAPITAL)[0] == PARIS

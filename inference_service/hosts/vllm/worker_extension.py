@@ -23,7 +23,7 @@ from inference_service.engines.process_title import retitle, title_child
 from inference_service.hosts.phases import enter_phase
 from inference_service.hosts.vllm.compiled import share_artefacts
 from inference_service.hosts.vllm.weights.digests import digests
-from inference_service.hosts.vllm.weights.source import WeightSource
+from inference_service.hosts.vllm.weights.source import WeightSource, weight_source
 from inference_service.hosts.vllm.weights.swap import mapped, swap
 
 _PHASES = {"load_model": "weights", "compile_or_warm_up_model": "warm-up"}
@@ -33,7 +33,6 @@ class WorkerExtension:
     """Mixed into vLLM's worker class."""
 
     model_runner: Any
-    _weights_to_come: WeightSource
 
     def swap_weights(self, model: str, before: str | None, directory: str) -> dict[str, Any]:
         """Load the weights of `model` in `directory` into the live model, which holds those in `before`.
@@ -53,7 +52,7 @@ class WorkerExtension:
 
     def prepare_weights(self, directory: str) -> None:
         """Begin to make the weights in `directory` ready for a swap; returns at once."""
-        self._weight_source().prepare(Path(directory), mapped(self.model_runner, Path(directory)))
+        self._weight_source().prepare(Path(directory), mapped(Path(directory)))
 
     def weights_prepared(self, directory: str) -> dict[str, Any]:
         """How far the weights in `directory` are ready: the fields of weights.prepared.Status."""
@@ -65,10 +64,7 @@ class WorkerExtension:
         self._weight_source().forget(Path(directory))
 
     def _weight_source(self) -> WeightSource:
-        found: WeightSource | None = vars(self).get("_weights_to_come")
-        if found is None:
-            found = self._weights_to_come = WeightSource(self.model_runner.device)
-        return found
+        return weight_source(self.model_runner.device)
 
     def weight_digests(self) -> dict[str, str]:
         """A digest of every parameter by name: equal for two engines only if their weights are."""

@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -103,3 +104,9 @@ class WeightSource:
                 self._ring_refused = True
                 logger.warning("no page-locked memory for swaps, which read pageable memory: %s", error)
         return self._ring
+
+
+@cache
+def weight_source(device: torch.device) -> WeightSource:
+    """That of the worker on this device, the only one of its process: fresh loads and swaps share a ring."""
+    return WeightSource(device)

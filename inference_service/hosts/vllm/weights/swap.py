@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
 from inference_service.hosts.vllm.weights.changed import changed
+from inference_service.hosts.vllm.weights.loader import weight_files
 from inference_service.hosts.vllm.weights.mapped import MappedWeights
 from inference_service.hosts.vllm.weights.source import Way, WeightSource
 
@@ -35,8 +35,8 @@ class Done(NamedTuple):
 def swap(runner: Any, source: WeightSource, before: Path | None, directory: Path) -> Done:
     """Load the weights in `directory` into the runner's model, which holds those in `before`; None: none."""
     model = runner.get_model()
-    held = None if before is None else mapped(runner, before)
-    weights = _Weights(model, source, directory, held, mapped(runner, directory))
+    held = None if before is None else mapped(before)
+    weights = _Weights(model, source, directory, held, mapped(directory))
     config = runner.vllm_config.model_config
     config.model, config.model_weights, config.revision = str(directory), "", None
     if current_platform.is_cpu():
@@ -87,11 +87,9 @@ class _Weights:
         return self._source.tensors(self._directory, self._after, names, self.came)
 
 
-def mapped(runner: Any, directory: Path) -> MappedWeights:
+def mapped(directory: Path) -> MappedWeights:
     """The files that vLLM's own loader would read."""
-    loader: Any = get_model_loader(runner.vllm_config.load_config)
-    _, files, _, _ = loader._prepare_weights(str(directory), None, None, False, None)
-    return MappedWeights(directory, [Path(file) for file in sorted(files)])
+    return MappedWeights(directory, weight_files(directory))
 
 
 def _partly_loaded(model: Any) -> Iterator[str]:
