@@ -363,7 +363,8 @@ class Bench:
         return figures
 
     def _fresh_weights(self, choice: LoadFormat) -> float:
-        service, seconds = self._eager(WEIGHT_SWAP="off", LOAD_FORMAT=choice.value), []
+        service = self._eager(WEIGHT_SWAP="off", LOAD_FORMAT=choice.value)
+        seconds: list[float] = []
         for number in range(LOADS):
             name = self._models.large[number % 2]
             service.text(name)
