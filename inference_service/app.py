@@ -118,6 +118,9 @@ def _parts(
     def footprint(model: Checkpoint) -> Footprint:
         return budget.footprint(registry.memory_profile(model), model.adapter_rank)
 
+    def asleep_bytes(model: Checkpoint) -> int | None:
+        return budget.asleep_bytes(registry.memory_profile(model)) if budget.sleepers else None
+
     return Parts(
         fetch=registry.fetch,
         release=registry.release,
@@ -130,8 +133,7 @@ def _parts(
         weight_checks=WeightChecks(factory.conditions()),
         host_memory=_host_memory(settings, registry.snapshots),
         loaded=registry.loaded,
-        # All but weights and KV cache.
-        asleep_bytes=lambda model: footprint(model).overhead if budget.sleepers else None,
+        asleep_bytes=asleep_bytes,
         lacking_beside=lambda leader: asyncio.to_thread(lacking_beside, leader),
     )
 

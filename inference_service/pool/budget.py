@@ -22,7 +22,7 @@ class Budget:
     """Bytes on each device for all engines; `total` None: unknown, and nothing is counted.
 
     `slots` None: as many engines as fit, each with the KV cache of `requests`; what they leave is free for
-    the next. `sleepers`: engines that may sleep beside them, each taken to keep what this one would.
+    the next. `sleepers`: engines that may sleep beside them.
     """
 
     def __init__(
@@ -50,20 +50,27 @@ class Budget:
         more than `total`: every engine may be tried alone.
         """
         weights = profile.weights_bytes // profile.gpus
-        overhead = self._cost.fixed + int(weights * self._cost.per_weight)
+        overhead = self._kept(weights)
         prompt_bytes = min(profile.context, ENOUGH_TOKENS) * profile.token_bytes
         overhead += self._cost.prompts * prompt_bytes // profile.gpus
         overhead += self._adapters * adapter_rank * profile.adapter_bytes // profile.gpus
-        kv_cache = self._kv_cache(profile, weights, overhead)
+        kv_cache = self._kv_cache(profile, weights + overhead)
         overhead += int(kv_cache * self._cost.per_cache)
         if self.total is not None:
             overhead = max(0, min(overhead, self.total - weights - kv_cache))
         return Footprint(weights, kv_cache, overhead)
 
-    def _kv_cache(self, profile: MemoryProfile, weights: int, overhead: int) -> int:
+    def asleep_bytes(self, profile: MemoryProfile) -> int:
+        """What an engine with this profile is expected to keep of each of its devices while it sleeps."""
+        return self._kept(profile.weights_bytes // profile.gpus)
+
+    def _kept(self, weights: int) -> int:
+        return self._cost.fixed + int(weights * self._cost.per_weight)
+
+    def _kv_cache(self, profile: MemoryProfile, others: int) -> int:
         if profile.kv_cache_bytes is not None:
             return profile.kv_cache_bytes // profile.gpus
-        others, token_bytes = weights + overhead, profile.token_bytes // profile.gpus
+        token_bytes = profile.token_bytes // profile.gpus
         wanted = token_bytes * profile.context * FULL_LENGTH_REQUESTS or UNKNOWN_KV_CACHE_BYTES
         if self.total is None:
             return max(MIN_KV_CACHE_BYTES, wanted)
@@ -71,8 +78,9 @@ class Budget:
         if self._slots is None:
             typical = 0 if self._touched_at_start else token_bytes * TYPICAL_TOKENS * self._requests
             return max(MIN_KV_CACHE_BYTES, min(max(wanted, typical), whole))
-        shared = max(0, self.total - self.sleepers * overhead)
-        share = self._cache_in(shared // self._slots - others)
+        # As much for each that sleeps as any model that fits into a share would keep.
+        asleep = self.sleepers * self._kept(self.total // self._slots)
+        share = self._cache_in(max(0, self.total - asleep) // self._slots - others)
         if share < max(MIN_KV_CACHE_BYTES, token_bytes * min(profile.context, ENOUGH_TOKENS)):
             return max(MIN_KV_CACHE_BYTES, min(wanted, whole))
         # On the CPU vLLM touches all of its cache at the start: only as much as a few requests can use.

@@ -16,6 +16,7 @@ from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.config import WaitLimit
 from inference_service.engines.base import Engine
 from inference_service.errors import (
+    DiskFull,
     EngineDied,
     EngineError,
     EngineStartFailed,
@@ -103,7 +104,7 @@ class EngineLifecycle:
         self.slots: dict[str, Slot] = {}
         self._preparation = Preparation(parts.host_memory, metrics)
         self.prefetcher = Prefetcher(
-            parts.fetch,
+            self._fetch,
             parts.release,
             clock=clock,
             ended=hooks.fetched,
@@ -131,6 +132,15 @@ class EngineLifecycle:
             departure=self._departure,
             make_room=self._make_room,
         )
+
+    async def _fetch(self, model: Model, entered: Callable[[str], None]) -> Snapshot:
+        """The model's files; on a full disk they take the place of what engines only hold ready."""
+        while True:
+            try:
+                return await self._parts.fetch(model, entered)
+            except DiskFull as error:
+                if error.missing is None or not await self._preparation.give_up():
+                    raise
 
     def state(self, reference: str) -> EngineState:
         """The state of an engine."""

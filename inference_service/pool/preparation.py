@@ -115,6 +115,17 @@ class Preparation:
         if snapshot.bytes <= self._memory.quota:
             self._add(_Entry(engine, snapshot, reference, wanted=False))
 
+    async def give_up(self) -> bool:
+        """Give up all that no request waits for, so that it may leave the disk; False if there is nothing."""
+        for key, entry in list(self._entries.items()):
+            if not entry.wanted:
+                del self._entries[key]
+                self._given_up[key] = self._run(self._forget(entry))
+        giving_up = list(self._given_up.values())
+        if giving_up:
+            await asyncio.wait(giving_up)
+        return bool(giving_up)
+
     def ended(self, engine: Engine) -> None:
         """The engine's process is gone, and what it held."""
         for key, entry in list(self._entries.items()):

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from inference_service.machine import memory
 from inference_service.machine.device import Device, DeviceKind, find_device
-from inference_service.machine.memory import free_bytes, used_bytes
+from inference_service.machine.memory import SPARE_BYTES, free_bytes, lacking_beside, used_bytes
 
 
 def test_what_this_machine_has_free() -> None:
@@ -69,3 +70,16 @@ def test_what_a_group_of_processes_has_taken() -> None:
         group.communicate()
     assert used_bytes(Device(DeviceKind.CPU, "any"), group.pid, None) is None
     assert used_bytes(Device(DeviceKind.CPU, "any"), None, None) is None
+
+
+def test_another_like_this_one_fits_or_lacks_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_used_by_group", {1: 1000}.get)
+    for free, leader, lacking in (
+        (None, 1, 0),
+        (SPARE_BYTES + 1000, 1, 0),
+        (SPARE_BYTES + 999, 1, 1),
+        (SPARE_BYTES, None, 0),
+        (SPARE_BYTES - 1, 2, 1),
+    ):
+        monkeypatch.setattr(memory, "free_host_bytes", lambda free=free: free)
+        assert lacking_beside(leader) == lacking, (free, leader)

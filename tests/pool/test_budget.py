@@ -116,3 +116,23 @@ def test_a_large_model_takes_what_is_there() -> None:
 
 def test_on_the_cpu_no_more_than_a_few_requests() -> None:
     assert automatic(device=LAPTOP).footprint(shape(0.5, context=2048)).kv_cache == 4 * 2048 * TOKEN
+
+
+@pytest.mark.parametrize(("awake", "asleep"), [(0.6, 6), (6, 0.6)])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_shares_leave_room_for_what_sleeping_engines_keep(slots: int, awake: float, asleep: float) -> None:
+    """Whichever of two models of different size it is that sleeps."""
+    found = Budget(L4, Backend.VLLM, 0.9, slots, adapters=8, sleepers=2)
+    assert found.total is not None
+    kept = found.asleep_bytes(shape(asleep))
+    assert 0 < kept < 3 * GIB
+    assert slots * found.footprint(shape(awake)).total + 2 * kept <= found.total
+    without = Budget(L4, Backend.VLLM, 0.9, slots)
+    assert without.footprint(shape(awake)).total > found.footprint(shape(awake)).total
+
+
+def test_what_sleeps_keeps_no_room_for_adapters() -> None:
+    found = Budget(L4, Backend.VLLM, 0.9, 1, adapters=8, sleepers=1)
+    profile = shape(6, adapter_bytes=1 << 20)
+    assert found.footprint(profile, adapter_rank=64).overhead > found.footprint(profile).overhead
+    assert found.asleep_bytes(profile) == found.footprint(profile).overhead

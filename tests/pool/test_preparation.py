@@ -11,7 +11,9 @@ from inference_service.errors import EngineDied, EngineError
 from inference_service.machine.memory import SPARE_BYTES
 from inference_service.metrics import Metrics
 from inference_service.pool.preparation import HostMemory, Preparation
+from inference_service.scheduler.state import Policy
 from tests.pool.gated import GatedEngine
+from tests.pool.test_pool import Bench as PoolBench
 
 SIZE = 100
 
@@ -204,3 +206,37 @@ async def test_a_model_larger_than_the_quota_is_not_kept() -> None:
     bench, one = Bench(quota=SIZE - 1), engine()
     await bench.swap(one, "a", "b")
     assert one.commands == []
+
+
+async def test_what_no_request_waits_for_is_given_up_for_space_on_the_disk() -> None:
+    bench, one, two = Bench(quota=10 * SIZE), engine(), engine()
+    await bench.swap(one, "a", "b")
+    await bench.prepare(two, "c")
+    assert sorted(bench.held) == ["a", "c"]
+    assert await bench.preparation.give_up()
+    assert bench.held == ["c"], "a request waits for it"
+    assert not await bench.preparation.give_up()
+
+
+async def test_a_fetch_that_finds_the_disk_full_takes_it_from_what_is_only_held_ready() -> None:
+    held: list[str] = []
+
+    def hold(snapshot: Snapshot) -> bool:
+        held.append(snapshot.model)
+        return True
+
+    memory = HostMemory(10_000, hold, lambda snapshot: held.remove(snapshot.model))
+    bench = PoolBench(Policy(2, 10, min_residency=0), swap_key=lambda wanted: "kin", host_memory=memory)
+    (await bench.started("a")).release()
+    busy = await bench.started("x")
+    (await bench.ask("b")).release()
+    assert held == ["a"], "it was swapped out"
+    bench.has_room["c"] = lambda: not held
+    lease = await bench.ask("c")
+    assert (lease.model.name, held) == ("c", ["b"])
+    assert list(bench.engines) == ["a", "x"], "swapped, not loaded afresh"
+    for each in (lease, busy):
+        each.release()
+    for engines in bench.engines.values():
+        engines[0].may_close.set_result(None)
+    await bench.pool.close()
