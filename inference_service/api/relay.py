@@ -130,9 +130,9 @@ class Relay(Response):
 
     async def _stream(self, reply: Reply, send: Send, direct: Send) -> None:
         reader = StreamReader(keep_usage=self._body.wants_usage)
-        first = True
-        while chunk := await reply.chunk():
-            if events := reader.feed(chunk):
+        next_chunk, feed, first = reply.chunk, reader.feed, True
+        while chunk := await next_chunk():
+            if events := feed(chunk):
                 if first:
                     first = False
                     await self._end_comments()

@@ -60,7 +60,7 @@ class HostClient:
             if connection.usable and loop.time() - connection.idle_since < self._keep_alive:
                 return connection
             connection.cut()
-        connection = HostConnection(self._ended)
+        connection = HostConnection(self._ended, loop)
         await loop.create_unix_connection(lambda: connection, self._path)
         self._open.add(connection)
         if self.closed:
@@ -70,17 +70,25 @@ class HostClient:
     def _ended(self, connection: "HostConnection") -> None:
         """Its reply has been read, or it is closed."""
         if connection.usable and not self.closed:
-            connection.idle_since = asyncio.get_running_loop().time()
+            connection.idle_since = connection.loop.time()
             self._idle.append(connection)
         else:
             connection.cut()
             self._open.discard(connection)
 
 
+def _as_it_is(error: Exception) -> Exception:
+    return error
+
+
 class HostConnection(asyncio.Protocol):
     """One connection, with one reply at a time."""
 
-    def __init__(self, ended: "Callable[[HostConnection], None]") -> None:
+    def __init__(self, ended: "Callable[[HostConnection], None]", loop: asyncio.AbstractEventLoop) -> None:
+        # Up to Python 3.11, to ask for the running loop is a system call.
+        self.loop = loop
+        # An error as who reads is to get it.
+        self.translate: Callable[[Exception], Exception] = _as_it_is
         self.status = 0
         self.content_type = "application/octet-stream"
         self.idle_since = 0.0
@@ -107,6 +115,7 @@ class HostConnection(asyncio.Protocol):
         lines += [f"{name}: {value}" for name, value in headers.items()]
         lines.append(f"content-length: {len(body)}")
         self.content_type = "application/octet-stream"
+        self.translate = _as_it_is
         self._has_head = self._complete = False
         self._busy = True
         if self._transport is None or self._error is not None:
@@ -120,7 +129,11 @@ class HostConnection(asyncio.Protocol):
         while not self._pieces:
             if self._complete:
                 return b""
-            await self._more()
+            # As in _more, without a coroutine for each chunk.
+            if self._error is not None:
+                raise self._error
+            self._waiter = self.loop.create_future()
+            await self._waiter
         pieces, self._pieces = self._pieces, []
         self._waiting_bytes = 0
         if self._paused:
@@ -154,15 +167,12 @@ class HostConnection(asyncio.Protocol):
         """Returns when something has arrived."""
         if self._error is not None:
             raise self._error
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        self._waiter = self.loop.create_future()
+        await self._waiter
 
     def _fail(self, error: Exception) -> None:
         if self._error is None:
-            self._error = error
+            self._error = self.translate(error)
         self._wake()
 
     def _wake(self) -> None:
@@ -181,7 +191,9 @@ class HostConnection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self.cut(HostGone(f"the host's reply is not HTTP: {error}"))
             return
-        self._wake()
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._fail(HostGone(str(error) if error else "the host closed the connection"))

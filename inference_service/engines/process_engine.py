@@ -309,6 +309,10 @@ class HostReply:
     ) -> None:
         self._engine = engine
         self._response = response
+        response.translate = self._error
+        # No layer for each chunk of a stream.
+        self.chunk = response.chunk
+        self.read = response.read
         self._closed = closed
         self._cut: ServiceError | None = None
         self._is_closed = False
@@ -316,17 +320,8 @@ class HostReply:
         self.status = response.status
         self.content_type = response.content_type
 
-    async def chunk(self) -> bytes:
-        try:
-            return await self._response.chunk()
-        except OSError as error:
-            raise self._cut or self._engine.died() from error
-
-    async def read(self) -> bytes:
-        try:
-            return await self._response.read()
-        except OSError as error:
-            raise self._cut or self._engine.died() from error
+    def _error(self, error: Exception) -> Exception:
+        return self._cut or self._engine.died()
 
     def close(self) -> None:
         self._closed(self)
