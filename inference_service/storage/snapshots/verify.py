@@ -8,6 +8,7 @@ for it.
 import asyncio
 import logging
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,9 +88,12 @@ def _keep(snapshot: Path, found: dict[str, dict[str, str]]) -> None:
         kept = dict(parse(path.read_bytes())) if path.exists() else {}
         if found.items() <= kept.items():
             return
-        new = path.with_name(f"{TENSOR_CHECKSUMS}.{os.getpid()}")
-        write_durably(new, dump(kept | found))
-        new.replace(path)
+        new = path.with_name(f"{TENSOR_CHECKSUMS}.{os.getpid()}-{threading.get_ident()}")
+        try:
+            write_durably(new, dump(kept | found))
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)  # the disk may be full
     except OSError as error:
         # Without them a swap copies every tensor.
         logger.warning("%s cannot be written: %s", path, error)

@@ -117,3 +117,4 @@ async def test_the_checksums_of_tensors_are_written_again_where_they_are_missing
     found.unlink()
     found.mkdir()
     await Verifier(PageLock(0)).verify(kept)  # it serves without them
+    assert not list(kept.path.glob(f"{TENSOR_CHECKSUMS}.*")), "what could not be put in place is removed"
