@@ -1,5 +1,6 @@
 """Snapshots on the disk that somebody has damaged, and the weights that stay in memory."""
 
+import errno
 import os
 import resource
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from inference_service.checkpoints.snapshot import Snapshot
 from inference_service.checkpoints.tensor_checksums import TENSOR_CHECKSUMS, parse
 from inference_service.errors import SnapshotCorrupt
+from inference_service.storage.snapshots import verify
 from inference_service.storage.snapshots.layout import FileRecord, Manifest
 from inference_service.storage.snapshots.page_lock import PageLock
 from inference_service.storage.snapshots.verify import Verifier
@@ -99,7 +101,9 @@ def locked_mib() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmLck")) // 1024
 
 
-async def test_the_checksums_of_tensors_are_written_again_where_they_are_missing(tmp_path: Path) -> None:
+async def test_the_checksums_of_tensors_are_written_again_where_they_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = snapshot(tmp_path)
     weights = safetensors({"a": os.urandom(10), "b": os.urandom(9000)})
     (kept.path / "model.safetensors").write_bytes(weights)
@@ -117,4 +121,12 @@ async def test_the_checksums_of_tensors_are_written_again_where_they_are_missing
     found.unlink()
     found.mkdir()
     await Verifier(PageLock(0)).verify(kept)  # it serves without them
-    assert not list(kept.path.glob(f"{TENSOR_CHECKSUMS}.*")), "what could not be put in place is removed"
+    found.rmdir()
+
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:1])
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(verify, "write_durably", full)
+    await Verifier(PageLock(0)).verify(kept)
+    assert not list(kept.path.glob(f"{TENSOR_CHECKSUMS}*"))
