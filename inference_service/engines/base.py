@@ -49,7 +49,7 @@ class Swapped:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Weights that a host has made ready for a swap: so many bytes of all. `refused`: why not the others."""
+    """Weights that a host has made ready for a swap; `refused`: why not all bytes are ready."""
 
     ready_bytes: int = 0
     total_bytes: int = 0

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Below LOCAL_MODEL_CACHE; no model's name begins with a dot.
 KEPT_COMPILED = ".compiled"
+FAILED = "failed"
 
 # Relative path and size of every file.
 _Contents = frozenset[tuple[str, int]]
@@ -43,7 +44,8 @@ class CompileCache:
         self._key = key
         self._report = report
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="compiled")
-        self._pulls: dict[str, asyncio.Future[None]] = {}
+        # Those that failed are tried again with the next load.
+        self._pulls: dict[str, asyncio.Future[bool]] = {}
         # What the cache has, as far as is known.
         self._shared: dict[str, _Contents] = {}
 
@@ -52,7 +54,9 @@ class CompileCache:
         loop, key = asyncio.get_running_loop(), self._key(swap_key)
         if key not in self._pulls:
             self._pulls[key] = loop.run_in_executor(self._threads, self._work, self._pull, key)
-        await asyncio.shield(self._pulls[key])
+        pull = self._pulls[key]
+        if not await asyncio.shield(pull) and self._pulls.get(key) is pull:
+            del self._pulls[key]
         return self._root / key
 
     async def push(self, directory: Path) -> None:
@@ -60,14 +64,16 @@ class CompileCache:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._threads, self._work, self._push, directory.name)
 
-    def _work(self, work: Callable[[str], str | None], key: str) -> None:
+    def _work(self, work: Callable[[str], str | None], key: str) -> bool:
+        """Whether it succeeded."""
         try:
             outcome = work(key)
         except Exception as error:
             logger.warning("COMPILE_CACHE: %s: %s", type(error).__name__, error)
-            outcome = "failed"
+            outcome = FAILED
         if outcome is not None:
             self._report(outcome)
+        return outcome != FAILED
 
     def _pull(self, key: str) -> str:
         found = self._merge(key)

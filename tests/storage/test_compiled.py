@@ -133,3 +133,20 @@ async def test_a_cache_that_cannot_be_reached_costs_a_compilation(
     assert machine.outcomes == {"failed": 2}
     assert "COMPILE_CACHE" in caplog.text
     assert files(directory) == {"kernel": b"code"}
+
+
+async def test_a_pull_that_failed_is_tried_again_and_one_that_did_not_is_not(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    one = Machine(open_artefacts(str(shared)), tmp_path / "one")
+    directory = await one.cache.pull("a")
+    directory.mkdir(parents=True)
+    (directory / "kernel").write_bytes(b"code")
+    await one.cache.push(directory)
+    archive = (shared / "key-a.tar").read_bytes()
+    (shared / "key-a.tar").write_bytes(b"no archive")
+    two = Machine(open_artefacts(str(shared)), tmp_path / "two")
+    await two.cache.pull("a")
+    (shared / "key-a.tar").write_bytes(archive)
+    for _ in range(2):
+        assert files(await two.cache.pull("a")) == {"kernel": b"code"}
+    assert two.outcomes == {"failed": 1, "pulled": 1}
