@@ -88,7 +88,8 @@ class Metrics:
             "status",
         )
         self.evictions = self._counter(
-            "evictions_total", "Engines stopped in good order: for another model, idle or unloaded"
+            "evictions_total",
+            "Engines stopped in good order, or put to sleep: for another model, idle or unloaded",
         )
         self.deaths = self._counter("engine_deaths_total", "Engines that died or hung")
 

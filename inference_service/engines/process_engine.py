@@ -122,9 +122,14 @@ class ProcessEngine:
         copied, total = answer.get("copied_bytes"), answer.get("total_bytes")
         return Swapped(_fingerprint(answer), answer["seconds"], copied, total, answer.get("came", {}))
 
-    async def sleep(self) -> int:
-        answer = await self._command("POST", "/control/sleep", {}, EngineError)
-        return int(answer["freed_bytes"])
+    async def sleep(self) -> int | None:
+        try:
+            answer = await self._command("POST", "/control/sleep", {}, EngineError, absent=_NoRoute)
+            return int(answer["freed_bytes"])
+        except _NoRoute:
+            return None
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"the host does not say what it has freed: {answer}") from error
 
     async def prepare(self, snapshot: Snapshot) -> Prepared | None:
         if self._cannot_prepare:

@@ -413,7 +413,7 @@ class EngineLifecycle:
             logger.warning("the engine ends, it could not sleep: %s", error, extra={"model": name})
         else:
             # The operator may have unloaded it meanwhile.
-            if not slot.unloaded:
+            if kept is not None and not slot.unloaded:
                 self._asleep(slot, kept)
                 return
         await self._end(slot, set(), hurry=unusable)

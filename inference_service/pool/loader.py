@@ -180,8 +180,8 @@ class EngineLoader:
         slot.fingerprint = swapped.fingerprint
         slot.swap = swapped
 
-    async def sleep(self, slot: Slot) -> int:
-        """Put the slot's engine to sleep; returns the bytes that it keeps of its device.
+    async def sleep(self, slot: Slot) -> int | None:
+        """Put the slot's engine to sleep; returns the bytes that it keeps of its device, None if it cannot.
 
         Raises OutOfMemory, before anything was done, if the machine's memory does not allow another engine
         beside it; EngineError if the engine is unusable then.
@@ -200,7 +200,8 @@ class EngineLoader:
                     freed = await engine.sleep()
             except TimeoutError as error:
                 raise EngineError(f"it took longer than {seconds:g} s") from error
-        return max(0, (slot.measured_bytes or slot.footprint.total) - freed)
+        taken = slot.measured_bytes or slot.footprint.total
+        return None if freed is None else min(taken, max(0, taken - freed))
 
     def progress(self, slot: Slot, start_seconds: float) -> LoadProgress:
         """The progress of a load whose start takes `start_seconds`."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import openai
 import psutil
 import pytest
@@ -148,6 +149,8 @@ def test_weights_that_were_dropped_come_back(single: ServiceProcess) -> None:
     """As an engine wakes: every tensor is copied. On the CPU vLLM itself frees nothing when it sleeps."""
     before, digests_before = answers(single, BASE), digests(single, BASE)
     process = single.engine(BASE)["process_id"]
+    with pytest.raises(httpx2.HTTPStatusError, match="404"):
+        post(process, "/control/sleep")
     post(process, "/sleep?level=2")
     on_workers(process, "reset_weights")
     post(process, "/wake_up")

@@ -59,7 +59,8 @@ class GatedEngine:
         self.prepares: Prepared | Exception | None = Prepared(1, 1)
         self.may_sleep: asyncio.Future[None] = loop.create_future()
         self.may_sleep.set_result(None)
-        self.sleep_frees = 0
+        # None: it cannot sleep.
+        self.sleep_frees: int | None = 0
         self.asleep = False
         self.dead: asyncio.Future[str] = loop.create_future()
         self.may_close: asyncio.Future[None] = loop.create_future()
@@ -92,7 +93,7 @@ class GatedEngine:
             self.snapshot = snapshot
         return Swapped(fingerprint(self.snapshot), {"weights": 0.0})
 
-    async def sleep(self) -> int:
+    async def sleep(self) -> int | None:
         self.commands.append("sleep")
         await asyncio.shield(self.may_sleep)
         self.asleep = True

@@ -134,6 +134,19 @@ async def test_an_engine_that_cannot_sleep_ends(beds: Beds, fault: Exception, gr
     assert (a.closed, a.graces, beds.sleeps()) == (True, [grace], {"failed": 1})
 
 
+async def test_an_engine_whose_host_cannot_sleep_ends_in_good_order(beds: Beds) -> None:
+    a = await beds.used("a")
+    a.sleep_frees = None
+    asked = beds.ask("b")
+    await beds.settle()
+    a.may_close.set_result(None)
+    await beds.settle()
+    beds.engine("b").started.set_result(None)
+    (await asked).release()
+    assert (a.closed, beds.sleeps()) == (True, {})
+    assert a.graces != [0.0]
+
+
 async def test_an_engine_ends_in_good_order_where_the_machines_memory_is_short(beds: Beds) -> None:
     a = await beds.used("a")
     beds.lacking = 1

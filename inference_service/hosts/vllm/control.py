@@ -125,6 +125,8 @@ async def swap(request: Request) -> JSONResponse:
 @control.post("/sleep")
 async def sleep(request: Request) -> JSONResponse:
     """Drop weights, KV cache and adapters from the device; a swap wakes the engine."""
+    if not request.app.state.engine_client.model_config.enable_sleep_mode:
+        raise HTTPException(404, "the engine was started without sleep mode, which vLLM has on GPUs only")
     return await reply(lambda: _sleep(request.app.state))
 
 
@@ -224,8 +226,6 @@ async def _swap(state: Any, spec: HostSpec) -> dict[str, Any]:
 
 async def _sleep(state: Any) -> dict[str, Any]:
     engine = state.engine_client
-    if not engine.model_config.enable_sleep_mode:
-        raise ValueError("the engine was started without sleep mode, which only vLLM's CUDA build has")
     await engine.pause_generation(mode="wait")
     await _remove_adapters(state)
     # Level 2: the weights come back from their files, as those of any swap.
