@@ -162,8 +162,8 @@ class Engine(Protocol):
     async def sleep(self) -> int | None:
         """Drop weights, KV cache and adapters, and keep the process; returns the bytes freed on each device.
 
-        None if the host cannot: the engine is as it was. No request may be running, and none is served until a
-        swap. If it raises EngineDied or EngineError, the engine is unusable.
+        None if the host cannot: the engine is as it was. No request may be running, and none is served until
+        a swap. If it raises EngineDied or EngineError, the engine is unusable.
         """
         ...
 
