@@ -87,7 +87,7 @@ class HostConnection(asyncio.Protocol):
     def __init__(self, ended: "Callable[[HostConnection], None]", loop: asyncio.AbstractEventLoop) -> None:
         # Up to Python 3.11, to ask for the running loop is a system call.
         self.loop = loop
-        # An error as who reads is to get it.
+        # From an error to the one that a reader gets.
         self.translate: Callable[[Exception], Exception] = _as_it_is
         self.status = 0
         self.content_type = "application/octet-stream"
@@ -131,7 +131,7 @@ class HostConnection(asyncio.Protocol):
                 return b""
             # As in _more, without a coroutine for each chunk.
             if self._error is not None:
-                raise self._error
+                raise self.translate(self._error) from self._error
             self._waiter = self.loop.create_future()
             await self._waiter
         pieces, self._pieces = self._pieces, []
@@ -152,7 +152,8 @@ class HostConnection(asyncio.Protocol):
     def close(self) -> None:
         """Keep the connection for another request if the reply is whole, else cut it. Idempotent."""
         if self._busy:
-            if self._complete and self._error is None and self._keeps:
+            # One that is not read any more is of no use to the next request.
+            if self._complete and self._error is None and self._keeps and not self._paused:
                 self._busy = False
                 self._pieces.clear()
             self._ended(self)
@@ -166,13 +167,13 @@ class HostConnection(asyncio.Protocol):
     async def _more(self) -> None:
         """Returns when something has arrived."""
         if self._error is not None:
-            raise self._error
+            raise self.translate(self._error) from self._error
         self._waiter = self.loop.create_future()
         await self._waiter
 
     def _fail(self, error: Exception) -> None:
         if self._error is None:
-            self._error = self.translate(error)
+            self._error = error
         self._wake()
 
     def _wake(self) -> None:

@@ -125,11 +125,12 @@ class ProcessEngine:
     async def sleep(self) -> int | None:
         try:
             answer = await self._command("POST", "/control/sleep", {}, EngineError, absent=_NoRoute)
-            return int(answer["freed_bytes"])
         except _NoRoute:
             return None
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineError(f"the host does not say what it has freed: {answer}") from error
+        freed = answer.get("freed_bytes") if isinstance(answer, dict) else None
+        if not isinstance(freed, int) or freed < 0:
+            raise EngineError(f"the host does not say how many bytes it has freed: {answer}")
+        return freed
 
     async def prepare(self, snapshot: Snapshot) -> Prepared | None:
         if self._cannot_prepare:
@@ -326,6 +327,7 @@ class HostReply:
         self.content_type = response.content_type
 
     def _error(self, error: Exception) -> Exception:
+        """What a reader gets instead of the connection's own error."""
         return self._cut or self._engine.died()
 
     def close(self) -> None:

@@ -12,6 +12,8 @@ _MIB = 1 << 20
 MIN_KV_CACHE_BYTES = 64 * _MIB
 UNKNOWN_KV_CACHE_BYTES = 1024 * _MIB
 FULL_LENGTH_REQUESTS = 4
+# Of the memory; more engines than fit into it may sleep only where others leave room.
+SLEEPERS_SHARE = 1 / 3
 # What a request is taken to use of its context where as many engines as possible are to fit.
 TYPICAL_TOKENS = 1024
 # If memory is short, an unbounded context does not get its full KV cache.
@@ -64,6 +66,13 @@ class Budget:
         """What an engine with this profile is expected to keep of each of its devices while it sleeps."""
         return self._kept(profile.weights_bytes // profile.gpus)
 
+    def _for_sleepers(self) -> int:
+        """As much for each that sleeps as any model that fits into a share would keep, within bounds."""
+        if self.total is None or self._slots is None:
+            return 0
+        wanted = self.sleepers * self._kept(self.total // self._slots)
+        return min(wanted, int(self.total * SLEEPERS_SHARE))
+
     def _kept(self, weights: int) -> int:
         return self._cost.fixed + int(weights * self._cost.per_weight)
 
@@ -78,9 +87,7 @@ class Budget:
         if self._slots is None:
             typical = 0 if self._touched_at_start else token_bytes * TYPICAL_TOKENS * self._requests
             return max(MIN_KV_CACHE_BYTES, min(max(wanted, typical), whole))
-        # As much for each that sleeps as any model that fits into a share would keep.
-        asleep = self.sleepers * self._kept(self.total // self._slots)
-        share = self._cache_in(max(0, self.total - asleep) // self._slots - others)
+        share = self._cache_in((self.total - self._for_sleepers()) // self._slots - others)
         if share < max(MIN_KV_CACHE_BYTES, token_bytes * min(profile.context, ENOUGH_TOKENS)):
             return max(MIN_KV_CACHE_BYTES, min(wanted, whole))
         # On the CPU vLLM touches all of its cache at the start: only as much as a few requests can use.

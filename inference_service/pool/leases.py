@@ -23,7 +23,8 @@ class Slot:
     its process, its teardown. `unloaded`: by the operator. `swapped`: its engine held another model before;
     `swap`: how that went. `measured_bytes`: what its engine took, None if unknown. `fingerprint`: the weight
     check's. `adapter_rank`: a fresh engine must take adapters of at least this rank. `sleeper`: the name of
-    the engine while it sleeps, its model then the last one; `asleep_bytes`: what it keeps of its device.
+    the engine while it sleeps, its model and `before`, a snapshot that is not held, then the last ones;
+    `asleep_bytes`: what it keeps of its device.
     """
 
     model: Checkpoint
@@ -42,6 +43,7 @@ class Slot:
     adapter_rank: int = 0
     sleeper: str | None = None
     asleep_bytes: int | None = None
+    before: Snapshot | None = None
     leases: set["Lease"] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     gone: asyncio.Event = field(default_factory=asyncio.Event)

@@ -116,6 +116,8 @@ class EngineLifecycle:
         self.estimates = Estimates()
         self.ending = False
         self._sleepers = itertools.count(1)
+        # What engines keep while they sleep, as measured, by swap key.
+        self._kept: dict[str | None, int] = {}
         self._parts = parts
         self._metrics = metrics
         self._scheduler = scheduler
@@ -132,6 +134,11 @@ class EngineLifecycle:
             departure=self._departure,
             make_room=self._make_room,
         )
+
+    def asleep_bytes(self, model: Checkpoint) -> int | None:
+        """What the model's engine would keep of its device while it sleeps; None: it cannot sleep."""
+        expected = self._parts.asleep_bytes(model)
+        return None if expected is None else self._kept.get(self._parts.swap_key(model), expected)
 
     async def _fetch(self, model: Model, entered: Callable[[str], None]) -> Snapshot:
         """The model's files; on a full disk they take the place of what engines only hold ready."""
@@ -257,9 +264,9 @@ class EngineLifecycle:
         """The slot's model in the engine of `old`, or in a fresh one if the swap fails."""
         name = slot.model.name
         fields = {"model": name, "revision": slot.model.revision, "instead_of": old.model.reference}
-        logger.info("swapping", extra=fields)
+        logger.info("swapping" if old.sleeper is None else "waking", extra=fields)
         try:
-            await self.loading.swap(slot, old.snapshot, old.fingerprint)
+            await self.loading.swap(slot, old.snapshot or old.before, old.fingerprint)
         except Exception as error:
             self._metrics.swaps.labels(name, "failed").inc()
             logger.warning("swap failed, loading into a fresh engine: %s", error, extra={"model": name})
@@ -407,7 +414,7 @@ class EngineLifecycle:
         except OutOfMemory as error:
             self._metrics.sleeps.labels(name, "no_memory").inc()
             logger.warning("the engine ends instead of sleeping: %s", error, extra={"model": name})
-        except EngineError as error:
+        except Exception as error:
             unusable = True
             self._metrics.sleeps.labels(name, "failed").inc()
             logger.warning("the engine ends, it could not sleep: %s", error, extra={"model": name})
@@ -424,6 +431,8 @@ class EngineLifecycle:
         sleeper = Slot(slot.model, slot.footprint, self._clock(), Phases(self._clock))
         sleeper.sleeper, sleeper.asleep_bytes = f"asleep-{next(self._sleepers)}", kept
         sleeper.adapter_rank, sleeper.measured_bytes = slot.adapter_rank, slot.measured_bytes
+        sleeper.before, sleeper.fingerprint = slot.snapshot, slot.fingerprint
+        self._kept[self._parts.swap_key(slot.model)] = kept
         sleeper.engine, slot.engine = slot.engine, None
         del self.slots[slot.key]
         self.slots[sleeper.key] = sleeper

@@ -35,6 +35,8 @@ from inference_service.storage.snapshots.progress import Progress
 logger = logging.getLogger(__name__)
 
 LAST_GRACE_SECONDS = 0.6
+# An engine falls asleep in less than one; it has the device's turn meanwhile.
+SLEEP_SECONDS = 10.0
 # The driver frees memory a moment after the process is gone.
 MEMORY_SECONDS = 5.0
 # A swap may take this many times ENGINE_STALL_TIMEOUT.
@@ -120,6 +122,8 @@ class EngineLoader:
         self._departure = departure
         self._make_room = make_room
         self._device_turn = asyncio.Lock()
+        # Engines that have woken: they take memory without the device's turn.
+        self._wakes = 0
 
     async def load(self, slot: Slot) -> None:
         """Returns once the engine answers; raises what the fetch raised, EngineStartFailed, OutOfMemory."""
@@ -152,9 +156,12 @@ class EngineLoader:
         Raises SwapFailed, EngineDied, and what the fetch raises: the engine is unusable then.
         """
         try:
-            slot.snapshot, fetched = await self._prefetcher.take(slot.model)
-            slot.phases.seconds |= fetched.seconds
-            if slot.asleep_bytes is not None:
+            if slot.asleep_bytes is None:
+                slot.snapshot, fetched = await self._prefetcher.take(slot.model)
+                slot.phases.seconds |= fetched.seconds
+            else:
+                slot.snapshot = await self._fetched(slot)
+                self._wakes += 1
                 await self._memory_to_wake(slot, slot.footprint.total - slot.asleep_bytes)
             # A host that hangs is replaced by a fresh one, which is faster.
             seconds = min(self._load_timeout, SWAP_STALLS * self._stall_timeout)
@@ -174,7 +181,12 @@ class EngineLoader:
         first, same = None, False
         if self._parts.weight_checks is not None:
             first, same = await self._parts.weight_checks.of_swap(before, slot.snapshot)
-        reason = implausible(swapped.fingerprint, first, fingerprint, same_weights=same)
+        # An engine wakes with the model that it slept with.
+        again = before is not None and (before.model, before.revision) == (
+            slot.snapshot.model,
+            slot.snapshot.revision,
+        )
+        reason = implausible(swapped.fingerprint, first, fingerprint, same_weights=same or again)
         if reason is not None:
             raise SwapFailed(reason)
         slot.fingerprint = swapped.fingerprint
@@ -186,7 +198,7 @@ class EngineLoader:
         Raises OutOfMemory, before anything was done, if the machine's memory does not allow another engine
         beside it; EngineError if the engine is unusable then.
         """
-        engine, seconds = slot.engine, SWAP_STALLS * self._stall_timeout
+        engine, seconds = slot.engine, min(SLEEP_SECONDS, self._stall_timeout)
         if engine is None:
             raise EngineError("there is no engine")
         async with self._device_turn:
@@ -277,7 +289,7 @@ class EngineLoader:
 
     async def _start_and_try(self, slot: Slot, snapshot: Snapshot) -> None:
         slot.phases.enter(Phase.START)
-        free_before = await self._parts.free_bytes()
+        free_before, wakes = await self._parts.free_bytes(), self._wakes
         rank = max(snapshot.adapter_rank, slot.adapter_rank)
         slot.engine = self._parts.make_engine(replace(snapshot, adapter_rank=rank), slot.footprint)
         await slot.engine.start()
@@ -290,7 +302,8 @@ class EngineLoader:
                 f"The engine of '{slot.model.name}' does not compute: {error.message}", param="model"
             ) from error
         slot.phases.enter(None)
-        slot.measured_bytes = await self._parts.used_bytes(slot.engine.process_id, free_before)
+        used = await self._parts.used_bytes(slot.engine.process_id, free_before)
+        slot.measured_bytes = used if wakes == self._wakes else None
         if self._parts.weight_checks is None:
             return
         first = await self._parts.weight_checks.of_load(snapshot, slot.fingerprint)

@@ -211,7 +211,7 @@ class Pool:
             fetched=model.reference in self._lifecycle.slots or prefetcher.is_there(model.reference),
             instead_of=instead_of,
             adapter=None if there else wanted.reference,
-            asleep_bytes=self._parts.asleep_bytes(model),
+            asleep_bytes=self._lifecycle.asleep_bytes(model),
         )
 
     def _begin_fetches(self, waiter: Waiter) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
-from inference_service.scheduler.state import EngineState, EngineView, Policy, Queue
+from inference_service.scheduler.state import Claims, EngineState, EngineView, Policy, Queue
 
 
 class Verdict(StrEnum):
@@ -17,7 +17,7 @@ class Verdict(StrEnum):
 class Capacity:
     """The capacity of one pool; reads engines and queues and changes neither.
 
-    `blocked` are always the models that have waited longer: their share must not be taken.
+    `older` are always the claims of the models that have waited longer: their share must not be taken.
     """
 
     def __init__(
@@ -42,30 +42,45 @@ class Capacity:
         found = [engine for engine in self._engines.values() if engine.state is EngineState.SLEEPING]
         return sorted(found, key=lambda engine: engine.last_used)
 
-    def verdict(self, key: str, blocked: Sequence[str]) -> Verdict:
+    def verdict(self, key: str, older: Claims) -> Verdict:
         """Whether an engine for `key` fits beside the existing ones."""
         queue = self._queues[key]
-        pinned = [
-            engine
-            for engine in self._engines.values()
-            if engine.pinned and engine.state in (EngineState.STARTING, EngineState.READY)
-            if engine.key != queue.request.instead_of
-        ]
-        if not self._fits(queue.bytes, pinned, ()):
+        if not self._fits(queue.bytes, self._pinned(queue), Claims()):
             return Verdict.NEVER
         woken = self.wakes(key)
         others = [engine for engine in self._engines.values() if engine is not woken]
-        return Verdict.FITS if self._fits(self._needed(key), others, blocked) else Verdict.LATER
+        return Verdict.FITS if self._fits(self.needed(key), others, older) else Verdict.LATER
 
     def wakes(self, key: str) -> EngineView | None:
-        """Case 17: the sleeping engine to wake with `key`: the one that slept with it, or the oldest."""
-        able = [engine for engine in self.sleeping() if self._queues[key].fits_into(engine)]
-        return min(able, key=lambda engine: (engine.slept != key, engine.adapters), default=None)
+        """Case 17: the sleeping engine to wake with `key`: the one that slept with it, or the oldest.
+
+        None that could not be woken beside the pinned ones.
+        """
+        if not self._policy.sleepers:
+            return None
+        queue, engines = self._queues[key], self._engines.values()
+        able = [each for each in engines if each.state is EngineState.SLEEPING and queue.fits_into(each)]
+        if not able:
+            return None
+        pinned = self._pinned(queue)
+        able = [engine for engine in able if self._fits(engine.full_bytes, pinned, Claims())]
+        return min(able, key=lambda each: (each.slept != key, each.adapters, each.last_used), default=None)
+
+    def surplus(self) -> list[EngineView]:
+        """Case 17: the sleeping engines beyond their number that none of the requested models wakes."""
+        asleep = self.sleeping()
+        count = len(asleep) - self._policy.sleepers
+        if count <= 0:
+            return []
+        woken = {self.wakes(key) for key in self._queues if key not in self._engines}
+        return [engine for engine in asleep if engine not in woken][:count]
 
     def waits_to_wake(self, key: str) -> bool:
         """Whether a sleeping engine will take `key` once its files are there."""
         queue = self._queues[key]
-        return not queue.fetched and any(queue.is_of_kind(engine) for engine in self.sleeping())
+        if queue.fetched or not self._policy.sleepers:
+            return False
+        return any(queue.is_of_kind(engine) for engine in self.sleeping())
 
     def takes(self, key: str) -> EngineView | None:
         """Case 14: the idle engine to swap `key` into: its own previous revision's, or the oldest."""
@@ -103,7 +118,7 @@ class Capacity:
             default=None,
         )
 
-    def giving_way(self, key: str, blocked: Sequence[str], now: float, running: int) -> list[EngineView]:
+    def giving_way(self, key: str, older: Claims, now: float, running: int) -> list[EngineView]:
         """Cases 4 and 5: the engines that give way to `key`, sleeping ones first; none if not enough would.
 
         `running`: the number of leases.
@@ -115,9 +130,9 @@ class Capacity:
         if now - queue.oldest.since >= self._policy.fairness_wait:
             candidates += [engine for engine in self._busy(now, running) if engine not in candidates]
         staying = [each for each in self._engines.values() if not each.leaving and each is not woken]
-        return self._enough(self._needed(key) + self._kept(), blocked, staying, candidates)
+        return self._enough(self.needed(key) + self._kept(), older, staying, candidates)
 
-    def displaced(self, engine: EngineView, key: str, blocked: Sequence[str] = ()) -> list[EngineView] | None:
+    def displaced(self, engine: EngineView, key: str, older: Claims | None = None) -> list[EngineView] | None:
         """Case 17: the sleeping engines that end so that `engine` sleeps, which gives way to `key`; None: it
         ends.
         """
@@ -130,13 +145,21 @@ class Capacity:
         # Of each kind one first: any of that kind can be woken with its weights.
         asleep.sort(key=lambda each: each.swap == engine.swap)
         awake = [each for each in self._awake() if not each.leaving and each is not engine]
-        count = self._needed(key) + self._kept() + engine.asleep_bytes
-        return asleep[places:] if self._fits(count, [*awake, *asleep[:places]], blocked) else None
+        count = self.needed(key) + self._kept() + engine.asleep_bytes
+        return asleep[places:] if self._fits(count, [*awake, *asleep[:places]], older or Claims()) else None
+
+    def _pinned(self, queue: Queue) -> list[EngineView]:
+        return [
+            engine
+            for engine in self._engines.values()
+            if engine.pinned and engine.state in (EngineState.STARTING, EngineState.READY)
+            if engine.key != queue.request.instead_of
+        ]
 
     def _awake(self) -> list[EngineView]:
         return [engine for engine in self._engines.values() if engine.slept is None]
 
-    def _needed(self, key: str) -> int:
+    def needed(self, key: str) -> int:
         """Bytes that an engine for `key` takes."""
         woken = self.wakes(key)
         return self._queues[key].bytes if woken is None else woken.full_bytes
@@ -146,19 +169,20 @@ class Capacity:
         return sum(each.asleep_bytes or 0 for each in self._engines.values() if each.goes_to_sleep)
 
     def _enough(
-        self, count: int, blocked: Sequence[str], staying: list[EngineView], candidates: list[EngineView]
+        self, count: int, older: Claims, staying: list[EngineView], candidates: list[EngineView]
     ) -> list[EngineView]:
         """The fewest candidates, in their order, that free enough; none if all would not."""
+        going = {id(candidate) for candidate in candidates}
+        if not self._fits(count, [engine for engine in staying if id(engine) not in going], older):
+            return []
         chosen: list[EngineView] = []
         for candidate in candidates:
-            if self._fits(count, staying, blocked):
+            if self._fits(count, staying, older):
                 break
             chosen.append(candidate)
             staying.remove(candidate)
-        if not self._fits(count, staying, blocked):
-            return []
         for candidate in list(reversed(chosen)):
-            if self._fits(count, [*staying, candidate], blocked):
+            if self._fits(count, [*staying, candidate], older):
                 chosen.remove(candidate)
                 staying.append(candidate)
         return chosen
@@ -184,14 +208,13 @@ class Capacity:
         """It is idle only for lack of a lease, which another engine in its place would lack as well."""
         return engine.leases == 0 and running >= self._policy.concurrency
 
-    def _fits(self, count: int, engines: Sequence[EngineView], blocked: Sequence[str]) -> bool:
+    def _fits(self, count: int, engines: Sequence[EngineView], older: Claims) -> bool:
         """Whether this many bytes fit beside these engines and what older waiters need."""
-        if sum(engine.slept is None for engine in engines) + len(blocked) >= self._policy.slots:
+        if sum(engine.slept is None for engine in engines) + older.models >= self._policy.slots:
             return False
         if self._policy.memory is None:
             return True
-        needed = sum(self._queues[key].bytes for key in blocked)
-        return sum(engine.bytes for engine in engines) + needed + count <= self._policy.memory
+        return sum(engine.bytes for engine in engines) + older.bytes + count <= self._policy.memory
 
     def _settled(self, engine: EngineView, now: float) -> bool:
         return now - engine.ready_at >= self._policy.min_residency

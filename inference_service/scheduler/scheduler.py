@@ -4,7 +4,7 @@ Pure: no clock, no asyncio, no logging. It alone knows every engine's state and 
 passes it every event and carries out its actions, so every policy is tested as a plain sequence.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 from inference_service.scheduler.capacity import Capacity, Verdict
@@ -39,7 +39,7 @@ from inference_service.scheduler.events import (
     TimePassed,
     Unload,
 )
-from inference_service.scheduler.state import NEVER, EngineState, EngineView, Policy, Queue, Waiting
+from inference_service.scheduler.state import NEVER, Claims, EngineState, EngineView, Policy, Queue, Waiting
 
 
 class Scheduler:
@@ -229,6 +229,7 @@ class Scheduler:
         if self._queues:
             yield from self._grant(now)
             yield from self._make_room(now)
+        yield from self._end_surplus()
         for engine in list(self.engines.values()):
             if engine.key in self._queues:
                 continue
@@ -236,6 +237,10 @@ class Scheduler:
                 yield self._cancel(engine)
             elif self._unused(engine) and self._expired(engine, now) and not self._turn_is_taken():
                 yield self._evict(engine)
+
+    def _end_surplus(self) -> Iterator[Evict]:
+        for engine in self.capacity.surplus() if self.policy.sleepers else ():
+            yield self._evict(engine)
 
     def _turn_is_taken(self) -> bool:
         """Case 12."""
@@ -274,13 +279,13 @@ class Scheduler:
 
     def _make_room(self, now: float) -> Iterator[Action]:
         """Cases 3 to 5 and 8, for each cold model in the order of its oldest waiter."""
-        blocked: list[str] = []
+        older = Claims()
         for key in [*self._cold(), *self._cold(claims=False)]:
-            match self.capacity.verdict(key, blocked):
+            match self.capacity.verdict(key, older):
                 case Verdict.NEVER:
                     yield from self._reject_all(key, Reason.NO_ROOM)
                 case Verdict.FITS if self.capacity.waits_to_wake(key):
-                    blocked.append(key)
+                    self._claim(older, key)
                 case Verdict.FITS:
                     woken = self.capacity.wakes(key)
                     yield self._load(key, now) if woken is None else self._swap(key, woken, now)
@@ -292,9 +297,13 @@ class Scheduler:
                         yield self._swap(key, engine, now)
                         continue
                     if self._queues[key].fetched and not self._turn_is_taken():
-                        yield from self._give_way_for(key, blocked, now)
+                        yield from self._give_way_for(key, older, now)
                     yield from self._prepare(key)
-                    blocked.append(key)
+                    self._claim(older, key)
+
+    def _claim(self, older: Claims, key: str) -> None:
+        older.models += 1
+        older.bytes += self.capacity.needed(key)
 
     def _swap(self, key: str, engine: EngineView, now: float) -> Swap:
         queue = self._queues[key]
@@ -331,9 +340,9 @@ class Scheduler:
         else:
             yield self._evict(engine)
 
-    def _sleep_or_evict(self, engine: EngineView, key: str, blocked: Sequence[str] = ()) -> Iterator[Action]:
+    def _sleep_or_evict(self, engine: EngineView, key: str, older: Claims | None = None) -> Iterator[Action]:
         """Case 17: the end of an engine that gives way to `key`."""
-        displaced = self.capacity.displaced(engine, key, blocked)
+        displaced = self.capacity.displaced(engine, key, older)
         if displaced is None:
             yield self._evict(engine)
             return
@@ -361,17 +370,17 @@ class Scheduler:
             old.successor = key
             yield from self._drain(old)
 
-    def _give_way_for(self, key: str, blocked: Sequence[str], now: float) -> Iterator[Action]:
+    def _give_way_for(self, key: str, older: Claims, now: float) -> Iterator[Action]:
         queue = self._queues[key]
         old = self.engines.get(queue.request.instead_of or "")
         if old is not None:
             yield from self._replace(key, old)
             return
-        for engine in self.capacity.giving_way(key, blocked, now, self.running):
+        for engine in self.capacity.giving_way(key, older, now, self.running):
             if engine.state is EngineState.SLEEPING:
                 yield self._evict(engine)
             elif engine.idle and engine.key not in self._queues:
-                yield from self._sleep_or_evict(engine, key, blocked)
+                yield from self._sleep_or_evict(engine, key, older)
             else:
                 yield from self._drain(engine)
 

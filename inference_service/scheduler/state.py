@@ -41,7 +41,7 @@ class Policy:
     sleepers: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class EngineView:
     """What a decision needs of one engine; times on the caller's clock.
 
@@ -93,6 +93,14 @@ class EngineView:
     def age(self) -> tuple[float, float, float]:
         """The engine with the least is evicted first."""
         return (self.last_used // EQUALLY_OLD_SECONDS, self.load_seconds, self.last_used)
+
+
+@dataclass
+class Claims:
+    """What the models that have waited longer need: as many slots, and bytes."""
+
+    models: int = 0
+    bytes: int = 0
 
 
 @dataclass

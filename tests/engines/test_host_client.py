@@ -239,3 +239,22 @@ async def test_a_slow_reader_holds_the_host_back(tmp_path: Path, monkeypatch: py
         assert written < 8 << 20
         assert len(await reply.read()) == total
         reply.close()
+
+
+async def test_a_connection_that_is_not_read_any_more_serves_no_other_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole reply is there, more than may wait, and its client has left."""
+    monkeypatch.setattr(host_client, "HIGH_WATER_BYTES", 1000)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(OK + b"content-length: 2000\r\n\r\n" + b"x" * 2000)
+
+    async with hosting(serve, tmp_path) as (client, host):
+        reply = await client.request("GET", "/")
+        while not reply._complete:  # noqa: ASYNC110  (nothing reports it)
+            await asyncio.sleep(0.01)
+        reply.close()
+        async with asyncio.timeout(10):
+            assert len(await (await client.request("GET", "/")).read()) == 2000
+        assert host.connections == 2

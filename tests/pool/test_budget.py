@@ -136,3 +136,10 @@ def test_what_sleeps_keeps_no_room_for_adapters() -> None:
     profile = shape(6, adapter_bytes=1 << 20)
     assert found.footprint(profile, adapter_rank=64).overhead > found.footprint(profile).overhead
     assert found.asleep_bytes(profile) == found.footprint(profile).overhead
+
+
+@pytest.mark.parametrize("sleepers", [0, 1, 8, 64])
+def test_however_many_may_sleep_as_many_engines_fit_as_there_are_slots(sleepers: int) -> None:
+    found = Budget(L4, Backend.VLLM, 0.9, 2, sleepers=sleepers)
+    assert found.total is not None
+    assert 2 * found.footprint(shape(2)).total <= found.total

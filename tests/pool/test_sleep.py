@@ -25,10 +25,11 @@ def kind(wanted: Checkpoint) -> str:
 class Beds(Bench):
     """One slot, so many beds; `lacking`: bytes that the machine's memory lacks."""
 
-    def __init__(self, sleepers: int = 1, slots: int = 1, **more: Any) -> None:
+    def __init__(self, sleepers: int = 1, slots: int = 1, memory: int = 10 * MIB, **parts: Any) -> None:
         self.lacking = 0
         super().__init__(
-            Policy(slots, 10, min_residency=0, sleepers=sleepers, memory=10 * MIB, **more),
+            Policy(slots, 10, min_residency=0, sleepers=sleepers, memory=memory),
+            **parts,
             swap_key=kind,
             asleep_bytes=lambda wanted: 100,
             lacking_beside=self._lacks,
@@ -199,6 +200,96 @@ async def test_a_sleeper_that_does_not_wake_is_replaced_by_a_fresh_engine(beds: 
     assert (lease.engine, a.closed) == (fresh, True)
     assert repr(beds.pool) == "<Pool b:sleeping(0) a:ready(1) | waiting: none>"
     lease.release()
+
+
+async def test_weights_of_before_are_not_taken_for_those_of_another_model(beds: Beds) -> None:
+    a, _ = await beds.in_turn()
+    a.keeps_weights = True
+    a.may_close.set_result(None)
+    asked = beds.ask("a2")
+    await until(lambda: "a2" in beds.engines)
+    beds.engine("a2").started.set_result(None)
+    lease = await asked
+    assert (a.closed, lease.engine) == (True, beds.engine("a2"))
+    lease.release()
+
+
+@pytest.mark.parametrize("fault", [KeyError("freed_bytes"), ValueError("?"), OSError("?")])
+async def test_no_fault_of_a_sleep_leaves_a_slot_taken(beds: Beds, fault: Exception) -> None:
+    a = await beds.used("a")
+    a.may_sleep = asyncio.get_running_loop().create_future()
+    a.may_sleep.set_exception(fault)
+    a.may_close.set_result(None)
+    asked = beds.ask("b")
+    await until(lambda: "b" in beds.engines)
+    beds.engine("b").started.set_result(None)
+    (await asked).release()
+    assert (a.closed, beds.sleeps()) == (True, {"failed": 1})
+
+
+async def test_what_was_measured_is_expected_of_the_next_engine_of_its_kind() -> None:
+    """Nothing is put to sleep only to end at once, again and again."""
+    bench = Beds(memory=MIB + MIB // 4)
+    for name in ("a", "b"):
+        (await bench.started(name)).release()
+        bench.engine(name).sleep_frees = MIB // 2
+        bench.engine(name).may_close.set_result(None)
+    assert repr(bench.pool) == "<Pool b:ready(0) | waiting: none>", "it kept more than fits"
+    asked = bench.ask("a")
+    await until(lambda: len(bench.engines["a"]) == 2)
+    bench.engine("a").may_close.set_result(None)
+    bench.engine("a").started.set_result(None)
+    (await asked).release()
+    assert bench.sleeps() == {"asleep": 2}, "of each kind once"
+    asked = bench.ask("b")
+    await until(lambda: len(bench.engines["b"]) == 2)
+    bench.engine("b").may_close.set_result(None)
+    bench.engine("b").started.set_result(None)
+    (await asked).release()
+    assert bench.sleeps() == {"asleep": 2}
+    await ended(bench)
+
+
+async def test_an_engine_that_wakes_beside_a_start_spoils_its_measurement() -> None:
+    used: list[int | None] = []
+
+    async def measured(leader: int | None, before: int | None) -> int | None:
+        used.append(before)
+        return MIB
+
+    bench = Beds(slots=2, used_bytes=measured)
+    await bench.used("a")
+    await bench.used("c")
+    await bench.used("b")
+    assert repr(bench.pool) == "<Pool c:ready(0) a:sleeping(0) b:ready(0) | waiting: none>"
+    bench.engine("c").may_close.set_result(None)
+    await bench.pool.unload("c")
+    bench.engine("b").may_close.set_result(None)
+    await bench.pool.unload("b")
+    asked = bench.ask("x")
+    await bench.settle()
+    (await bench.ask("a")).release()
+    bench.engine("x").started.set_result(None)
+    (await asked).release()
+    found = {each["model"]: each["measured_bytes"] for each in (await bench.pool.stats())["engines"]}
+    assert found == {"a": MIB, "x": None}
+    await ended(bench)
+
+
+async def test_space_on_the_disk_is_made_for_what_an_engine_wakes_with() -> None:
+    bench = Beds(slots=2)
+    a = await bench.used("a")
+    await bench.used("c")
+    await bench.used("b")
+    bench.engine("b").may_close.set_result(None)
+    await bench.pool.unload("b")
+    c = bench.engine("c")
+    c.may_close.set_result(None)
+    bench.has_room["a2"] = lambda: c.closed
+    lease = await bench.ask("a2")
+    assert (lease.engine, c.closed) == (a, True)
+    lease.release()
+    await ended(bench)
 
 
 async def test_a_wake_waits_for_the_devices_memory(beds: Beds, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The scheduler's numbered cases, each a plain sequence of events and the actions that follow."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -960,3 +961,31 @@ def test_no_sleeping_engine_ends_while_another_starts() -> None:
     play.ask("b", **QWEN)
     assert play.later(100) == []
     assert play.handle(Loaded("c", 1.0))[-1] == Evict("~a")
+
+
+def test_an_engine_that_could_not_wake_beside_the_pinned_ones_holds_up_nobody() -> None:
+    """It is larger than its sibling, which fits; it ends if its memory is needed."""
+    play = asleep(memory=10 * MIB)
+    play.scheduler.engines["~a"].awake_bytes = 6 * MIB
+    play.handle(Unload("b"))
+    play.handle(Gone("b"))
+    play.serve("p", bytes=5 * MIB, pinned=True)
+    play.scheduler.policy = play.scheduler.capacity._policy = replace(play.scheduler.policy, slots=3)
+    assert play.ask("sibling", bytes=4 * MIB, **{**LLAMA, "asleep_bytes": 0}) == [Load("sibling")]
+
+
+def test_what_a_waking_engine_needs_is_not_taken_by_who_came_later() -> None:
+    play = asleep(slots=3, memory=9 * MIB)
+    play.handle(Unload("b"))
+    play.handle(Gone("b"))
+    play.serve("x", bytes=4 * MIB, leases=1)
+    play.scheduler.engines["~a"].awake_bytes = 6 * MIB
+    assert play.ask("sibling", bytes=2 * MIB, **{**LLAMA, "asleep_bytes": 0}) == [Prepare("sibling", "~a")]
+    assert play.ask("later", bytes=2 * MIB) == []
+
+
+def test_more_than_may_sleep_do_so_only_while_one_of_them_is_about_to_wake() -> None:
+    play = asleep()
+    assert play.ask("a", **LLAMA) == [Sleep("b"), Prepare("a", "~a")]
+    play.handle(Left(3))
+    assert play.handle(Asleep("b", "~b", 1)) == [Evict("~a")]
