@@ -22,8 +22,6 @@ from inference_service.backends.base import (
     BackendMissing,
     check_load_format,
     choose_backend,
-    why_no_sleep,
-    why_not_int8,
 )
 from inference_service.config import Backend, BadSettings, Settings, load_settings
 from inference_service.machine.device import Device, find_device
@@ -102,7 +100,7 @@ def serve() -> None:
         settings = load_settings()
         device = find_device()
         backend = choose_backend(settings.engine, device, int8=settings.quantizes)
-        check_load_format(settings.load_format, backend)
+        check_load_format(settings.load_format, device, backend)
         _make_cache(settings)
         listener = _listen(settings)
     except (BadSettings, BackendMissing, OSError) as error:
@@ -138,17 +136,14 @@ def _serve(settings: Settings, device: Device, backend: Backend, listener: socke
     # Imported only now: the port is open, and the launcher imports vLLM at the same time.
     from inference_service.backends.cuda import why_too_old
     from inference_service.backends.environment import launcher_environment
+    from inference_service.backends.without_effect import without_effect
     from inference_service.engines.fork_safety import why_spawned
     from inference_service.engines.launcher import Launcher
     from inference_service.logs import configure_logs
 
     configure_logs(settings.log_format, settings.log_level)
-    for setting, why in (
-        ("CPU_INT8", why_not_int8(settings, device, backend)),
-        ("MAX_SLEEPING", why_no_sleep(settings, device, backend)),
-    ):
-        if why is not None:
-            logger.warning("%s has no effect: %s", setting, why)
+    for setting, why in without_effect(settings, device, backend):
+        logger.warning("%s has no effect: %s", setting, why)
     too_old = why_too_old(device)
     if too_old is not None:
         logger.warning("engines may not start on this GPU: %s", too_old)

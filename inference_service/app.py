@@ -19,9 +19,8 @@ from inference_service.api.relay import DIRECT_SEND
 from inference_service.api.request_log import RequestLog
 from inference_service.api.service import Service
 from inference_service.backends import source_tables
-from inference_service.backends.base import why_no_sleep
 from inference_service.backends.compile_key import compile_key
-from inference_service.backends.vllm import runs_eagerly
+from inference_service.backends.without_effect import why_no_sleep, why_not_compiled
 from inference_service.checkpoints.memory_profile import Footprint
 from inference_service.config import Backend, Settings, WeightSwap
 from inference_service.engines.factory import EngineFactory
@@ -148,17 +147,14 @@ def _registry(settings: Settings, device: Device, backend: Backend, metrics: Met
     page_lock = PageLock(int(settings.host_cache_gib * _GIB))
     disk.evicted = page_lock.forget
     compiled = None
-    if settings.compile_cache is not None and backend is Backend.VLLM:
+    if settings.compile_cache is not None and why_not_compiled(settings, device, backend) is None:
         compiled = _compile_cache(settings.compile_cache, settings, device, layout.root, metrics)
     return Registry(catalog, preflight, snapshots, layout, Verifier(page_lock), compiled)
 
 
 def _compile_cache(
     place: str, settings: Settings, device: Device, root: Path, metrics: Metrics
-) -> CompileCache | None:
-    if runs_eagerly(settings.engine_eager, device):
-        logger.warning("COMPILE_CACHE has no effect: engines compile nothing (ENGINE_EAGER)")
-        return None
+) -> CompileCache:
     return CompileCache(
         open_artefacts(place),
         root,

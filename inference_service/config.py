@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -410,18 +410,22 @@ def load_settings() -> Settings:
         raise BadSettings(f".env is no UTF-8 text: {error}") from error
     except ValidationError as error:
         # One line for each variable: a union reports each of its branches. No location: several variables.
-        problems = {str(next(iter(problem["loc"]), "")): problem for problem in reversed(error.errors())}
+        problems: dict[str, list[Any]] = {}
+        for problem in error.errors():
+            problems.setdefault(str(next(iter(problem["loc"]), "")), []).append(problem)
         raise BadSettings("; ".join(_explain(*item) for item in problems.items())) from error
 
 
-def _explain(field: str, problem: Any) -> str:
-    message = problem["msg"].removeprefix("Value error, ")
+def _explain(field: str, problems: list[Any]) -> str:
+    message = " or ".join(problem["msg"].removeprefix("Value error, ") for problem in problems)
     about = Settings.model_fields.get(field)
     if about is None:
-        return str(message)
-    bounds = [f"{sign} {bound}" for sign, bound in _bounds(about.metadata)]
+        return message
+    branches = [branch for each in get_args(about.annotation) for branch in getattr(each, "__metadata__", ())]
+    inner = [constraint for branch in branches for constraint in branch.metadata]
+    bounds = [f"{sign} {bound}" for sign, bound in _bounds([*about.metadata, *inner])]
     allowed = f"; allowed: {' and '.join(bounds)}" if bounds else ""
-    given = field.upper() if field in _SECRETS else f"{field.upper()}={problem['input']!r}"
+    given = field.upper() if field in _SECRETS else f"{field.upper()}={problems[0]['input']!r}"
     return f"{given} is not allowed: {message}{allowed} ({about.description})"
 
 

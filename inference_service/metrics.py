@@ -62,8 +62,9 @@ class Metrics:
         )
         self.swap_bytes = self._counter(
             "swap_bytes_total",
-            "Bytes of swapped weights by the way they came: prepared, read_ahead, mapped; or unchanged",
-            "way",
+            "Bytes of swapped weights, by what they were copied from: prepared memory, read_ahead (a ring of "
+            "buffers) or mapped files; or unchanged",
+            "source",
         )
         self.preparations = self._counter(
             "preparations_total",
@@ -72,8 +73,8 @@ class Metrics:
         )
         self.sleeps = self._counter(
             "sleeps_total",
-            "Engines that gave way by sleeping (MAX_SLEEPING): asleep, woken, no_memory (on the machine) or "
-            "failed; the last two ended",
+            "Engines that gave way by sleeping (MAX_SLEEPING): asleep, woken; no_memory (on the machine) and "
+            "failed: the engine ended instead",
             "status",
         )
         self.compile_cache = self._counter(

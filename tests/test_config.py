@@ -87,6 +87,15 @@ def test_a_bad_value_says_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(caught.value).count("TENSOR_PARALLEL_SIZE") == 1
 
 
+@pytest.mark.parametrize("value", ["0", "65", "Auto"])
+def test_a_bad_value_of_two_kinds_says_what_is_allowed_of_each(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("MAX_CACHED_MODELS", value)
+    with pytest.raises(BadSettings, match=r"'auto' or .*; allowed: at least 1 and at most 64 \("):
+        load_settings()
+
+
 def test_a_bad_value_stops_the_start_with_one_line(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "inference_service"],

@@ -121,11 +121,11 @@ class Bench:
             rates.append(engine["copied_bytes"] / engine["phases"]["weights"] / 1e9)
             right &= engine["swapped"] and text == fresh[name]
         _require(right, "an answer is not a fresh engine's, or an engine was not swapped")
-        ways = "+".join(engine["came"])
+        ways = "+".join(engine["copied_from"])
         return {
             "first_token_s": median(seconds),
             "gb_per_s": median(rates),
-            "came": ways,
+            "copied_from": ways,
         }
 
     def _prepared(self) -> Figures:
@@ -162,7 +162,7 @@ class Bench:
         return _Prepared(
             first_token=asked + answers[0][0] - released,
             rate=copied / engine["phases"]["weights"] / 1e9,
-            share=engine["came"].get("prepared", 0) / copied,
+            share=engine["copied_from"].get("prepared", 0) / copied,
             gap=_worst_gap(times, asked, released),
             gap_before=_worst_gap(times, times[0], asked),
         )
@@ -352,9 +352,9 @@ class Bench:
         figures: dict[str, object] = {}
         for choice in LoadFormat:
             try:
-                check_load_format(choice, Backend.VLLM)
+                check_load_format(choice, self._device, Backend.VLLM)
             except BackendMissing:
-                figures[str(choice)] = "not installed"
+                figures[str(choice)] = "not here"
                 continue
             try:
                 figures[f"{choice}_s"] = self._fresh_weights(choice)

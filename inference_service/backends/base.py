@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from inference_service.checkpoints.snapshot import Snapshot
-from inference_service.config import Backend, DtypeChoice, EngineChoice, LoadFormat, Settings, WeightSwap
+from inference_service.config import Backend, DtypeChoice, EngineChoice, LoadFormat
 from inference_service.machine.device import Device, DeviceKind, resolve_dtype
 
 # What the transformers backend imports besides the service's own requirements.
@@ -67,42 +67,21 @@ def backend_version(backend: Backend) -> str:
         return ""
 
 
-def check_load_format(choice: LoadFormat, backend: Backend) -> None:
-    """Raises BackendMissing if the package that LOAD_FORMAT needs is not installed."""
+def check_load_format(choice: LoadFormat, device: Device, backend: Backend) -> None:
+    """Raises BackendMissing if this machine lacks the package or the device that LOAD_FORMAT needs."""
     package = _LOADERS.get(choice) if backend is Backend.VLLM else None
+    if package and choice is LoadFormat.FASTSAFETENSORS and device.kind is not DeviceKind.CUDA:
+        raise BackendMissing(f"LOAD_FORMAT={choice} needs an NVIDIA GPU, and this device is {device.kind}.")
     if package is not None and importlib.util.find_spec(package.replace("-", "_")) is None:
         raise BackendMissing(
-            f"LOAD_FORMAT={choice} needs a package that is not installed: pip install {package}"
+            f"LOAD_FORMAT={choice} needs a package that is not installed where the service is: "
+            f"pip install {package}"
         )
-
-
-def why_not_int8(settings: Settings, device: Device, backend: Backend) -> str | None:
-    """Why CPU_INT8 has no effect; None if it is not set, or takes effect."""
-    if not settings.cpu_int8:
-        return None
-    if not settings.local_dev:
-        return "it is for development only: set LOCAL_DEV=true"
-    if device.kind is not DeviceKind.CPU:
-        return f"it is for the CPU, and this device is {device.kind}"
-    if backend is not Backend.TRANSFORMERS:
-        return f"ENGINE={backend} has no weights of 8 bits: set ENGINE=transformers"
-    return None
 
 
 def can_sleep(backend: Backend, device: Device) -> bool:
     """Whether engines can free their device and keep their process."""
     return backend is Backend.FAKE or (backend is Backend.VLLM and device.kind is DeviceKind.CUDA)
-
-
-def why_no_sleep(settings: Settings, device: Device, backend: Backend) -> str | None:
-    """Why MAX_SLEEPING has no effect; None if it is not set, or takes effect."""
-    if not settings.max_sleeping:
-        return None
-    if not can_sleep(backend, device):
-        return f"engines sleep with vLLM on an NVIDIA GPU, not with ENGINE={backend} on {device.kind}"
-    if settings.weight_swap is WeightSwap.OFF:
-        return "engines wake with other weights, which WEIGHT_SWAP=off forbids"
-    return None
 
 
 def _best_backend(device: Device, int8: bool) -> Backend:

@@ -36,15 +36,15 @@ class Fingerprint:
 class Swapped:
     """A completed swap: its weight check, and the seconds of its phases.
 
-    `copied_bytes` of the checkpoint's `total_bytes` differed and were copied, `came` says in which way; None
-    if the host does not say.
+    `copied_bytes` of the checkpoint's `total_bytes` differed and were copied, `copied_from` says what from;
+    None if the host does not say.
     """
 
     fingerprint: Fingerprint
     seconds: dict[str, float]
     copied_bytes: int | None = None
     total_bytes: int | None = None
-    came: Mapping[str, int] = field(default_factory=dict)
+    copied_from: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

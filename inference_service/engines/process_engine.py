@@ -120,7 +120,7 @@ class ProcessEngine:
         answer = await self._command("POST", "/control/swap", spec.to_json(), SwapFailed)
         self._spec = spec
         copied, total = answer.get("copied_bytes"), answer.get("total_bytes")
-        return Swapped(_fingerprint(answer), answer["seconds"], copied, total, answer.get("came", {}))
+        return Swapped(_fingerprint(answer), answer["seconds"], copied, total, answer.get("copied_from", {}))
 
     async def sleep(self) -> int | None:
         try:

@@ -26,9 +26,16 @@ GET /control/weight-check
 POST /control/swap
     Takes a HostSpec as JSON: serve its snapshot, whose weights have the same shapes, under its name, and
     remove all adapters. 200 {"fingerprint": as above, "seconds": {"weights": s, "warm-up": s},
-    "copied_bytes": n, "total_bytes": n, "came": {way: n}}: of the checkpoint's bytes, those that had to be
-    copied, and how they came: `prepared`, `read_ahead` or `mapped`. A host that copies them all may leave
-    these out. The service sends no other request meanwhile, and ends the host if the swap fails.
+    "copied_bytes": n, "total_bytes": n, "copied_from": {source: n}}: of the checkpoint's bytes, those that
+    had to be copied, and from where: `prepared`, `read_ahead` or `mapped`. A host that copies them all may
+    leave these out. It wakes a host that sleeps. The service sends no other request meanwhile, and ends the
+    host if the swap fails.
+
+POST /control/sleep
+    Free the device of weights, KV cache and adapters, and keep the process and what it has compiled. 200
+    {"freed_bytes": n}, on each device. The service sends no request until the next swap, which brings weights
+    back, but GET /control/heartbeat, POST /control/prepare and /control/forget. A host that cannot sleep
+    answers 404 and is stopped in good order; after any other status it is killed.
 
 POST /control/prepare
     Takes {"directory": path}: a swap to this snapshot is likely. Make its weights ready in host memory while
@@ -54,7 +61,7 @@ POST /v1/chat/completions, POST /v1/completions
     [DONE]. 400, 413, 422 and 501 are the client's fault; any other is reported as a fault of the engine.
     Responses name a model without its revision. Closing the connection aborts the generation.
 
-The weight check, the swap and the adapter routes answer a failure with 422 {"error": reason}
+The weight check, the swap, the sleep and the adapter routes answer a failure with 422 {"error": reason}
 (control_replies.py). stdout and stderr are relayed to the service's log, except lines that begin with
 PHASE_MARK: they name the phase that a start has reached: `start`, `weights`, `compile`, `warm-up`, `graphs`
 or `server` (phases.py), each at most once.

@@ -176,7 +176,7 @@ class _Fake:
             self._fingerprint = _fingerprint(spec)
         seconds = {"weights": 0.0, "warm-up": 0.0}
         way = "prepared" if spec.directory in self._prepared else "mapped"
-        moved = {"copied_bytes": 1, "total_bytes": 1, "came": {way: 1}}
+        moved = {"copied_bytes": 1, "total_bytes": 1, "copied_from": {way: 1}}
         return JSONResponse({"fingerprint": self._fingerprint, "seconds": seconds, **moved})
 
     async def sleep(self) -> Response:

@@ -283,7 +283,7 @@ class EngineLifecycle:
         name, done = slot.model.name, slot.swap
         self._metrics.swaps.labels(name, "ok").inc()
         if done is not None and done.copied_bytes is not None and done.total_bytes is not None:
-            ways = {**done.came, "unchanged": done.total_bytes - done.copied_bytes}
+            ways = {**done.copied_from, "unchanged": done.total_bytes - done.copied_bytes}
             for way, count in ways.items():
                 self._metrics.swap_bytes.labels(name, way).inc(count)
         if slot.engine is not None and slot.snapshot is not None:
@@ -341,7 +341,7 @@ class EngineLifecycle:
         fields = {"revision": slot.model.revision, "seconds": seconds, "swapped": slot.swapped}
         fields |= {"reserved_bytes": slot.footprint.total, "measured_bytes": slot.measured_bytes}
         if slot.swap is not None and slot.swap.copied_bytes is not None:
-            fields |= {"copied_bytes": slot.swap.copied_bytes, "came": dict(slot.swap.came)}
+            fields |= {"copied_bytes": slot.swap.copied_bytes, "copied_from": dict(slot.swap.copied_from)}
         logger.info("loaded", extra={"model": name, **fields, **slot.phases.describe()})
         self._dispatch(Loaded(slot.key, start_seconds))
 

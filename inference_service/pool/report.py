@@ -120,7 +120,7 @@ class Report:
             "phases": slot.phases.describe(),
             "swapped": slot.swapped,
             "copied_bytes": None if slot.swap is None else slot.swap.copied_bytes,
-            "came": {} if slot.swap is None else dict(slot.swap.came),
+            "copied_from": {} if slot.swap is None else dict(slot.swap.copied_from),
             "swap_key": view.swap,
             "adapter_rank": view.adapters,
             "adapters": [] if slot.adapters is None else slot.adapters.describe(),

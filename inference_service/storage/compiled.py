@@ -69,9 +69,12 @@ class CompileCache:
         try:
             outcome = work(key)
         except Exception as error:
-            logger.warning("COMPILE_CACHE: %s: %s", type(error).__name__, error)
+            logger.warning(
+                "COMPILE_CACHE: %s; engines of this architecture (%s) compile for themselves", error, key
+            )
             outcome = FAILED
         if outcome is not None:
+            logger.info("compiled artefacts %s", outcome, extra={"key": key})
             self._report(outcome)
         return outcome != FAILED
 

@@ -527,12 +527,12 @@ def test_a_requested_model_is_prepared_while_its_engine_serves(fakes: Fakes) -> 
             assert (shown["model"], shown["wanted"], shown["refused"]) == ("b", True, None)
             assert service.engine("a")["state"] == "ready", "it serves meanwhile"
         assert waiting().status_code == 200
-        assert service.engine("b")["came"] == {"prepared": 1}
+        assert service.engine("b")["copied_from"] == {"prepared": 1}
         service.wait_until(lambda: prepared(service) == [], 20)
         assert post(service, "c").status_code == 200
-        assert service.engine("c")["came"] == {"mapped": 1}, "nothing was in its way"
+        assert service.engine("c")["copied_from"] == {"mapped": 1}, "nothing was in its way"
         metrics = service.http.get("/metrics").text
-        assert 'inference_swap_bytes_total{model="b",way="prepared"} 1.0' in metrics
+        assert 'inference_swap_bytes_total{model="b",source="prepared"} 1.0' in metrics
         assert 'inference_preparations_total{model="b",status="ready"} 1.0' in metrics
 
 
@@ -540,10 +540,15 @@ def test_what_the_host_cache_keeps_is_there_for_the_next_swap(fakes: Fakes) -> N
     for name in ("a", "b"):
         fakes.put(name, script=KIN)
     with fakes.service(**ONE, HOST_CACHE_GIB="1") as service:
-        for name, came in (("a", {}), ("b", {"mapped": 1}), ("a", {"prepared": 1}), ("b", {"prepared": 1})):
+        for name, copied_from in (
+            ("a", {}),
+            ("b", {"mapped": 1}),
+            ("a", {"prepared": 1}),
+            ("b", {"prepared": 1}),
+        ):
             assert post(service, name).status_code == 200
-            assert service.engine(name)["came"] == came
-            if came:
+            assert service.engine(name)["copied_from"] == copied_from
+            if copied_from:
                 service.wait_until(lambda: ("b" if name == "a" else "a", 1) in ready(service), 20)  # noqa: B023
 
 

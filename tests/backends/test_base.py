@@ -1,7 +1,6 @@
 """Which backend serves on a device, and the message where none can."""
 
 import importlib.util
-from typing import Any
 
 import pytest
 
@@ -10,10 +9,8 @@ from inference_service.backends.base import (
     BackendMissing,
     check_load_format,
     choose_backend,
-    why_no_sleep,
-    why_not_int8,
 )
-from inference_service.config import Backend, EngineChoice, LoadFormat, Settings
+from inference_service.config import Backend, EngineChoice, LoadFormat
 from inference_service.machine.device import Device, DeviceKind
 from tests.fixtures.installed import needs_transformers
 
@@ -75,50 +72,17 @@ def test_eight_bits_need_the_transformers_backend(build: None) -> None:
     assert choose_backend(EngineChoice.AUTO, CPU) is Backend.VLLM
 
 
-@pytest.mark.parametrize(
-    ("settings", "device", "backend", "reason"),
-    [
-        ({"local_dev": True}, CPU, Backend.TRANSFORMERS, None),
-        ({"cpu_int8": False}, CPU, Backend.VLLM, None),
-        ({}, CPU, Backend.TRANSFORMERS, "LOCAL_DEV=true"),
-        ({"local_dev": True}, MPS, Backend.TRANSFORMERS, "this device is mps"),
-        ({"local_dev": True}, CPU, Backend.VLLM, "ENGINE=transformers"),
-    ],
-)
-def test_eight_bits_without_effect_are_reported(
-    settings: dict[str, Any], device: Device, backend: Backend, reason: str | None
-) -> None:
-    found = why_not_int8(Settings(**({"cpu_int8": True} | settings)), device, backend)
-    assert (found is None) if reason is None else reason in str(found)
-
-
-@pytest.mark.parametrize(
-    ("device", "backend", "settings", "words"),
-    [
-        (GPUS, Backend.VLLM, {}, None),
-        (GPUS, Backend.VLLM, {"weight_swap": "off"}, "WEIGHT_SWAP=off"),
-        (GPUS, Backend.VLLM, {"weight_swap": "off", "max_sleeping": 0}, None),
-        (GPUS, Backend.TRANSFORMERS, {}, "ENGINE=transformers on cuda"),
-        (CPU, Backend.VLLM, {}, "ENGINE=vllm on cpu"),
-        (MPS, Backend.TRANSFORMERS, {}, "on mps"),
-    ],
-)
-def test_where_engines_sleep(
-    device: Device, backend: Backend, settings: dict[str, Any], words: str | None
-) -> None:
-    found = why_no_sleep(Settings(**({"max_sleeping": 1} | settings)), device, backend)
-    assert found is None if words is None else words in (found or "")
-
-
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_reader_that_is_not_installed_stops_the_start(
     monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
-    check_load_format(LoadFormat.READ_AHEAD, Backend.VLLM)
-    check_load_format(LoadFormat.FASTSAFETENSORS, Backend.TRANSFORMERS)
+    check_load_format(LoadFormat.READ_AHEAD, CPU, Backend.VLLM)
+    check_load_format(LoadFormat.FASTSAFETENSORS, CPU, Backend.TRANSFORMERS)
     if installed:
-        check_load_format(LoadFormat.FASTSAFETENSORS, Backend.VLLM)
+        check_load_format(LoadFormat.FASTSAFETENSORS, GPUS, Backend.VLLM)
+        with pytest.raises(BackendMissing, match="needs an NVIDIA GPU, and this device is cpu"):
+            check_load_format(LoadFormat.FASTSAFETENSORS, CPU, Backend.VLLM)
         return
     with pytest.raises(BackendMissing, match="pip install runai-model-streamer"):
-        check_load_format(LoadFormat.RUNAI_STREAMER, Backend.VLLM)
+        check_load_format(LoadFormat.RUNAI_STREAMER, CPU, Backend.VLLM)

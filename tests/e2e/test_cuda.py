@@ -154,4 +154,4 @@ def test_weights_are_prepared_while_another_model_streams(service: ServiceProces
         assert (prepared["ready_bytes"], prepared["refused"]) == (prepared["total_bytes"], None)
         assert waiting.result(60) == expected
     engine = service.engine(TUNED)
-    assert engine["came"] == {"prepared": engine["copied_bytes"]}
+    assert engine["copied_from"] == {"prepared": engine["copied_bytes"]}

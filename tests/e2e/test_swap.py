@@ -193,7 +193,7 @@ def test_weights_are_prepared_while_another_model_streams(single: ServiceProcess
     waiting.join()
     assert texts == [expected] == [ZUBROWKA]
     engine = single.engine(TUNED)
-    assert engine["came"] == {"prepared": engine["copied_bytes"]}
+    assert engine["copied_from"] == {"prepared": engine["copied_bytes"]}
     single.wait_until(lambda: single.stats()["prepared"] == [], 30)
 
 

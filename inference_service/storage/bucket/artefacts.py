@@ -1,7 +1,7 @@
 """Files by name in a directory or under a bucket's prefix, read and written whole. All methods block."""
 
 import shutil
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Protocol
 
@@ -41,8 +41,8 @@ class DirectoryArtefacts:
     def put(self, name: str, source: Path) -> None:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._root, prefix=".", delete=False) as file:
-                written = Path(file.name)
+            # With the mode that the operator's umask gives: other users' services read it too.
+            written = self._root / f".{name}-{uuid.uuid4().hex}"
             try:
                 shutil.copyfile(source, written)
                 written.replace(self._root / name)

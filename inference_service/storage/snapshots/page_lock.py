@@ -79,8 +79,9 @@ class PageLock:
         if self._libc.mlock(address, size) != 0:
             self._refused = True
             logger.warning(
-                "HOST_CACHE_GIB has no effect, weights stay in the page cache only: %s (RLIMIT_MEMLOCK; "
-                "docker run --ulimit memlock=-1)",
+                "HOST_CACHE_GIB: weights cannot be locked in memory, so other files may displace them from "
+                "the page cache: mlock: %s. Raise RLIMIT_MEMLOCK (docker run --ulimit memlock=-1, systemd "
+                "LimitMEMLOCK=infinity)",
                 os.strerror(ctypes.get_errno()),
             )
             self._libc.munmap(address, size)

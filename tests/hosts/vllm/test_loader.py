@@ -19,16 +19,16 @@ from inference_service.hosts.vllm.weights.source import Way, WeightSource  # noq
 
 
 class Watched(WeightSource):
-    """It counts, over all loads, by which way tensors came."""
+    """It counts, over all loads, what tensors were copied from."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"), ring=Ring(torch.empty(1 << 16, dtype=torch.uint8)))
-        self.came: Counter[Way] = Counter()
+        self.copied_from: Counter[Way] = Counter()
 
     def tensors(
-        self, directory: Path, weights: MappedWeights, names: Sequence[str], came: Counter[Way]
+        self, directory: Path, weights: MappedWeights, names: Sequence[str], copied_from: Counter[Way]
     ) -> Iterator[tuple[str, Any]]:
-        yield from super().tensors(directory, weights, names, self.came)
+        yield from super().tensors(directory, weights, names, self.copied_from)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_tensors_come_through_the_ring(tmp_path: Path, source: Watched) -> None:
     found = loaded(tmp_path)
     assert found.keys() == {f"p.{name}" for name in names}
     assert all(torch.equal(found[f"p.{name}"], tensors[name]) for name in names)
-    assert source.came[Way.READ_AHEAD] == 40 * 100 * 7 * 2
+    assert source.copied_from[Way.READ_AHEAD] == 40 * 100 * 7 * 2
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_what_the_reader_does_not_take_vllm_reads_itself(
     tensor = torch.randn(4, 4).to(dtype)
     save_file({"a": tensor}, tmp_path / "model.safetensors")
     assert torch.equal(loaded(tmp_path, **more)["p.a"].float(), tensor.float())
-    assert not source.came
+    assert not source.copied_from
 
 
 def test_a_file_cut_short_is_an_error(tmp_path: Path, source: Watched) -> None:

@@ -133,10 +133,10 @@ def test_what_is_refused_is_read_as_usual(
     assert status is not None
     assert status.refused == "no more"
     assert (len(lock.locked), len(lock.calls)) == (2, 3), "it is not asked again"
-    came: Counter[Way] = Counter()
-    found = dict(source.tensors(tmp_path, weights, list(tensors), came))
+    copied_from: Counter[Way] = Counter()
+    found = dict(source.tensors(tmp_path, weights, list(tensors), copied_from))
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    assert came == {Way.PREPARED: status.ready_bytes, Way.MAPPED: sum(SIZES) - status.ready_bytes}
+    assert copied_from == {Way.PREPARED: status.ready_bytes, Way.MAPPED: sum(SIZES) - status.ready_bytes}
     source.forget(tmp_path)
     assert source.status(tmp_path) is None
     wait_until(lambda: lock.locked == {})
@@ -242,9 +242,9 @@ def test_prepared_and_read_ahead_come_in_one_order(
     source.prepare(tmp_path, weights)
     wait_until(lambda: (status := source.status(tmp_path)) is not None and status.done)
     names = random.Random(2).sample(list(tensors), len(tensors))
-    came: Counter[Way] = Counter()
-    found = list(source.tensors(tmp_path, weights, names, came))
+    copied_from: Counter[Way] = Counter()
+    found = list(source.tensors(tmp_path, weights, names, copied_from))
     assert [name for name, _ in found] == names
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in found)
-    assert came[Way.PREPARED] > 0
-    assert came[Way.PREPARED] + came[Way.READ_AHEAD] == sum(SIZES)
+    assert copied_from[Way.PREPARED] > 0
+    assert copied_from[Way.PREPARED] + copied_from[Way.READ_AHEAD] == sum(SIZES)

@@ -199,7 +199,7 @@ def test_no_module_gets_half_of_its_weights(
     storage = model.mlp.weight.data_ptr()
     done = swap(runner, source, before, after)
     assert (done.copied_bytes, done.total_bytes) == (copied, 40)
-    assert done.came == {"mapped" if ring is None else "read_ahead": copied}
+    assert done.copied_from == {"mapped" if ring is None else "read_ahead": copied}
     assert model.mlp.weight.tolist() == [[1.0, 1.0], [1.0, 1.0], [5.0, 5.0], [5.0, 5.0]]
     assert model.norm.weight.tolist() == [[3.0, 3.0]]
     assert model.mlp.weight.data_ptr() == storage, "CUDA graphs refer to it"

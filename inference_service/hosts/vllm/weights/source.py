@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Way(StrEnum):
-    """How a tensor came, the fastest first."""
+    """What a tensor is copied from, the fastest first."""
 
     PREPARED = "prepared"
     READ_AHEAD = "read_ahead"
@@ -66,25 +66,25 @@ class WeightSource:
             threading.Thread(target=prepared.close, name="forget-weights", daemon=True).start()
 
     def tensors(
-        self, directory: Path, weights: MappedWeights, names: Sequence[str], came: Counter[Way]
+        self, directory: Path, weights: MappedWeights, names: Sequence[str], copied_from: Counter[Way]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors in this order; adds the bytes that came each way to `came`."""
+        """The tensors in this order; adds their bytes to `copied_from`."""
         prepared = self._prepared.get(directory)
         if prepared is not None:
             prepared.stop()
         others = [name for name in names if prepared is None or not prepared.is_ready(name)]
-        reading = self._read(weights, others, came)
+        reading = self._read(weights, others, copied_from)
         missing = set(others)
         for name in names:
             if prepared is None or name in missing:
                 yield next(reading)
                 continue
             tensor = prepared.view(name, self._device)
-            came[Way.MAPPED if tensor is None else Way.PREPARED] += weights.bytes([name])
+            copied_from[Way.MAPPED if tensor is None else Way.PREPARED] += weights.bytes([name])
             yield name, weights.view(name) if tensor is None else tensor
 
     def _read(
-        self, weights: MappedWeights, names: Sequence[str], came: Counter[Way]
+        self, weights: MappedWeights, names: Sequence[str], copied_from: Counter[Way]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         ring = self._ring_there() if names else None
         ahead = None if ring is None else ReadAhead(weights, ring)
@@ -93,7 +93,7 @@ class WeightSource:
         for name, tensor in mapped if ahead is None else ahead.tensors(names):
             read = 0 if ahead is None else ahead.read_bytes - read_before
             read_before += read
-            came[Way.READ_AHEAD if read else Way.MAPPED] += weights.bytes([name])
+            copied_from[Way.READ_AHEAD if read else Way.MAPPED] += weights.bytes([name])
             yield name, tensor
 
     def _ring_there(self) -> Ring | None:

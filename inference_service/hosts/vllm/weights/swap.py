@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 class Done(NamedTuple):
-    """Bytes of the checkpoint that a swap has copied, of how many; those copied by the way they came."""
+    """Bytes of the checkpoint that a swap has copied, of how many, and what they were copied from."""
 
     copied_bytes: int
     total_bytes: int
-    came: dict[str, int]
+    copied_from: dict[str, int]
 
 
 def swap(runner: Any, source: WeightSource, before: Path | None, directory: Path) -> Done:
@@ -47,8 +47,8 @@ def swap(runner: Any, source: WeightSource, before: Path | None, directory: Path
         runner.reset_lora_state()
     if current_platform.is_cpu():
         _tie_again(model)
-    came = {str(way): count for way, count in weights.came.items()}
-    return Done(weights.came.total(), weights.total_bytes, came)
+    copied_from = {str(way): count for way, count in weights.copied_from.items()}
+    return Done(weights.copied_from.total(), weights.total_bytes, copied_from)
 
 
 class _Weights:
@@ -69,7 +69,7 @@ class _Weights:
         packed = getattr(model, "packed_modules_mapping", {})
         held = {} if before is None else before.contents
         self.names = changed(held, after.contents, packed)
-        self.came: Counter[Way] = Counter()
+        self.copied_from: Counter[Way] = Counter()
         self.total_bytes = after.bytes(after.contents)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -84,7 +84,7 @@ class _Weights:
             yield from self._tensors(rest)
 
     def _tensors(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._source.tensors(self._directory, self._after, names, self.came)
+        return self._source.tensors(self._directory, self._after, names, self.copied_from)
 
 
 def mapped(directory: Path) -> MappedWeights:
