@@ -7,7 +7,8 @@ Makes no decisions; reports to the pool by returning or raising.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -122,8 +123,8 @@ class EngineLoader:
         self._departure = departure
         self._make_room = make_room
         self._device_turn = asyncio.Lock()
-        # Engines that have woken: they take memory without the device's turn.
-        self._wakes = 0
+        # Wakes that have begun and that have ended: they take memory without the device's turn.
+        self._wakes = self._woken = 0
 
     async def load(self, slot: Slot) -> None:
         """Returns once the engine answers; raises what the fetch raised, EngineStartFailed, OutOfMemory."""
@@ -161,7 +162,6 @@ class EngineLoader:
                 slot.phases.seconds |= fetched.seconds
             else:
                 slot.snapshot = await self._fetched(slot)
-                self._wakes += 1
                 await self._memory_to_wake(slot, slot.footprint.total - slot.asleep_bytes)
             # A host that hangs is replaced by a fresh one, which is faster.
             seconds = min(self._load_timeout, SWAP_STALLS * self._stall_timeout)
@@ -170,7 +170,8 @@ class EngineLoader:
                 if engine is None:
                     raise SwapFailed("there is no engine")
                 slot.phases.enter(Phase.WEIGHTS)
-                swapped = await engine.swap(slot.snapshot)
+                with self._noted(slot):
+                    swapped = await engine.swap(slot.snapshot)
         except TimeoutError as error:
             raise SwapFailed(f"it took longer than {seconds:g} s") from error
         slot.phases.enter(None)
@@ -289,7 +290,7 @@ class EngineLoader:
 
     async def _start_and_try(self, slot: Slot, snapshot: Snapshot) -> None:
         slot.phases.enter(Phase.START)
-        free_before, wakes = await self._parts.free_bytes(), self._wakes
+        woken, free_before = self._woken, await self._parts.free_bytes()
         rank = max(snapshot.adapter_rank, slot.adapter_rank)
         slot.engine = self._parts.make_engine(replace(snapshot, adapter_rank=rank), slot.footprint)
         await slot.engine.start()
@@ -303,7 +304,7 @@ class EngineLoader:
             ) from error
         slot.phases.enter(None)
         used = await self._parts.used_bytes(slot.engine.process_id, free_before)
-        slot.measured_bytes = used if wakes == self._wakes else None
+        slot.measured_bytes = used if woken == self._wakes else None
         if self._parts.weight_checks is None:
             return
         first = await self._parts.weight_checks.of_load(snapshot, slot.fingerprint)
@@ -331,6 +332,16 @@ class EngineLoader:
                 return
         if not await self._make_room(0):
             raise _out_of_memory(slot, missing)
+
+    @contextmanager
+    def _noted(self, slot: Slot) -> Iterator[None]:
+        """What is measured of another engine while this one wakes is not that engine's."""
+        wakes = slot.asleep_bytes is not None
+        self._wakes += wakes
+        try:
+            yield
+        finally:
+            self._woken += wakes
 
     async def _memory_to_wake(self, slot: Slot, needed: int) -> None:
         """Returns once the device has so many bytes; raises SwapFailed."""

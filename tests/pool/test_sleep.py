@@ -250,13 +250,12 @@ async def test_what_was_measured_is_expected_of_the_next_engine_of_its_kind() ->
     await ended(bench)
 
 
-async def test_an_engine_that_wakes_beside_a_start_spoils_its_measurement() -> None:
-    used: list[int | None] = []
+async def measured(leader: int | None, before: int | None) -> int | None:
+    return MIB
 
-    async def measured(leader: int | None, before: int | None) -> int | None:
-        used.append(before)
-        return MIB
 
+@pytest.mark.parametrize("order", ["within", "around"])
+async def test_an_engine_that_wakes_beside_a_start_spoils_its_measurement(order: str) -> None:
     bench = Beds(slots=2, used_bytes=measured)
     await bench.used("a")
     await bench.used("c")
@@ -266,11 +265,21 @@ async def test_an_engine_that_wakes_beside_a_start_spoils_its_measurement() -> N
     await bench.pool.unload("c")
     bench.engine("b").may_close.set_result(None)
     await bench.pool.unload("b")
-    asked = bench.ask("x")
-    await bench.settle()
-    (await bench.ask("a")).release()
-    bench.engine("x").started.set_result(None)
-    (await asked).release()
+    may_swap = bench.engine("a").may_swap = asyncio.get_running_loop().create_future()
+    if order == "within":
+        asked, woken = bench.ask("x"), bench.ask("a")
+        await bench.settle()
+        may_swap.set_result(None)
+        (await woken).release()
+        bench.engine("x").started.set_result(None)
+        (await asked).release()
+    else:
+        woken, asked = bench.ask("a"), bench.ask("x")
+        await bench.settle()
+        bench.engine("x").started.set_result(None)
+        (await asked).release()
+        may_swap.set_result(None)
+        (await woken).release()
     found = {each["model"]: each["measured_bytes"] for each in (await bench.pool.stats())["engines"]}
     assert found == {"a": MIB, "x": None}
     await ended(bench)
