@@ -344,7 +344,7 @@ class EngineLoader:
             self._woken += wakes
 
     async def _memory_to_wake(self, slot: Slot, needed: int) -> None:
-        """Returns once the device has so many bytes; raises SwapFailed."""
+        """Returns once the device has `needed` free bytes; raises SwapFailed."""
         slot.phases.enter(Phase.MEMORY)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + MEMORY_SECONDS
